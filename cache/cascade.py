@@ -1,0 +1,121 @@
+"""Tiers in a row: what one tier evicts, the next takes in; the last one forgets."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kvcascade.cache.tier import Entry, Slots, Tier, empty, take_in
+from kvcascade.kernels import partial
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Cascade:
+    """The cache of one layer as a value: `Cascade(sink(4), recent(60), heavy(64, codec=int8))`."""
+
+    tiers: tuple[Tier, ...]
+
+    def __init__(self, *tiers: Tier):
+        object.__setattr__(self, "tiers", tiers)
+
+    def scored(self, index: int) -> bool:
+        """Whether a tier keeps scores: when it or a tier below reads them, since a token carries its score down."""
+        return any(tier.policy.observes for tier in self.tiers[index:])
+
+    def slots(self, context: int) -> int:
+        """Tokens kept per KV head, at most the context."""
+        return min(context, sum(tier.slots(context) for tier in self.tiers))
+
+    def nbytes(self, context: int, kv_heads: int, head_dim: int) -> int:
+        """Predicted bytes of one row in one layer."""
+        return kv_heads * sum(tier.nbytes(context, head_dim, self.scored(i)) for i, tier in enumerate(self.tiers))
+
+    def init(self, batch: int, kv_heads: int, head_dim: int, context: int) -> "LayerCache":
+        """An empty cache of one layer."""
+        slots = (empty(tier, batch, kv_heads, head_dim, context, self.scored(i)) for i, tier in enumerate(self.tiers))
+        return LayerCache(self, tuple(slots))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["slots"], meta_fields=["cascade"])
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """What one layer's cascade holds."""
+
+    cascade: Cascade
+    slots: tuple[Slots, ...]
+
+    def step(
+        self,
+        q_BTNH: Float[Array, "B T N H"],
+        k_BTKH: Float[Array, "B T K H"],
+        v_BTKH: Float[Array, "B T K H"],
+        positions_BT: Int[Array, "B T"],
+    ) -> tuple[Float[Array, "B T N H"], "LayerCache"]:
+        """Put this call's tokens into the cascade and attend from them; position -1 is padding.
+
+        T = 1 (decode): the token enters, then attends to what the cascade holds.
+        T > 1 (prefill): the tokens attend to what the cascade held and causally to each other, then enter all at once.
+        """
+        B, T, K, H = k_BTKH.shape
+        pos_BKT = jnp.broadcast_to(positions_BT[:, None], (B, K, T))
+        entry = Entry(k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3), pos_BKT, jnp.zeros((B, K, T)))
+        now_B11 = positions_BT.max(-1)[:, None, None]
+        if T == 1:
+            cache = self.append(entry, now_B11)
+            out_BTNH, cache, _ = cache.attend(q_BTNH, positions_BT, None)
+        else:
+            out_BTNH, cache, mass_BKT = self.attend(q_BTNH, positions_BT, entry)
+            cache = cache.append(dataclasses.replace(entry, score_BKT=mass_BKT), now_B11)
+        return out_BTNH.astype(q_BTNH.dtype), cache
+
+    def append(self, entry: Entry, now_B11: Int[Array, "B 1 1"]) -> "LayerCache":
+        """Tier 0 takes the tokens in, its victims go to tier 1, and so on; what the last tier does not keep is forgotten.
+
+        The token at `now` is never forgotten in its own step: the last tier cannot refuse it.
+        """
+        held = []
+        for index, (tier, slots) in enumerate(zip(self.cascade.tiers, self.slots, strict=True)):
+            slots, entry = take_in(tier, slots, entry, now_B11, keep_now=index == len(self.slots) - 1)
+            held.append(slots)
+        return dataclasses.replace(self, slots=tuple(held))
+
+    def attend(
+        self, q_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], entry: Entry | None
+    ) -> tuple[Float[Array, "B T N H"], "LayerCache", Float[Array, "B K T"] | None]:
+        """Attend to every tier, and to `entry` if given: one partial each, merged.
+
+        The attention mass goes to the scores of the tiers that keep them, and is returned for `entry`.
+        """
+        observed = self.cascade.scored(0)
+        partials, weights = [], []
+        for tier, slots in zip(self.cascade.tiers, self.slots, strict=True):
+            codec = tier.codec
+            # A rotated codec turns the query and the output instead of un-rotating every stored vector.
+            part, w = partial.attend(codec.turn(q_BTNH), codec.read(slots.k), codec.read(slots.v), positions_BT, slots.pos_BKS)
+            partials.append(part._replace(out_BTNH=codec.turn(part.out_BTNH)))
+            weights.append(w)
+        if entry is not None:
+            part, w = partial.attend(q_BTNH, entry.k, entry.v, positions_BT, entry.pos_BKT)
+            partials.append(part)
+            weights.append(w)
+        out_BTNH, factors = partial.merge(partials)
+        mass = [partial.mass(w, f) for w, f in zip(weights, factors, strict=True)] if observed else []
+        slots = self.slots
+        if observed:
+            slots = tuple(
+                s if s.score_BKS is None else dataclasses.replace(s, score_BKS=s.score_BKS + m)
+                for s, m in zip(self.slots, mass, strict=False)
+            )
+        mass_BKT = None if entry is None else mass[-1] if observed else jnp.zeros_like(entry.score_BKT)
+        return out_BTNH, dataclasses.replace(self, slots=slots), mass_BKT
+
+
+type Cache = tuple[LayerCache, ...]
+"""A model's cache: one cascade's slots per layer."""
+
+
+def nbytes(cache: Cache) -> int:
+    """Measured bytes: the sum over the cache's device buffers, positions and scores included."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(cache))

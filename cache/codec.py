@@ -1,0 +1,144 @@
+"""How a vector is written in bits."""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import scipy.linalg
+from jax import lax
+from jaxtyping import Array, Float
+
+from kvcascade.cache.errors import BadInput
+
+type Stored = dict[str, Array]
+"""The arrays that hold encoded vectors: same leading axes as the vectors, the last one is the codec's own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """Writes vectors of H numbers and reads them back; a subclass says in which bits."""
+
+    name: str
+
+    def encode(self, x: Float[Array, "*B H"]) -> Stored:
+        """Quantise each vector by itself."""
+        raise NotImplementedError
+
+    def read(self, stored: Stored) -> Float[Array, "*B H"]:
+        """The stored vectors in the basis that they are stored in, `turn`ed if the codec rotates."""
+        raise NotImplementedError
+
+    def bound(self, stored: Stored) -> Float[Array, "*B 1"]:
+        """The largest error that `read` may have against the vector given to `encode`, per element of the stored basis."""
+        raise NotImplementedError
+
+    def nbytes(self, head_dim: int) -> int:
+        """Bytes per vector, scales included."""
+        raise NotImplementedError
+
+    def turn(self, x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+        """Between the model's basis and the stored one; its own inverse. Dot products are the same in both."""
+        return x
+
+    def decode(self, stored: Stored) -> Float[Array, "*B H"]:
+        """The stored vectors in the model's basis, float32."""
+        return self.turn(self.read(stored).astype(jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain(Codec):
+    """A floating-point format as it is."""
+
+    dtype: str
+
+    def encode(self, x):
+        return {"values": x.astype(self.dtype)}
+
+    def read(self, stored):
+        return stored["values"]
+
+    def bound(self, stored):
+        largest = jnp.abs(stored["values"].astype(jnp.float32)).max(-1, keepdims=True)
+        return largest * jnp.finfo(self.dtype).eps
+
+    def nbytes(self, head_dim):
+        return head_dim * jnp.dtype(self.dtype).itemsize
+
+
+def _round_to_bf16(x):
+    # Not `astype(bfloat16).astype(float32)`: XLA may drop that pair and then codes would be computed from a scale that is not stored.
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+def _scale(width, steps: int):
+    """A bf16 step that spans `width` in `steps` steps: rounded up, and 1 for a constant vector."""
+    return _round_to_bf16(jnp.where(width > 0, width / steps * (1 + 2**-8), 1.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8(Codec):
+    """Signed 8-bit codes with one bf16 scale per vector: x ≈ scale · code, code in -127…127."""
+
+    def encode(self, x):
+        x = x.astype(jnp.float32)
+        scale = _scale(jnp.abs(x).max(-1, keepdims=True), 127)
+        return {"codes": jnp.round(x / scale).astype(jnp.int8), "scale": scale.astype(jnp.bfloat16)}
+
+    def read(self, stored):
+        return stored["codes"].astype(jnp.float32) * stored["scale"].astype(jnp.float32)
+
+    def bound(self, stored):
+        return 0.501 * stored["scale"].astype(jnp.float32)
+
+    def nbytes(self, head_dim):
+        return head_dim + 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Int4(Codec):
+    """Unsigned 4-bit codes with a bf16 scale and a bf16 low end per vector: x ≈ low + scale · code, code in 0…15.
+
+    Two codes a byte: channel j in the low nibble, channel j + H/2 in the high one, so that unpacking needs no interleave.
+    With `hadamard` the vector is first turned by a Walsh-Hadamard matrix, which spreads an outlier channel over all
+    (QuaRot, Ashkboos et al. 2024, §4).
+    """
+
+    hadamard: bool = False
+
+    def encode(self, x):
+        x = self.turn(x.astype(jnp.float32))
+        low = _round_to_bf16(x.min(-1, keepdims=True))
+        scale = _scale(x.max(-1, keepdims=True) - low, 15)
+        codes = jnp.clip(jnp.round((x - low) / scale), 0, 15).astype(jnp.uint8)
+        first, second = jnp.split(codes, 2, -1)
+        return {"codes": first | (second << 4), "scale": scale.astype(jnp.bfloat16), "low": low.astype(jnp.bfloat16)}
+
+    def read(self, stored):
+        codes = jnp.concatenate([stored["codes"] & 15, stored["codes"] >> 4], -1).astype(jnp.float32)
+        return codes * stored["scale"].astype(jnp.float32) + stored["low"].astype(jnp.float32)
+
+    def bound(self, stored):
+        scale, low = stored["scale"].astype(jnp.float32), stored["low"].astype(jnp.float32)
+        return 0.501 * scale + jnp.abs(low) * 2**-8  # the low end is rounded to bf16's eight significant bits
+
+    def nbytes(self, head_dim):
+        return head_dim // 2 + 4
+
+    def turn(self, x):
+        return x.astype(jnp.float32) @ _hadamard(x.shape[-1]) if self.hadamard else x
+
+
+@functools.lru_cache
+def _hadamard(head_dim: int):
+    if head_dim & (head_dim - 1):
+        raise BadInput(f"a Hadamard rotation needs a head width that is a power of two, not {head_dim}")
+    return (scipy.linalg.hadamard(head_dim) / head_dim**0.5).astype("float32")
+
+
+f32 = Plain("f32", "float32")
+bf16 = Plain("bf16", "bfloat16")
+int8 = Int8("int8")
+int4 = Int4("int4")
+int4h = Int4("int4h", hadamard=True)
+
+CODECS = {codec.name: codec for codec in (f32, bf16, int8, int4, int4h)}

@@ -1,0 +1,108 @@
+"""How much each slot deserves to stay.
+
+A new policy is a frozen dataclass with a `priority`, and a line in `POLICIES`; its fields are its arguments in a spec's text.
+The laws (tests/test_laws.py) draw from `POLICIES`, so they test it with no test written.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+PINNED = 1e30  # above every priority, below that of the token being decoded
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Ranks the slots of a tier: the one with the lowest priority goes first."""
+
+    observes: ClassVar[bool] = False
+    """Whether the policy reads `score`; only then is attention mass collected and stored."""
+
+    def priority(
+        self, pos_BKS: Int[Array, "B K S"], score_BKS: Float[Array, "B K S"] | None, now_B11: Int[Array, "B 1 1"]
+    ) -> Float[Array, "B K S"]:
+        """Higher stays. `pos` is the position held (-1: empty, ignored), `score` the attention mass received so far,
+        `now` the newest position of each row. Slots and newcomers are ranked in one call."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Full(Policy):
+    """Keep everything; the tier must have room for the whole context."""
+
+    def priority(self, pos_BKS, score_BKS, now_B11):
+        return jnp.full(pos_BKS.shape, PINNED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recent(Policy):
+    """Keep the newest positions: a sliding window (Longformer, Beltagy et al. 2020, §3.1)."""
+
+    def priority(self, pos_BKS, score_BKS, now_B11):
+        return pos_BKS.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sink(Policy):
+    """Keep the first positions: attention sinks (StreamingLLM, Xiao et al. 2023, §3.2)."""
+
+    def priority(self, pos_BKS, score_BKS, now_B11):
+        return -pos_BKS.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Heavy(Policy):
+    """Keep the positions with most accumulated attention: heavy hitters (H2O, Zhang et al. 2023, §4.2)."""
+
+    observes: ClassVar[bool] = True
+
+    def priority(self, pos_BKS, score_BKS, now_B11):
+        return score_BKS
+
+
+@dataclasses.dataclass(frozen=True)
+class Random(Policy):
+    """Keep positions by lot: the baseline that every other policy must beat.
+
+    Each (head, position) draws once, so the kept set is a uniform sample of all positions seen and a row does not depend on others.
+    """
+
+    seed: int = 0
+
+    def priority(self, pos_BKS, score_BKS, now_B11):
+        # A 32-bit integer hash (Wellons' lowbias32): a counter-based draw that costs six operations a slot.
+        u32 = jnp.uint32
+        heads_K1 = jnp.arange(pos_BKS.shape[1], dtype=u32)[:, None]
+        x = pos_BKS.astype(u32) ^ (heads_K1 * u32(0x9E3779B9) + u32(self.seed * 0x85EBCA6B & 0xFFFFFFFF))
+        x = (x ^ (x >> 16)) * u32(0x7FEB352D)
+        x = (x ^ (x >> 15)) * u32(0x846CA68B)
+        return (x ^ (x >> 16)).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class NeuroKV(Policy):
+    """Weigh attention mass, recency and being a sink: mass·m/max(m) + recency·pos/now + sink·[pos < sinks] (NeuroKV's position-aware score)."""
+
+    observes: ClassVar[bool] = True
+    mass: float = 0.6
+    recency: float = 0.3
+    sink: float = 0.1
+    sinks: int = 1
+
+    def priority(self, pos_BKS, score_BKS, now_B11):
+        held_BKS = jnp.where(pos_BKS >= 0, score_BKS, 0)
+        mass = held_BKS / jnp.maximum(held_BKS.max(-1, keepdims=True), 1e-30)
+        recency = pos_BKS / jnp.maximum(now_B11, 1)
+        return self.mass * mass + self.recency * recency + self.sink * (pos_BKS < self.sinks)
+
+
+POLICIES: dict[str, type[Policy]] = {
+    "full": Full,
+    "sink": Sink,
+    "recent": Recent,
+    "heavy": Heavy,
+    "random": Random,
+    "neurokv": NeuroKV,
+}

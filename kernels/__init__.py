@@ -1,0 +1,1 @@
+"""Attention over tokens and over slots, fused activations: a reference in jnp behind each signature."""

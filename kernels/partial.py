@@ -1,0 +1,58 @@
+"""Attention over one set of slots, unnormalised, so that results over several sets merge exactly."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+NEVER = -1e30  # the maximum of no logits: finite, so that exp(NEVER - NEVER) is 1 and not NaN
+
+
+class Partial(NamedTuple):
+    """Softmax attention over some slots before division: out = Σ exp(logit - max)·v, sum = Σ exp(logit - max); all float32."""
+
+    out_BTNH: Float[Array, "B T N H"]
+    max_BTN: Float[Array, "B T N"]
+    sum_BTN: Float[Array, "B T N"]
+
+
+def attend(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BKSH: Float[Array, "B K S H"],
+    v_BKSH: Float[Array, "B K S H"],
+    q_pos_BT: Int[Array, "B T"],
+    pos_BKS: Int[Array, "B K S"],
+) -> tuple[Partial, Float[Array, "B K G T S"]]:
+    """Attend from queries to the slots that hold a position at or before theirs; position -1 is an empty slot or a padded query.
+
+    Logits are scaled by 1/sqrt(H). Also returns the unnormalised weights exp(logit - max), from which `mass` is made.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BKSH.shape[1]
+    q_BKGTH = (q_BTNH.astype(jnp.float32) * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    seen_BKTS = (pos_BKS[:, :, None] >= 0) & (pos_BKS[:, :, None] <= q_pos_BT[:, None, :, None])
+    logits = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH.astype(jnp.float32))
+    logits = jnp.where(seen_BKTS[:, :, None], logits, -jnp.inf)
+    max_BKGT = jnp.maximum(logits.max(-1), NEVER)
+    weights = jnp.exp(logits - max_BKGT[..., None])
+    out = jnp.einsum("BKGTS,BKSH->BTKGH", weights, v_BKSH.astype(jnp.float32)).reshape(B, T, N, H)
+    to_BTN = lambda x_BKGT: x_BKGT.transpose(0, 3, 1, 2).reshape(B, T, N)
+    return Partial(out, to_BTN(max_BKGT), to_BTN(weights.sum(-1))), weights
+
+
+def merge(partials: list[Partial]) -> tuple[Float[Array, "B T N H"], list[Float[Array, "B T N"]]]:
+    """Combine partials by log-sum-exp into normalised attention, and the factor that normalises each one's weights.
+
+    A query that sees nothing anywhere gets zeros. (Flash-decoding; FlashAttention-2, Dao 2023, §2.3.)
+    """
+    top = jnp.stack([p.max_BTN for p in partials]).max(0)
+    scales = [jnp.exp(p.max_BTN - top) for p in partials]
+    total = sum(scale * p.sum_BTN for scale, p in zip(scales, partials, strict=True))
+    factors = [scale / jnp.where(total == 0, 1, total) for scale in scales]
+    return sum(f[..., None] * p.out_BTNH for f, p in zip(factors, partials, strict=True)), factors
+
+
+def mass(weights_BKGTS: Float[Array, "B K G T S"], factor_BTN: Float[Array, "B T N"]) -> Float[Array, "B K S"]:
+    """The attention that each slot received from this call's queries, summed over the query heads of its KV head."""
+    B, K, G, T, _ = weights_BKGTS.shape
+    return jnp.einsum("BKGTS,BTKG->BKS", weights_BKGTS, factor_BTN.reshape(B, T, K, G))

@@ -1,0 +1,1 @@
+"""From a corpus to a checkpoint: data, configuration, the loop, checkpoints."""

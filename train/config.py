@@ -1,0 +1,110 @@
+"""What a training run is told, and the named settings that it starts from."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from kvcascade.cache.errors import BadInput
+from kvcascade.model.gpt import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes tokens; the model's `vocab` is the tokeniser's size."""
+
+    source: str = "stdlib"
+    """stdlib, file:PATH, or a Hugging Face data set such as wikitext-2."""
+    tokenizer: str = "bpe"
+    """bpe (trained on the corpus, so a run needs no network), gpt2, or bytes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    steps: int = 1000
+    batch_size: int = 8
+    """Windows per step."""
+    accumulation: int = 1
+    """Microbatches that a step's batch is cut into, to save memory."""
+    learning_rate: float = 2e-3
+    warmup: int = 50
+    """Steps from 0 to the full learning rate."""
+    final: float = 0.1
+    """The last learning rate as a share of the full one."""
+    weight_decay: float = 0.1
+    """On matrices only."""
+    clip: float = 1.0
+    """Largest global norm of a gradient."""
+    evaluate_every: int = 100
+    """Steps between validation losses."""
+    evaluate_windows: int = 32
+    """Windows of the validation text, always the first ones."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+    log_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self):
+        positive = ("steps", "batch_size", "accumulation", "evaluate_every", "evaluate_windows", "checkpoint_every", "log_every")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise BadInput(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.batch_size % self.accumulation:
+            raise BadInput(f"train.accumulation {self.accumulation} must divide train.batch-size {self.batch_size}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run's result depends on."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+
+
+# nano: tests, seconds. toy: the demo, minutes on two cores. small: GPT-2 small's shape.
+PRESETS = {
+    "nano": RunConfig(
+        ModelConfig(layers=2, width=64, heads=4, kv_heads=4, mlp=128, vocab=512, context=128),
+        train=TrainConfig(steps=60, batch_size=8, warmup=10, evaluate_every=20, evaluate_windows=16, checkpoint_every=20),
+    ),
+    "toy": RunConfig(),
+    "small": RunConfig(
+        ModelConfig(layers=12, width=768, heads=12, kv_heads=12, mlp=3072, vocab=50257, context=1024, dtype="bfloat16"),
+        DataConfig("wikitext-103", "gpt2"),
+        TrainConfig(steps=20_000, batch_size=64, accumulation=4, learning_rate=6e-4, warmup=500, evaluate_every=500, checkpoint_every=500),
+    ),
+}
+
+
+def as_json(config: RunConfig) -> str:
+    """The configuration as JSON text, which `from_dict` reads back."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_dict(content: object, source: Path | str) -> RunConfig:
+    """Build a configuration from nested dicts; a missing field keeps its default, an unknown one is BadInput naming `source`."""
+    parts = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+    if not isinstance(content, dict) or not all(isinstance(part, dict) for part in content.values()):
+        raise BadInput(f"{source}: a configuration has the sections {', '.join(parts)}")
+    for name, part in content.items():
+        if name not in parts:
+            raise BadInput(f"{source}: unknown section {name!r}; there are {', '.join(parts)}")
+        known = {field.name: field.type for field in dataclasses.fields(parts[name])}
+        for key, value in part.items():
+            if key not in known:
+                raise BadInput(f"{source}: unknown setting {name}.{key}; there are {', '.join(known)}")
+            wanted = known[key]
+            if not isinstance(value, (int, float) if wanted is float else wanted) or isinstance(value, bool):
+                raise BadInput(f"{source}: {name}.{key} must be {wanted.__name__}, not {value!r}")
+    return RunConfig(**{name: cls(**content.get(name, {})) for name, cls in parts.items()})
+
+
+def differences(a: RunConfig, b: RunConfig) -> list[str]:
+    """The settings in which two configurations differ, as `model.kv_heads: 8 and 2`."""
+    found = []
+    for part in ("model", "data", "train"):
+        left, right = dataclasses.asdict(getattr(a, part)), dataclasses.asdict(getattr(b, part))
+        found += [f"{part}.{key}: {left[key]} and {right[key]}" for key in left if left[key] != right[key]]
+    return found

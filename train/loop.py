@@ -1,0 +1,229 @@
+"""The training loop: AdamW over batches that are a function of (seed, step)."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, Integer
+
+from kvcascade.cache.errors import BadInput
+from kvcascade.model import gpt
+from kvcascade.train import data
+from kvcascade.train.checkpoint import Checkpoints, State, read_log
+from kvcascade.train.config import RunConfig, TrainConfig
+
+
+class Interrupted(Exception):
+    """Training was asked to stop and did, with everything saved; `signal` says by what."""
+
+    def __init__(self, number: int, step: int, path: Path):
+        super().__init__(f"stopped at step {step} and saved; go on with: kvcascade train --run {path} --resume")
+        self.signal = number
+
+
+class Diverged(Exception):
+    """The loss stopped being a number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Tokens to learn from and to validate on, and the bytes that each token stands for."""
+
+    train: Integer[np.ndarray, " T"]
+    validation: Integer[np.ndarray, " T"]
+    token_bytes: Integer[np.ndarray, " V"]
+
+
+def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW (Loshchilov & Hutter 2019) with warm-up, cosine decay, and weight decay on matrices only."""
+    schedule = learning_rate(config)
+    matrices = lambda params: jax.tree.map(lambda x: x.ndim >= 2, params)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=config.weight_decay, mask=matrices),
+    )
+
+
+def learning_rate(config: TrainConfig) -> optax.Schedule:
+    """From 0 linearly to the full rate in `warmup` steps, then by a cosine to `final` of it at the last step."""
+    warmup = min(config.warmup, config.steps - 1)
+    rate = config.learning_rate
+    return optax.warmup_cosine_decay_schedule(0.0, rate, warmup, config.steps, rate * config.final)
+
+
+def initial_state(config: RunConfig, params: gpt.Params) -> State:
+    """A fresh optimiser around parameters."""
+    return {"params": params, "optimizer": optimizer(config.train).init(params)}
+
+
+def nll(config: gpt.ModelConfig, params: gpt.Params, rows_BT: Int[Array, "B T+1"], dropout_key=None) -> Float[Array, "B T"]:
+    """The negative log-likelihood in nats of each token of the rows but the first, without a cache."""
+    logits_BTV, _ = gpt.apply(config, params, rows_BT[:, :-1], dropout_key=dropout_key)
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV.astype(jnp.float32), rows_BT[:, 1:])
+
+
+def data_mesh() -> jax.sharding.Mesh:
+    """All local devices in a row, each with a share of the batch."""
+    return jax.make_mesh((jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def make_step(config: RunConfig, mesh: jax.sharding.Mesh) -> Callable[..., tuple[State, dict[str, Array]]]:
+    """Compile one step: `(state, step, rows_BT) -> (state, {loss, gradient_norm})`, state donated, the batch split over the mesh."""
+    transform = optimizer(config.train)
+    replicated, by_row = PartitionSpec(), PartitionSpec("data")
+    if config.train.batch_size % (mesh.size * config.train.accumulation):
+        raise BadInput(
+            f"train.batch-size {config.train.batch_size} must be a multiple of {mesh.size} devices x {config.train.accumulation} microbatches"
+        )
+
+    def loss(params, rows_BT, ids_B, key):
+        # The ids are the rows' places in the whole batch, so each microbatch of each device drops out differently.
+        key = jax.random.fold_in(key, ids_B[0]) if config.model.dropout else None
+        return nll(config.model, params, rows_BT, key).mean()
+
+    microbatch_size = config.train.batch_size // mesh.size // config.train.accumulation
+    gradient = optax.microbatch(
+        jax.value_and_grad(loss), argnums=(1, 2), microbatch_size=microbatch_size if config.train.accumulation > 1 else None,
+        accumulator=optax.microbatching.AccumulationType.MEAN,
+    )  # fmt: skip
+
+    def local(params, rows_BT, ids_B, key):
+        return jax.lax.pmean(gradient(params, rows_BT, ids_B, key), "data")
+
+    # check_vma off: gradients stay local until the one pmean above.
+    shared = jax.shard_map(local, mesh=mesh, in_specs=(replicated, by_row, by_row, replicated), out_specs=replicated, check_vma=False)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: State, number, rows_BT) -> tuple[State, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(config.train.seed), number)
+        value, gradients = shared(state["params"], rows_BT, jnp.arange(rows_BT.shape[0]), key)
+        updates, optimizer_state = transform.update(gradients, state["optimizer"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        return {"params": params, "optimizer": optimizer_state}, {"loss": value, "gradient_norm": optax.global_norm(gradients)}
+
+    return step
+
+
+def validate(config: RunConfig, corpus: Corpus, compiled, params: gpt.Params) -> dict[str, float]:
+    """Loss on the first windows of the validation text: mean in nats per token, its standard error over windows, bits per byte."""
+    size, rows = config.train.batch_size, _validation_rows(config, corpus)
+    per_row = np.concatenate([np.asarray(compiled(params, rows[i : i + size])) for i in range(0, len(rows), size)])
+    spread = per_row.std(ddof=1) / math.sqrt(len(per_row)) if len(per_row) > 1 else 0.0
+    bits = per_row.mean() * rows[:, 1:].size / math.log(2)
+    return {
+        "validation_loss": float(per_row.mean()),
+        "validation_stderr": float(spread),
+        "validation_bits_per_byte": float(bits / corpus.token_bytes[rows[:, 1:]].sum()),
+    }
+
+
+def _validation_rows(config: RunConfig, corpus: Corpus):
+    return data.windows(corpus.validation, config.model.context + 1, config.train.evaluate_windows)
+
+
+def fit(
+    path: Path, config: RunConfig, corpus: Corpus, state: State, report: Callable[[int, dict], None], mesh: jax.sharding.Mesh | None = None
+) -> State:
+    """Train from the run's newest checkpoint, or from `state` at step 0, to the last step, saving into `path` on the way.
+
+    Calls `report(step, line)` with each line of log.jsonl. Raises Interrupted after SIGINT or SIGTERM with the step saved, Diverged if the
+    loss is no number, BadInput if a checkpoint cannot be written or read.
+    """
+    mesh = mesh or data_mesh()
+    rows_on = NamedSharding(mesh, PartitionSpec("data"))
+    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+    step = make_step(config, mesh)
+    compiled_nll = jax.jit(lambda params, rows: nll(config.model, params, rows).mean(-1))
+    schedule = learning_rate(config.train)
+    _validation_rows(config, corpus)  # too short a text is told before an hour of training, not after
+    checkpoints = Checkpoints(path)
+    try:
+        done = max(checkpoints.steps(), default=0)
+        if done:
+            state = checkpoints.load(done, jax.tree.map(ocp_abstract, state))
+        elapsed = _cut_log(path, done)
+        start, last_time, last_step = time.monotonic() - elapsed, time.monotonic(), done
+        with (path / "log.jsonl").open("a") as log, _stop_requests() as stop:
+
+            def tell(number: int, line: dict) -> None:
+                line = {"step": number, **line, "seconds": round(time.monotonic() - start, 2)}
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                report(number, line)
+
+            for number in range(done, config.train.steps):
+                rows = data.batch(corpus.train, config.train.seed, number, config.train.batch_size, config.model.context)
+                state, metrics = step(state, number, jax.device_put(rows, rows_on))
+                now = number + 1
+                last = now == config.train.steps
+                # The loss is looked at on every step, so that no state with a NaN in it is ever saved.
+                if not math.isfinite(loss := float(metrics["loss"])):
+                    raise Diverged(_divergence(loss, now, checkpoints))
+                if now % config.train.log_every == 0 or last:
+                    rate = (now - last_step) * rows[:, 1:].size / (time.monotonic() - last_time)
+                    tell(now, {
+                        "loss": loss, "gradient_norm": float(metrics["gradient_norm"]),
+                        "learning_rate": float(schedule(number)), "tokens": now * rows[:, 1:].size, "tokens_per_second": round(rate, 1),
+                    })  # fmt: skip
+                    last_time, last_step = time.monotonic(), now
+                validation = {}
+                if now % config.train.evaluate_every == 0 or last:
+                    paused = time.monotonic()
+                    tell(now, validation := validate(config, corpus, compiled_nll, state["params"]))
+                    last_time += time.monotonic() - paused  # tokens per second are of training alone
+                if now % config.train.checkpoint_every == 0 or last or stop:
+                    checkpoints.save(now, state, validation.get("validation_loss"))
+                if stop and not last:
+                    checkpoints.wait()
+                    raise Interrupted(stop[0], now, path)
+        return state
+    finally:
+        checkpoints.close()
+
+
+def ocp_abstract(x: Array) -> jax.ShapeDtypeStruct:
+    """The shape, type and placement that a checkpoint is read into."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def _divergence(loss: float, step: int, checkpoints: Checkpoints) -> str:
+    checkpoints.wait()
+    steps = checkpoints.steps()
+    good = f"the last good checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
+    return f"the loss is {loss} at step {step}; {good} in {checkpoints.path}; try a lower --train.learning-rate"
+
+
+def _cut_log(path: Path, done: int) -> float:
+    """Drop the lines after the step that training goes on from; return the seconds that the kept ones took."""
+    lines = [line for line in read_log(path) if line["step"] <= done]
+    from kvcascade.model.tokenizer import write_whole
+
+    write_whole(path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    return lines[-1]["seconds"] if lines else 0.0
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """A list that SIGINT and SIGTERM put their number into while this runs."""
+    asked: list[int] = []
+    try:
+        before = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: whoever started it deals with signals
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
