@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kvcascade.cache.errors import BadInput
+from kvcascade.cache.policy import Full
 from kvcascade.cache.tier import Entry, Slots, Tier, empty, take_in
 from kvcascade.kernels import partial
 
@@ -18,7 +20,14 @@ class Cascade:
     tiers: tuple[Tier, ...]
 
     def __init__(self, *tiers: Tier):
+        if not tiers:
+            raise BadInput("a cascade needs at least one tier")
+        if any(isinstance(tier.policy, Full) for tier in tiers[:-1]):
+            raise BadInput("nothing passes a full tier, so it must be the last")
         object.__setattr__(self, "tiers", tiers)
+
+    def __str__(self) -> str:
+        return " | ".join(map(str, self.tiers))
 
     def scored(self, index: int) -> bool:
         """Whether a tier keeps scores: when it or a tier below reads them, since a token carries its score down."""
@@ -93,7 +102,9 @@ class LayerCache:
         for tier, slots in zip(self.cascade.tiers, self.slots, strict=True):
             codec = tier.codec
             # A rotated codec turns the query and the output instead of un-rotating every stored vector.
-            part, w = partial.attend(codec.turn(q_BTNH), codec.read(slots.k), codec.read(slots.v), positions_BT, slots.pos_BKS)
+            part, w = partial.attend(
+                codec.turn(q_BTNH), codec.read(slots.k), codec.read(slots.v), positions_BT, slots.pos_BKS
+            )
             partials.append(part._replace(out_BTNH=codec.turn(part.out_BTNH)))
             weights.append(w)
         if entry is not None:

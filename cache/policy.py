@@ -82,7 +82,7 @@ class Random(Policy):
 
 
 @dataclasses.dataclass(frozen=True)
-class NeuroKV(Policy):
+class PositionAware(Policy):
     """Weigh attention mass, recency and being a sink: mass·m/max(m) + recency·pos/now + sink·[pos < sinks] (NeuroKV's position-aware score)."""
 
     observes: ClassVar[bool] = True
@@ -98,11 +98,19 @@ class NeuroKV(Policy):
         return self.mass * mass + self.recency * recency + self.sink * (pos_BKS < self.sinks)
 
 
+def text(policy: Policy) -> str:
+    """A policy as it is written in a spec: its name, and its arguments where they differ from the defaults."""
+    name = next(name for name, cls in POLICIES.items() if cls is type(policy))
+    fields = [f for f in dataclasses.fields(policy) if getattr(policy, f.name) != f.default]
+    arguments = ",".join(f"{f.name}={getattr(policy, f.name)!r}" for f in fields)
+    return f"{name}[{arguments}]" if arguments else name
+
+
 POLICIES: dict[str, type[Policy]] = {
     "full": Full,
     "sink": Sink,
     "recent": Recent,
     "heavy": Heavy,
     "random": Random,
-    "neurokv": NeuroKV,
+    "position-aware": PositionAware,
 }

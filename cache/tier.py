@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from kvcascade.cache.codec import Codec, Stored, bf16
 from kvcascade.cache.errors import BadInput
-from kvcascade.cache.policy import Full, Heavy, NeuroKV, Policy, Random, Recent, Sink
+from kvcascade.cache.policy import Full, Heavy, Policy, PositionAware, Random, Recent, Sink, text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Tier:
                 raise BadInput(f"{self.count!r} is not a share of the context between 0% and 100%")
         elif self.count < 1:
             raise BadInput(f"a tier needs at least 1 slot, not {self.count}")
+        if isinstance(self.policy, Full) and self.count != "100%":
+            raise BadInput("full keeps the whole context and takes no number of slots")
 
     def slots(self, context: int) -> int:
         """Slots per KV head for a context of so many tokens; a share is rounded, to at least one."""
@@ -38,13 +40,17 @@ class Tier:
         """Predicted bytes per row, layer and KV head: codes and scales of K and V, an int32 position, a float32 score if kept."""
         return self.slots(context) * (2 * self.codec.nbytes(head_dim) + 4 + 4 * scored)
 
+    def __str__(self) -> str:
+        count = "" if isinstance(self.policy, Full) else f" {self.count}"
+        return text(self.policy) + count + ("" if self.codec == bf16 else f"@{self.codec.name}")
+
 
 full = Tier(Full(), "100%")
 sink = functools.partial(Tier, Sink())
 recent = functools.partial(Tier, Recent())
 heavy = functools.partial(Tier, Heavy())
 random = functools.partial(Tier, Random())
-neurokv = functools.partial(Tier, NeuroKV())
+position_aware = functools.partial(Tier, PositionAware())
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "pos_BKT", "score_BKT"], meta_fields=[])
@@ -76,7 +82,9 @@ def empty(tier: Tier, batch: int, kv_heads: int, head_dim: int, context: int, sc
     return Slots(encode(), encode(), jnp.full(shape, -1, jnp.int32), jnp.zeros(shape) if scored else None)
 
 
-def take_in(tier: Tier, slots: Slots, entry: Entry, now_B11: Int[Array, "B 1 1"], keep_now: bool) -> tuple[Slots, Entry]:
+def take_in(
+    tier: Tier, slots: Slots, entry: Entry, now_B11: Int[Array, "B 1 1"], keep_now: bool
+) -> tuple[Slots, Entry]:
     """Offer T tokens to a tier; return its slots after it kept the S best of S + T, and the T tokens that it did not keep.
 
     The i-th worst slot is exchanged for the i-th best newcomer while the newcomer's priority is higher: an empty slot always loses,
@@ -108,7 +116,9 @@ def take_in(tier: Tier, slots: Slots, entry: Entry, now_B11: Int[Array, "B 1 1"]
     k, left_k = exchange(slots.k, entry.k, tier.codec.encode, tier.codec.decode)
     v, left_v = exchange(slots.v, entry.v, tier.codec.encode, tier.codec.decode)
     pos, left_pos = exchange(slots.pos_BKS, entry.pos_BKT)
-    score, left_score = (None, entry.score_BKT) if slots.score_BKS is None else exchange(slots.score_BKS, entry.score_BKT)
+    score, left_score = (
+        (None, entry.score_BKT) if slots.score_BKS is None else exchange(slots.score_BKS, entry.score_BKT)
+    )
     return Slots(k, v, pos, score), Entry(left_k, left_v, left_pos, left_score)
 
 

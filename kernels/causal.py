@@ -42,7 +42,9 @@ def _row_forward(qkv):
         top = logits.max(-1, keepdims=True)
         weights = jnp.exp(logits - top)
         total = weights.sum(-1, keepdims=True)
-        out = jnp.einsum("KGTS,KSH->KGTH", weights.astype(v_KTH.dtype), v_KTH[:, :stop], preferred_element_type=jnp.float32)
+        out = jnp.einsum(
+            "KGTS,KSH->KGTH", weights.astype(v_KTH.dtype), v_KTH[:, :stop], preferred_element_type=jnp.float32
+        )
         outs.append(out / total)
         lses.append(top + jnp.log(total))
     return jnp.concatenate(outs, 2), jnp.concatenate(lses, 2)
@@ -55,7 +57,9 @@ def _row_backward(residuals):
     for start, stop in _blocks(q_KGTH.shape[2]):
         q, dout = q_KGTH[:, :, start:stop], dout_KGTH[:, :, start:stop]
         weights = jnp.exp(_logits(q_KGTH, k_KTH, start, stop) - lse_KGT1[:, :, start:stop])
-        dweights = jnp.einsum("KGTH,KSH->KGTS", dout.astype(v_KTH.dtype), v_KTH[:, :stop], preferred_element_type=jnp.float32)
+        dweights = jnp.einsum(
+            "KGTH,KSH->KGTS", dout.astype(v_KTH.dtype), v_KTH[:, :stop], preferred_element_type=jnp.float32
+        )
         dlogits = (weights * (dweights - delta[:, :, start:stop])).astype(q.dtype)
         dv = dv.at[:, :stop].add(jnp.einsum("KGTS,KGTH->KSH", weights, dout))
         dk = dk.at[:, :stop].add(jnp.einsum("KGTS,KGTH->KSH", dlogits, q, preferred_element_type=jnp.float32))

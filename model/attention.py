@@ -1,5 +1,6 @@
 """Self-attention with `kv_heads` as the one dial from MHA (K = N) over GQA to MQA (K = 1)."""
 
+import functools
 
 import jax.numpy as jnp
 from flax import nnx
@@ -21,14 +22,23 @@ def rope(x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], base:
 class Attention(nnx.Module):
     """Projections, RoPE, and attention over this call's tokens or through one layer of a cache."""
 
-    def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int, rope_base: float, dtype: str, out_init, rngs: nnx.Rngs):
-        def linear(inputs: int, outputs: int, init=nnx.initializers.normal(0.02)):
-            return nnx.Linear(inputs, outputs, use_bias=False, dtype=jnp.dtype(dtype), kernel_init=init, rngs=rngs)
-
-        self.q = linear(width, heads * head_dim)
-        self.k = linear(width, kv_heads * head_dim)
-        self.v = linear(width, kv_heads * head_dim)
-        self.o = linear(heads * head_dim, width, out_init)
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        rope_base: float,
+        dtype: str,
+        out_init,
+        rngs: nnx.Rngs,
+    ):
+        linear = functools.partial(nnx.Linear, use_bias=False, dtype=jnp.dtype(dtype), rngs=rngs)
+        init = nnx.initializers.normal(0.02)
+        self.q = linear(width, heads * head_dim, kernel_init=init)
+        self.k = linear(width, kv_heads * head_dim, kernel_init=init)
+        self.v = linear(width, kv_heads * head_dim, kernel_init=init)
+        self.o = linear(heads * head_dim, width, kernel_init=out_init)
         self.head_dim = head_dim
         self.rope_base = rope_base
 
@@ -44,5 +54,3 @@ class Attention(nnx.Module):
         else:
             out_BTNH, cache = cache.step(q_BTNH, k_BTKH, v_BTKH, positions_BT)
         return self.o(out_BTNH.reshape(B, T, -1)), cache
-
-

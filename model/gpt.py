@@ -94,7 +94,11 @@ class GPT(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.embed = nnx.Embed(
-            config.vocab, config.width, dtype=jnp.dtype(config.dtype), embedding_init=nnx.initializers.normal(0.02), rngs=rngs
+            config.vocab,
+            config.width,
+            dtype=jnp.dtype(config.dtype),
+            embedding_init=nnx.initializers.normal(0.02),
+            rngs=rngs,
         )
         self.layers = nnx.List([Block(config, rngs) for _ in range(config.layers)])
         self.norm = nnx.RMSNorm(config.width, dtype=jnp.float32, rngs=rngs)

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import logging
-import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from jaxtyping import Int32
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from kvcascade.cache.errors import BadInput
+from kvcascade.cache.files import write_whole
 
 NAMES = ("bytes", "bpe", "gpt2")
 
@@ -128,17 +128,6 @@ def token_bytes(encoding: tiktoken.Encoding) -> Int32[np.ndarray, " V"]:
     for token, rank in encoding._mergeable_ranks.items():
         lengths[rank] = len(token)
     return lengths
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name and rename it, so that nobody ever finds half of it; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def keep(path: Path, content: bytes) -> None:

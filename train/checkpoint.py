@@ -12,6 +12,7 @@ import tiktoken
 from orbax.checkpoint import v1 as ocp
 
 from kvcascade.cache.errors import BadInput
+from kvcascade.cache.files import write_whole
 from kvcascade.model import gpt, tokenizer
 from kvcascade.train import config as configs
 from kvcascade.train.config import RunConfig
@@ -38,18 +39,26 @@ def create(path: Path, config: RunConfig, encoding: tiktoken.Encoding) -> None:
     if (path / "config.json").exists():
         raise BadInput(f"{path} holds a run already; go on with it by --resume, or name another --run")
     tokenizer.save(encoding, path / "tokenizer.json")
-    tokenizer.write_whole(path / "config.json", configs.as_json(config).encode())
+    content = configs.as_dict(config) | {"tokenizer": tokenizer.fingerprint(encoding)}
+    write_whole(path / "config.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
-def read_config(path: Path) -> RunConfig:
-    """Read a run's configuration; BadInput if the folder holds no run."""
+def open_run(path: Path) -> tuple[RunConfig, tiktoken.Encoding]:
+    """Read a run's configuration and tokeniser; BadInput if the folder holds no run, or its tokeniser is not the one it was trained with."""
     file = path / "config.json"
     try:
-        return configs.from_dict(json.loads(file.read_text()), file)
+        content = json.loads(file.read_text())
+        trained_with = content.pop("tokenizer")
     except FileNotFoundError:
         raise BadInput(f"{path} holds no run: there is no config.json in it") from None
-    except (OSError, json.JSONDecodeError) as error:
-        raise BadInput(f"{file} cannot be read: {error}") from error
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise BadInput(
+            f"{file} is not a run's configuration, or is damaged ({type(error).__name__}: {error})"
+        ) from error
+    encoding = tokenizer.load(path / "tokenizer.json")
+    if tokenizer.fingerprint(encoding) != trained_with:
+        raise BadInput(f"{path} was trained with another tokenizer than the one in its tokenizer.json")
+    return configs.from_dict(content, file), encoding
 
 
 def read_log(path: Path) -> list[dict]:
@@ -69,7 +78,12 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step of a save
         self.path = path / "checkpoints"
         policies = ocp.training.preservation_policies
-        keep = [policies.LatestN(2), policies.BestN(get_metric_fn=lambda m: m["validation_loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False)]
+        keep = [
+            policies.LatestN(2),
+            policies.BestN(
+                get_metric_fn=lambda m: m["validation_loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False
+            ),
+        ]
         self.checkpointer = ocp.training.Checkpointer(
             self.path.resolve(), preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
         )
@@ -125,7 +139,9 @@ class Checkpoints:
     def _failed(self, error: Exception) -> BadInput:
         text = str(error)
         full = "No space left" in text or "Errno 28" in text
-        reason = "the disk is full" if full else text.strip().splitlines()[0][:160] if text.strip() else type(error).__name__
+        reason = (
+            "the disk is full" if full else text.strip().splitlines()[0][:160] if text.strip() else type(error).__name__
+        )
         kept = self.steps()
         safe = f"the checkpoint of step {kept[-1]} is safe" if kept else "no checkpoint was written yet"
         return BadInput(f"cannot save to {self.path}: {reason}; {safe}")
@@ -133,12 +149,7 @@ class Checkpoints:
 
 def load_run(path: Path, which: str = BEST) -> Run:
     """Load a run's model from its best checkpoint (by validation loss) or its latest; BadInput if anything is missing or damaged."""
-    config = read_config(path)
-    encoding = tokenizer.load(path / "tokenizer.json")
-    if encoding.n_vocab != config.model.vocab:
-        raise BadInput(
-            f"{path} was trained with a tokenizer of {config.model.vocab} tokens, but its tokenizer.json has {encoding.n_vocab}"
-        )
+    config, encoding = open_run(path)
     if not (path / "checkpoints").is_dir():
         raise BadInput(f"{path} holds no checkpoint yet")
     checkpoints = Checkpoints(path)

@@ -1,8 +1,11 @@
 """What a training run is told, and the named settings that it starts from."""
 
 import dataclasses
-import json
+import difflib
+import typing
 from pathlib import Path
+
+import yaml
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.model.gpt import ModelConfig
@@ -46,7 +49,15 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        positive = ("steps", "batch_size", "accumulation", "evaluate_every", "evaluate_windows", "checkpoint_every", "log_every")
+        positive = (
+            "steps",
+            "batch_size",
+            "accumulation",
+            "evaluate_every",
+            "evaluate_windows",
+            "checkpoint_every",
+            "log_every",
+        )
         for name in positive:
             if getattr(self, name) < 1:
                 raise BadInput(f"train.{name} is {getattr(self, name)}; it must be at least 1")
@@ -67,20 +78,30 @@ class RunConfig:
 PRESETS = {
     "nano": RunConfig(
         ModelConfig(layers=2, width=64, heads=4, kv_heads=4, mlp=128, vocab=512, context=128),
-        train=TrainConfig(steps=60, batch_size=8, warmup=10, evaluate_every=20, evaluate_windows=16, checkpoint_every=20),
+        train=TrainConfig(
+            steps=60, batch_size=8, warmup=10, evaluate_every=20, evaluate_windows=16, checkpoint_every=20
+        ),
     ),
     "toy": RunConfig(),
     "small": RunConfig(
         ModelConfig(layers=12, width=768, heads=12, kv_heads=12, mlp=3072, vocab=50257, context=1024, dtype="bfloat16"),
         DataConfig("wikitext-103", "gpt2"),
-        TrainConfig(steps=20_000, batch_size=64, accumulation=4, learning_rate=6e-4, warmup=500, evaluate_every=500, checkpoint_every=500),
+        TrainConfig(
+            steps=20_000,
+            batch_size=64,
+            accumulation=4,
+            learning_rate=6e-4,
+            warmup=500,
+            evaluate_every=500,
+            checkpoint_every=500,
+        ),
     ),
 }
 
 
-def as_json(config: RunConfig) -> str:
-    """The configuration as JSON text, which `from_dict` reads back."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+def as_dict(config: RunConfig) -> dict[str, dict]:
+    """The configuration as nested dicts, which `from_dict` reads back."""
+    return dataclasses.asdict(config)
 
 
 def from_dict(content: object, source: Path | str) -> RunConfig:
@@ -91,7 +112,7 @@ def from_dict(content: object, source: Path | str) -> RunConfig:
     for name, part in content.items():
         if name not in parts:
             raise BadInput(f"{source}: unknown section {name!r}; there are {', '.join(parts)}")
-        known = {field.name: field.type for field in dataclasses.fields(parts[name])}
+        known = typing.get_type_hints(parts[name])
         for key, value in part.items():
             if key not in known:
                 raise BadInput(f"{source}: unknown setting {name}.{key}; there are {', '.join(known)}")
@@ -99,6 +120,23 @@ def from_dict(content: object, source: Path | str) -> RunConfig:
             if not isinstance(value, (int, float) if wanted is float else wanted) or isinstance(value, bool):
                 raise BadInput(f"{source}: {name}.{key} must be {wanted.__name__}, not {value!r}")
     return RunConfig(**{name: cls(**content.get(name, {})) for name, cls in parts.items()})
+
+
+def load(name: str) -> RunConfig:
+    """A preset by name, or a YAML file with the sections model, data and train; BadInput if it is neither."""
+    if name in PRESETS:
+        return PRESETS[name]
+    file = Path(name)
+    if file.suffix in (".yaml", ".yml"):
+        try:
+            return from_dict(yaml.safe_load(file.read_text()) or {}, file)
+        except OSError as error:
+            raise BadInput(f"{name}: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise BadInput(f"{name} is not YAML: {' '.join(str(error).split())}") from error
+    close = difflib.get_close_matches(name, PRESETS, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(PRESETS)}, or FILE.yaml"
+    raise BadInput(f"no preset {name!r}{hint}")
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:

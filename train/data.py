@@ -60,8 +60,17 @@ def load(source: str) -> Text:
     if source == "stdlib":
         return _load_stdlib()
     if source.startswith("file:"):
-        return _load_file(source)
+        return _split(source, _file_rows(source))
     return _load_hub(source)
+
+
+def unseen(source: str) -> datasets.Dataset:
+    """Load text to evaluate on that nothing was trained on: all of a file as one document, else the validation split."""
+    if not source.startswith("file:"):
+        return load(source).validation
+    return datasets.Dataset.from_dict(
+        {"text": ["\n".join(text.removesuffix("\n") for text in _file_rows(source)["text"][:])]}
+    )
 
 
 def encoding_for(text: Text, name: str, vocab: int) -> tiktoken.Encoding:
@@ -88,11 +97,24 @@ def tokenize(dataset: datasets.Dataset, encoding: tiktoken.Encoding) -> Integer[
     raw = _read(path)
     if raw is None:
         lines = (text if text.endswith("\n") else text + "\n" for text in texts)
-        parts = (line[i : i + LONGEST] for line in lines for i in range(0, len(line), LONGEST))
+        parts = (part for line in lines for part in _parts(line))
         pieces = [encoding.encode_to_numpy(part, disallowed_special=()).astype(dtype) for part in parts]
         raw = np.concatenate([np.empty(0, dtype), *pieces]).tobytes()
         tokenizer.keep(path, hashlib.sha256(raw).digest() + raw)
     return np.frombuffer(raw, dtype)
+
+
+def _parts(text: str) -> Iterator[str]:
+    """The text in parts of at most LONGEST characters, cut where a line starts with a letter: no token spans that place."""
+    start = 0
+    while len(text) - start > LONGEST:
+        end = text.rfind("\n", start, start + LONGEST)
+        while end > start and not text[end + 1].isalpha():
+            end = text.rfind("\n", start, end)
+        end = end + 1 if end > start else start + LONGEST
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def windows(tokens: Integer[np.ndarray, " T"], context: int, count: int) -> Int32[np.ndarray, "{count} {context}"]:
@@ -190,7 +212,7 @@ def _language_reference() -> dict[str, str]:
     return kept
 
 
-def _load_file(source: str) -> Text:
+def _file_rows(source: str) -> datasets.Dataset:
     path = Path(source.removeprefix("file:")).expanduser()
     if not path.is_file():
         raise BadInput(f"{source}: there is no such file")
@@ -202,7 +224,7 @@ def _load_file(source: str) -> Text:
             with tempfile.TemporaryDirectory() as folder:
                 files = {"train": str(path)}
                 rows = datasets.load_dataset(builder, data_files=files, cache_dir=folder, keep_in_memory=True)["train"]
-            return _split(source, rows)
+            return _texts(source, rows)
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise BadInput(f"{source}: not a text in UTF-8 (byte {error.start})") from error
@@ -216,7 +238,7 @@ def _load_file(source: str) -> Text:
         if len(documents[-1]) >= DOCUMENT:
             documents.append("")
         documents[-1] += paragraph
-    return _split(source, datasets.Dataset.from_dict({"text": documents}))
+    return datasets.Dataset.from_dict({"text": documents})
 
 
 def _load_hub(source: str) -> Text:

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Integer
 
 from kvcascade.cache.errors import BadInput
+from kvcascade.cache.files import write_whole
 from kvcascade.model import gpt
 from kvcascade.train import data
 from kvcascade.train.checkpoint import Checkpoints, State, read_log
@@ -67,7 +68,9 @@ def initial_state(config: RunConfig, params: gpt.Params) -> State:
     return {"params": params, "optimizer": optimizer(config.train).init(params)}
 
 
-def nll(config: gpt.ModelConfig, params: gpt.Params, rows_BT: Int[Array, "B T+1"], dropout_key=None) -> Float[Array, "B T"]:
+def nll(
+    config: gpt.ModelConfig, params: gpt.Params, rows_BT: Int[Array, "B T+1"], dropout_key=None
+) -> Float[Array, "B T"]:
     """The negative log-likelihood in nats of each token of the rows but the first, without a cache."""
     logits_BTV, _ = gpt.apply(config, params, rows_BT[:, :-1], dropout_key=dropout_key)
     return optax.softmax_cross_entropy_with_integer_labels(logits_BTV.astype(jnp.float32), rows_BT[:, 1:])
@@ -102,7 +105,9 @@ def make_step(config: RunConfig, mesh: jax.sharding.Mesh) -> Callable[..., tuple
         return jax.lax.pmean(gradient(params, rows_BT, ids_B, key), "data")
 
     # check_vma off: gradients stay local until the one pmean above.
-    shared = jax.shard_map(local, mesh=mesh, in_specs=(replicated, by_row, by_row, replicated), out_specs=replicated, check_vma=False)
+    shared = jax.shard_map(
+        local, mesh=mesh, in_specs=(replicated, by_row, by_row, replicated), out_specs=replicated, check_vma=False
+    )
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: State, number, rows_BT) -> tuple[State, dict[str, Array]]:
@@ -110,7 +115,10 @@ def make_step(config: RunConfig, mesh: jax.sharding.Mesh) -> Callable[..., tuple
         value, gradients = shared(state["params"], rows_BT, jnp.arange(rows_BT.shape[0]), key)
         updates, optimizer_state = transform.update(gradients, state["optimizer"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        return {"params": params, "optimizer": optimizer_state}, {"loss": value, "gradient_norm": optax.global_norm(gradients)}
+        return {"params": params, "optimizer": optimizer_state}, {
+            "loss": value,
+            "gradient_norm": optax.global_norm(gradients),
+        }
 
     return step
 
@@ -133,7 +141,12 @@ def _validation_rows(config: RunConfig, corpus: Corpus):
 
 
 def fit(
-    path: Path, config: RunConfig, corpus: Corpus, state: State, report: Callable[[int, dict], None], mesh: jax.sharding.Mesh | None = None
+    path: Path,
+    config: RunConfig,
+    corpus: Corpus,
+    state: State,
+    report: Callable[[int, dict], None],
+    mesh: jax.sharding.Mesh | None = None,
 ) -> State:
     """Train from the run's newest checkpoint, or from `state` at step 0, to the last step, saving into `path` on the way.
 
@@ -149,9 +162,11 @@ def fit(
     _validation_rows(config, corpus)  # too short a text is told before an hour of training, not after
     checkpoints = Checkpoints(path)
     try:
-        done = max(checkpoints.steps(), default=0)
-        if done:
-            state = checkpoints.load(done, jax.tree.map(ocp_abstract, state))
+        done = max(checkpoints.steps(), default=None)
+        if done is None:
+            done = 0
+        else:
+            state = checkpoints.load(done, jax.tree.map(_abstract, state))
         elapsed = _cut_log(path, done)
         start, last_time, last_step = time.monotonic() - elapsed, time.monotonic(), done
         with (path / "log.jsonl").open("a") as log, _stop_requests() as stop:
@@ -163,7 +178,9 @@ def fit(
                 report(number, line)
 
             for number in range(done, config.train.steps):
-                rows = data.batch(corpus.train, config.train.seed, number, config.train.batch_size, config.model.context)
+                rows = data.batch(
+                    corpus.train, config.train.seed, number, config.train.batch_size, config.model.context
+                )
                 state, metrics = step(state, number, jax.device_put(rows, rows_on))
                 now = number + 1
                 last = now == config.train.steps
@@ -192,7 +209,7 @@ def fit(
         checkpoints.close()
 
 
-def ocp_abstract(x: Array) -> jax.ShapeDtypeStruct:
+def _abstract(x: Array) -> jax.ShapeDtypeStruct:
     """The shape, type and placement that a checkpoint is read into."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
@@ -207,8 +224,6 @@ def _divergence(loss: float, step: int, checkpoints: Checkpoints) -> str:
 def _cut_log(path: Path, done: int) -> float:
     """Drop the lines after the step that training goes on from; return the seconds that the kept ones took."""
     lines = [line for line in read_log(path) if line["step"] <= done]
-    from kvcascade.model.tokenizer import write_whole
-
     write_whole(path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     return lines[-1]["seconds"] if lines else 0.0
 

@@ -1,0 +1,168 @@
+"""Any cache in one line: the text of a spec, its parser, and the names for often-used lines.
+
+    full                                    everything, bf16
+    full@int4                               everything, four bits
+    sink 4 | recent 124                     StreamingLLM
+    random[seed=1] 25%                      a quarter of the context, by lot
+    layers[0:2]: full ; layers[2:]: sink 4 | recent 60
+
+`|` is the cascade, `POLICY[ARGUMENT=VALUE,...] COUNT[@CODEC]` a tier. COUNT is slots per KV head, or a share of the context.
+"""
+
+import dataclasses
+import difflib
+import re
+
+from kvcascade.cache.cascade import Cache, Cascade
+from kvcascade.cache.codec import CODECS, Codec, bf16
+from kvcascade.cache.errors import BadInput
+from kvcascade.cache.policy import POLICIES, Full, Policy
+from kvcascade.cache.tier import Tier
+
+PRESETS = {
+    "streaming": "sink 4 | recent 124",
+    "h2o": "recent 64 | heavy 64",
+    "neurokv": "sink 1 | recent 256 | heavy 32 | heavy 64@int8",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSpec:
+    """A model's cache as a value: a cascade for each range of layers. Its text parses back to an equal value."""
+
+    parts: tuple[tuple[int, int | None, Cascade], ...]
+    """(first layer, layer after the last or None for the model's end, cascade)"""
+
+    def cascades(self, layers: int) -> tuple[Cascade, ...]:
+        """One cascade per layer; BadInput unless each of the model's layers is in exactly one part."""
+        chosen: list[Cascade | None] = [None] * layers
+        for start, stop, cascade in self.parts:
+            for layer in range(start, layers if stop is None else stop):
+                if layer >= layers:
+                    raise BadInput(
+                        f"cache spec {str(self)!r}: the model has {layers} layers, there is no layer {layer}"
+                    )
+                if chosen[layer] is not None:
+                    raise BadInput(f"cache spec {str(self)!r}: layer {layer} is in two parts")
+                chosen[layer] = cascade
+        if None in chosen:
+            raise BadInput(
+                f"cache spec {str(self)!r}: layer {chosen.index(None)} of the model's {layers} is in no part"
+            )
+        return tuple(cascade for cascade in chosen if cascade is not None)
+
+    def init(self, batch: int, layers: int, kv_heads: int, head_dim: int, context: int) -> Cache:
+        """An empty cache for a model of this shape and rows of up to `context` tokens."""
+        return tuple(cascade.init(batch, kv_heads, head_dim, context) for cascade in self.cascades(layers))
+
+    def nbytes(self, layers: int, kv_heads: int, head_dim: int, context: int) -> int:
+        """Predicted bytes of one row: codes, scales, positions and scores of every layer."""
+        return sum(cascade.nbytes(context, kv_heads, head_dim) for cascade in self.cascades(layers))
+
+    def __str__(self) -> str:
+        if len(self.parts) == 1 and self.parts[0][:2] == (0, None):
+            return str(self.parts[0][2])
+        return " ; ".join(f"layers[{a}:{'' if b is None else b}]: {cascade}" for a, b, cascade in self.parts)
+
+
+def everywhere(cascade: Cascade) -> CacheSpec:
+    """The same cascade in every layer."""
+    return CacheSpec(((0, None, cascade),))
+
+
+def parse(text: str) -> CacheSpec:
+    """Read a spec's text or a preset's name; BadInput with the place between arrows if it is not one."""
+    if text.strip() in PRESETS:
+        text = PRESETS[text.strip()]
+    parts = []
+    for start, piece in _split(text, ";"):
+        head = re.match(r"\s*layers\s*\[\s*(\d+)\s*:\s*(\d*)\s*\]\s*:", piece)
+        if head:
+            first, stop = int(head[1]), int(head[2]) if head[2] else None
+            if stop is not None and stop <= first:
+                raise _wrong(text, start, start + head.end(), f"layers[{first}:{stop}] has no layers")
+            parts.append((first, stop, _cascade(text, start + head.end(), piece[head.end() :])))
+        elif len(_split(text, ";")) > 1:
+            raise _wrong(text, start, start + len(piece), "each part between ; starts with layers[A:B]:")
+        else:
+            parts.append((0, None, _cascade(text, start, piece)))
+    return CacheSpec(tuple(parts))
+
+
+def _split(text: str, separator: str) -> list[tuple[int, str]]:
+    """The pieces between separators, each with the place where it starts."""
+    pieces, start = [], 0
+    for piece in text.split(separator):
+        pieces.append((start, piece))
+        start += len(piece) + 1
+    return pieces
+
+
+def _wrong(text: str, start: int, stop: int, reason: str) -> BadInput:
+    piece = text[start:stop]
+    start += len(piece) - len(piece.lstrip())
+    stop = max(start, start + len(piece.strip()))
+    marked = " ".join(f"{text[:start]}→{text[start:stop]}←{text[stop:]}".split())
+    return BadInput(f"cache spec, character {start + 1}: {reason}, in '{marked}'")
+
+
+def _cascade(text: str, start: int, piece: str) -> Cascade:
+    tiers = [_tier(text, start + at, tier) for at, tier in _split(piece, "|")]
+    try:
+        return Cascade(*tiers)
+    except BadInput as error:
+        raise _wrong(text, start, start + len(piece), str(error)) from None
+
+
+TIER = re.compile(
+    r"\s*(?P<policy>[a-z][a-z-]*)\s*(?:\[(?P<arguments>[^\]]*)\])?(?:\s*(?P<count>[\d.]+%?))?\s*(?:@\s*(?P<codec>\w+))?\s*"
+)
+
+
+def _tier(text: str, start: int, piece: str) -> Tier:
+    match = TIER.fullmatch(piece)
+    if not match:
+        form = "a tier is written POLICY[ARGUMENT=VALUE] COUNT@CODEC, such as 'sink 4' or 'heavy 64@int8'"
+        raise _wrong(text, start, start + len(piece), "a tier is missing" if not piece.strip() else form)
+
+    def wrong(group: str, reason: str) -> BadInput:
+        a, b = match.span(group)
+        return _wrong(text, start + a, start + b, reason)
+
+    if match["policy"] not in POLICIES:
+        presets = "" if match["policy"] not in PRESETS else "; a preset's name stands alone"
+        raise wrong("policy", f"no policy {_unknown(match['policy'], POLICIES)}{presets}")
+    try:
+        policy = _policy(match["policy"], match["arguments"])
+    except BadInput as error:
+        raise wrong("arguments", str(error)) from None
+    if match["codec"] is not None and match["codec"] not in CODECS:
+        raise wrong("codec", f"no codec {_unknown(match['codec'], CODECS)}")
+    codec: Codec = bf16 if match["codec"] is None else CODECS[match["codec"]]
+    count = match["count"]
+    if count is None and not isinstance(policy, Full):
+        raise wrong("policy", f"{match['policy']} needs a number of slots, such as '{match['policy']} 64'")
+    try:
+        return Tier(policy, "100%" if count is None else int(count) if count.isdigit() else count, codec)
+    except BadInput as error:
+        raise wrong("count", str(error)) from None
+
+
+def _policy(name: str, arguments: str | None) -> Policy:
+    fields = {field.name: field.type for field in dataclasses.fields(POLICIES[name])}
+    values = {}
+    for argument in (arguments or "").split(",") if arguments is not None else []:
+        key, equals, value = (part.strip() for part in argument.partition("="))
+        if not equals or key not in fields:
+            known = f"has {', '.join(fields)}" if fields else "takes no arguments"
+            raise BadInput(f"{name} {known}; an argument is written NAME=NUMBER")
+        try:
+            values[key] = fields[key](value)  # pyright: ignore: fields of policies are int or float
+        except ValueError:
+            raise BadInput(f"{key} must be a number, not {value!r}") from None
+    return POLICIES[name](**values)
+
+
+def _unknown(name: str, known) -> str:
+    close = difflib.get_close_matches(name, [*known, *PRESETS], n=1)
+    return f"{name!r}; did you mean {close[0]!r}?" if close else f"{name!r}; there are {', '.join(known)}"

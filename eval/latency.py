@@ -1,0 +1,88 @@
+"""How long a decode step takes, next to the matrix products that it cannot do without."""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from kvcascade.cache.spec import CacheSpec
+from kvcascade.model import generate, gpt
+from kvcascade.model.gpt import ModelConfig, Params
+
+STEPS = 60  # per timed stretch: many milliseconds, so that dispatch and the clock do not count
+
+
+def decode_step(config: ModelConfig, params: Params, specs: list[CacheSpec], batch: int) -> list[dict]:
+    """Milliseconds of a greedy decode step behind each cache, from position 0 to the model's context, and of its products alone.
+
+    The step and the products take turns in stretches of 60, so that noise of the machine hits both; each figure is a median of
+    the stretches, `first_ms` and `last_ms` those of the first and last third, when the cache fills and when it is full.
+    """
+    steps = min(STEPS, config.context // 8)
+    products = jax.jit(functools.partial(_products, config))
+    x_BM = jnp.ones((batch, config.width), config.dtype)
+    jax.block_until_ready(products(params, x_BM))
+    found = []
+    for spec in specs:
+        step, state = _greedy(config), _fresh(config, spec, batch)
+        compiled = time.perf_counter()
+        state = [jax.block_until_ready(step(params, *state))]
+        compiled = time.perf_counter() - compiled
+
+        def once(step=step, state=state):
+            state[0] = step(params, *state[0])
+            return state[0]
+
+        ours, theirs = [], []
+        for _ in range((config.context - 1) // steps):
+            ours.append(_stretch(once, steps))
+            theirs.append(_stretch(lambda: products(params, x_BM), steps))
+        third = len(ours) // 3
+        found.append({
+            "kind": "latency", "cache": str(spec), "batch": batch, "context": config.context, "steps": len(ours) * steps,
+            "step_ms": statistics.median(ours), "first_ms": statistics.median(ours[:third]), "last_ms": statistics.median(ours[-third:]),
+            "products_ms": statistics.median(theirs), "ratio": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
+            "compile_seconds": compiled,
+        })  # fmt: skip
+    return found
+
+
+def _greedy(config: ModelConfig):
+    @functools.partial(jax.jit, donate_argnums=(1, 2, 3))
+    def step(params, cache, token_B, position_B):
+        logits_BTV, cache = gpt.apply(config, params, token_B[:, None], position_B[:, None], cache)
+        return cache, logits_BTV[:, 0].argmax(-1), position_B + 1
+
+    return step
+
+
+def _fresh(config: ModelConfig, spec: CacheSpec, batch: int):
+    token_B, position_B = jnp.ones(batch, jnp.int32), jnp.zeros(batch, jnp.int32)
+    return generate.empty_cache(config, spec, batch, config.context), token_B, position_B
+
+
+def _products(config: ModelConfig, params: Params, x_BM):
+    """Each of the model's matrices times one vector per row, in the order of a decode step and with nothing between them."""
+    dtype = jnp.dtype(config.dtype)
+    kernel = lambda layer: layer["kernel"].astype(dtype)
+    kept = []
+    for layer in params["layers"].values():
+        attention = layer["attention"]
+        kept += [x_BM @ kernel(attention["k"]), x_BM @ kernel(attention["v"])]
+        x_BM = x_BM @ kernel(attention["q"]) @ kernel(attention["o"])
+        hidden = x_BM @ kernel(layer["up"])
+        if "gate" in layer:
+            hidden = hidden + x_BM @ kernel(layer["gate"])
+        x_BM = hidden @ kernel(layer["down"])
+    return x_BM @ params["embed"]["embedding"].astype(dtype).T, kept
+
+
+def _stretch(call: Callable, steps: int) -> float:
+    start = time.perf_counter()
+    for _ in range(steps):
+        result = call()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / steps * 1e3

@@ -1,0 +1,162 @@
+"""What was measured, one JSON object per line: a record has its protocol, its bytes, its seed and its commit."""
+
+import importlib.metadata
+import json
+import math
+import os
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from kvcascade.cache.errors import BadInput
+from kvcascade.cache.spec import CacheSpec
+from kvcascade.eval.perplexity import Scores
+from kvcascade.model.gpt import ModelConfig
+
+type Record = dict
+
+
+def evaluation(
+    model: str,
+    config: ModelConfig,
+    spec: CacheSpec,
+    data: str,
+    rows,
+    prefix: int,
+    lengths,
+    seed: int,
+    scores: Scores,
+    batch: int,
+) -> Record:
+    """The record of one cache on one text; `nll_windows` lets two records of the same text be compared window by window."""
+    first = max(prefix, 1)
+    windows, context = rows.shape
+    nll = float(scores.nll_BT.mean())
+    per_window = scores.nll_BT.mean(-1)
+    full = full_bytes(config, context)
+    return {
+        "kind": "evaluate",
+        "model": model,
+        "cache": str(spec),
+        "data": data,
+        "context": context,
+        "sequences": windows,
+        "batch": min(batch, windows),
+        "prefix": prefix,
+        "tokens": int(scores.nll_BT.size),
+        "nll": nll,
+        "nll_stderr": float(per_window.std(ddof=1) / math.sqrt(windows)) if windows > 1 else None,
+        "nll_windows": [round(float(x), 6) for x in per_window],
+        "ppl": math.exp(nll),
+        "bits_per_byte": float(scores.nll_BT.sum() / math.log(2) / lengths[rows[:, first:]].sum()),
+        "kv_bytes": scores.kv_bytes,
+        "kv_bytes_predicted": spec.nbytes(config.layers, config.kv_heads, config.head_dim, context),
+        "kv_bytes_full": full,
+        "compression": 1 - scores.kv_bytes / full,
+        "kept": max(cascade.slots(context) for cascade in spec.cascades(config.layers)),
+        "tokens_per_second": round(scores.tokens_per_second, 1),
+        "traces": scores.traces,
+        "compile_seconds": round(scores.compile_seconds, 2),
+        "seed": seed,
+    }
+
+
+def full_bytes(config: ModelConfig, context: int) -> int:
+    """Bytes per row of a bf16 cache of the whole context, keys and values alone: 2 · layers · kv_heads · head_dim · context · 2."""
+    return 2 * config.layers * config.kv_heads * config.head_dim * context * 2
+
+
+def stamp(record: Record, seconds: float) -> Record:
+    """Add what every record says of where it comes from: device, versions, commit, wall-clock seconds."""
+    device = jax.devices()[0]
+    cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "kvcascade")}
+    return record | {
+        "device": device.device_kind + cores,
+        "versions": versions,
+        "commit": commit(),
+        "seconds": round(seconds, 2),
+    }
+
+
+def commit() -> str:
+    """The commit of the source tree, with `+` if it has changes; the package's version where there is no tree."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        tracked = git("ls-files", "--error-unmatch", Path(__file__).name)
+        return (
+            git("rev-parse", "--short=12", "HEAD")
+            + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+            if tracked
+            else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return importlib.metadata.version("kvcascade")
+
+
+def evaluation_table(found: list[Record]) -> tuple[str, list[str], list[list[str]]]:
+    """Title, columns and rows of evaluations of one model on one text, each against the first `full` among them, else the first."""
+    baseline = next((r for r in found if r["cache"] == "full"), found[0])
+    first = found[0]
+    title = f"{first['model']} on {first['data']}: {first['sequences']} windows of {first['context']} tokens"
+    columns = [
+        "cache",
+        "kept",
+        "PPL",
+        "Δ nats vs " + baseline["cache"] + " (95 %)",
+        "bits/byte",
+        "KV bytes",
+        "saved",
+        "tokens/s",
+        "traces",
+    ]
+    rows = []
+    for r in found:
+        low, high = paired(r, baseline)
+        change = ["", ""] if r is baseline else [f"{r['nll'] - baseline['nll']:+.4f}", f"{low:+.4f} … {high:+.4f}"]
+        rows.append([
+            r["cache"], str(r["kept"]), f"{r['ppl']:.3f}", *change, f"{r['bits_per_byte']:.4f}", f"{r['kv_bytes']:,}",
+            f"{r['compression']:.1%}", f"{r['tokens_per_second']:,.0f}", str(r["traces"]),
+        ])  # fmt: skip
+    return title, columns, rows
+
+
+def append(path: Path, records: list[Record]) -> None:
+    """Add records to a file of JSON lines, all or none."""
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        before = file.tell()
+        try:
+            file.write(lines)
+            file.flush()
+        except OSError:
+            os.truncate(path, before)
+            raise
+
+
+def read(path: Path) -> list[Record]:
+    """Read a file of records; BadInput if it is missing or a line is not JSON."""
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} is not a file of records: {error}") from error
+
+
+def paired(record: Record, baseline: Record, draws: int = 2000) -> tuple[float, float]:
+    """95 % interval of the difference in mean nats per token between two records of the same windows: bootstrap over windows.
+
+    Comparing window by window takes out the spread between windows, which is far larger than that between caches.
+    """
+    difference = np.asarray(record["nll_windows"]) - np.asarray(baseline["nll_windows"])
+    picks = np.random.default_rng(0).integers(0, len(difference), (draws, len(difference)))
+    low, high = np.quantile(difference[picks].mean(-1), [0.025, 0.975])
+    return float(low), float(high)

@@ -1,0 +1,48 @@
+"""From a checkpoint of one attention shape to one of another: fewer KV heads, ready for uptraining."""
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Float
+
+from kvcascade.cache.errors import BadInput
+from kvcascade.model.gpt import ModelConfig, Params
+
+METHODS = ("mean", "first", "random")
+
+
+def convert(
+    config: ModelConfig, params: Params, kv_heads: int, method: str = "mean", seed: int = 0
+) -> tuple[ModelConfig, Params]:
+    """Reduce a model's KV heads to `kv_heads`; every other parameter stays as it is, and K = N heads stay exactly the same.
+
+    Each new head comes from a group of neighbours, those that its query heads used before: their `mean` (GQA, Ainslie et al.
+    2023, §2.1), the `first` of them, or, as a baseline, a `random` draw with the spread of the old head.
+    Raises BadInput for another method, or a number that does not divide the heads there are.
+    """
+    if method not in METHODS:
+        raise BadInput(f"no method {method!r} to convert heads by; there are {', '.join(METHODS)}")
+    if kv_heads < 1 or config.kv_heads % kv_heads:
+        raise BadInput(f"{config.kv_heads} KV heads cannot be pooled to {kv_heads}: it must divide them")
+    if kv_heads == config.kv_heads:
+        return config, params
+
+    def pool(kernel: Float[Array, "M KH"], key) -> Float[Array, "M kH"]:
+        groups = kernel.reshape(config.width, kv_heads, -1, config.head_dim)
+        if method == "mean":
+            pooled = groups.mean(2)
+        elif method == "first":
+            pooled = groups[:, :, 0]
+        else:
+            pooled = jax.random.normal(key, groups[:, :, 0].shape) * kernel.std()
+        return pooled.reshape(config.width, -1)
+
+    layers = {}
+    for index, layer in params["layers"].items():
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
+        pooled = {
+            name: {"kernel": pool(layer["attention"][name]["kernel"], key)}
+            for name, key in zip("kv", keys, strict=True)
+        }
+        layers[index] = layer | {"attention": layer["attention"] | pooled}
+    return dataclasses.replace(config, kv_heads=kv_heads), params | {"layers": layers}

@@ -1,0 +1,57 @@
+"""The `kvcascade` command: finds the subcommand, and turns what the user can mend into one line and status 2."""
+
+import difflib
+import importlib
+import logging
+import os
+import sys
+
+COMMANDS = {
+    "study": "train MHA, retrain GQA, evaluate the caches, write a report",
+    "train": "train a GPT, or go on with a run",
+    "convert": "pool a run's KV heads, ready for uptraining",
+    "evaluate": "perplexity, bytes and speed of a model behind caches",
+    "compare": "runs side by side: loss, perplexity, bytes, latency",
+    "generate": "continue a prompt through a cache",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run `kvcascade COMMAND …`; exits with 0, with 2 for bad input, 1 for diverged training, 128 + n when stopped by signal n."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(
+            "usage: kvcascade COMMAND [--help] …\n\nWhich keys and values should a transformer keep, how precisely, and where?\n"
+        )
+        print("\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items()))
+        sys.exit(0)
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(COMMANDS)}"
+        _fail(f"no command {command!r}; {hint}")
+    logging.basicConfig(format="kvcascade: %(message)s", level=logging.ERROR)
+    logging.getLogger("kvcascade").setLevel(logging.INFO)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's notes about this machine are not about the user's work
+    script = importlib.import_module(f"kvcascade.scripts.{command}")
+    from kvcascade.cache.errors import BadInput
+    from kvcascade.train.loop import Diverged, Interrupted
+
+    try:
+        script.main(arguments[1:])
+    except BadInput as error:
+        _fail(str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}")
+    except Diverged as error:
+        _fail(str(error), 1)
+    except Interrupted as error:
+        _fail(str(error), 128 + error.signal)
+    except KeyboardInterrupt:
+        _fail("stopped", 130)
+
+
+def _fail(message: str, status: int = 2) -> None:
+    print(f"kvcascade: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)

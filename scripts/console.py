@@ -1,0 +1,53 @@
+"""What the scripts show a person: progress on stderr, tables on stdout."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+err = Console(stderr=True)
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar on stderr; yields a function that takes how far the work is and a few words."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, TextColumn("{task.fields[words]}"), console=err, transient=False) as bar:
+        task = bar.add_task(title, total=total, words="")
+        yield lambda done, words: bar.update(task, completed=done, words=words)
+
+
+@contextlib.contextmanager
+def training(title: str, steps: int) -> Iterator[Callable[[int, dict], None]]:
+    """A progress bar that shows the lines of a run's log: loss, tokens per second, validation loss."""
+    words: dict[str, str] = {}
+    with progress(title, steps) as show:
+
+        def report(step: int, line: dict) -> None:
+            if "loss" in line:
+                words["loss"] = f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s"
+            if "validation_loss" in line:
+                words["validation"] = f"validation {line['validation_loss']:.3f} ± {line['validation_stderr']:.3f}"
+            show(step, "  ".join(words.values()))
+
+        yield report
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table to stdout; its first column is text, the others are figures."""
+    shown = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        shown.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        shown.add_row(*row)
+    # A file or a pipe has no width of its own; rich would take 80 columns and fold every figure.
+    Console(width=None if sys.stdout.isatty() else 160).print(shown)

@@ -1,0 +1,70 @@
+"""Perplexity, bytes and speed of a model behind caches: `kvcascade evaluate --model runs/toy --cache full --cache "sink 4 | recent 124"`; seconds per cache."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from kvcascade.cache.spec import parse
+from kvcascade.eval import perplexity, records
+from kvcascade.model import tokenizer
+from kvcascade.scripts import console
+from kvcascade.train import checkpoint, data, run
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Score windows of a text, teacher-forced, one token at a time through each cache."""
+
+    model: Path
+    """A run's folder."""
+    cache: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+    """A cache in one line, or a preset's name: streaming, h2o, neurokv. Give it several times to compare."""
+    data: str | None = None
+    """stdlib, file:PATH or a hub data set; by default the text that the run was validated on."""
+    context: int = 512
+    """Tokens per window."""
+    sequences: int = 8
+    """Windows, the first ones of the text."""
+    batch: int = 8
+    """Windows at once."""
+    prefix: int = 0
+    """Tokens of each window that enter in one prefill and are not scored."""
+    out: Path | None = None
+    """File that one JSON object per cache is appended to."""
+
+
+def main(arguments: list[str]) -> None:
+    """Evaluate each cache, print a table, append the records."""
+    args = tyro.cli(Args, prog="kvcascade evaluate", args=arguments)
+    specs = [parse(text) for text in args.cache or ("full",)]
+    trained = checkpoint.load_run(args.model)
+    model = trained.config.model
+    perplexity.check(model, specs, args.context, args.prefix)
+    rows = data.windows(run.evaluation_tokens(trained, args.data), args.context, args.sequences)
+    lengths = tokenizer.token_bytes(trained.encoding)
+    found = []
+    with console.progress("evaluate", len(specs)) as show:
+        for index, spec in enumerate(specs):
+            start = time.monotonic()
+            scores = perplexity.score(model, trained.params, spec, rows, args.batch, args.prefix)
+            source = args.data or trained.config.data.source
+            record = records.evaluation(
+                str(args.model),
+                model,
+                spec,
+                source,
+                rows,
+                args.prefix,
+                lengths,
+                trained.config.train.seed,
+                scores,
+                args.batch,
+            )
+            found.append(records.stamp(record, time.monotonic() - start))
+            show(index + 1, str(spec))
+    if args.out:
+        records.append(args.out, found)
+    console.table(*records.evaluation_table(found))

@@ -1,0 +1,41 @@
+import dataclasses
+import os
+from typing import NamedTuple
+
+import jax
+import pytest
+from hypothesis import settings
+
+from kvcascade.model import gpt
+from kvcascade.model.gpt import ModelConfig, Params
+
+settings.register_profile("quick", derandomize=True, deadline=None, max_examples=10, database=None)
+settings.register_profile("thorough", settings.get_profile("quick"), max_examples=100)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+class Nano(NamedTuple):
+    """A model small enough to compile in a second."""
+
+    config: ModelConfig
+    params: Params
+
+
+def nano_model(**changes) -> Nano:
+    """Two layers with weights six times as large as at the start of training: attention is peaked, so a mistake shows."""
+    shape = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=64, vocab=61, context=32)
+    config = dataclasses.replace(shape, **changes)
+    params = gpt.init(config, seed=0)
+    return Nano(config, jax.tree.map(lambda weight: 6 * weight if weight.ndim > 1 else weight, params))
+
+
+@pytest.fixture(scope="session")
+def nano() -> Nano:
+    """A GQA model of two layers, width 32, 4 heads, 61 tokens and a context of 32."""
+    return nano_model()
+
+
+@pytest.fixture(scope="session", params=[4, 2, 1], ids=["mha", "gqa", "mqa"])
+def attention_kind(request: pytest.FixtureRequest) -> Nano:
+    """The nano model with four, two and one KV heads."""
+    return nano_model(kv_heads=request.param)

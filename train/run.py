@@ -1,0 +1,88 @@
+"""A training run as a whole: its folder, its corpus, its model, from the first step or from where it stopped."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import tiktoken
+
+from kvcascade.cache.errors import BadInput
+from kvcascade.model import convert as pooling
+from kvcascade.model import gpt, tokenizer
+from kvcascade.train import checkpoint, config, data, loop
+from kvcascade.train.config import RunConfig
+
+
+def start(path: Path, wanted: RunConfig) -> None:
+    """Make a new run's folder, with the tokeniser that its configuration asks for; BadInput if a run is there already."""
+    if (path / "config.json").exists():
+        raise BadInput(f"{path} holds a run already; go on with it by --resume, or name another --run")
+    if wanted.train.seed < 0:
+        raise BadInput(f"train.seed is {wanted.train.seed}; it must be at least 0")
+    encoding = data.encoding_for(data.load(wanted.data.source), wanted.data.tokenizer, wanted.model.vocab)
+    if encoding.n_vocab != wanted.model.vocab:
+        raise BadInput(
+            f"model.vocab is {wanted.model.vocab}, but the tokenizer {encoding.name} has {encoding.n_vocab} tokens"
+        )
+    checkpoint.create(path, wanted, encoding)
+
+
+def resume(path: Path, report: Callable[[int, dict], None]) -> None:
+    """Train a run from its newest checkpoint, or from fresh parameters where there is none, to its last step."""
+    settings, encoding = checkpoint.open_run(path)
+    corpus = load_corpus(settings, encoding)
+    state = loop.initial_state(settings, gpt.init(settings.model, settings.train.seed))
+    loop.fit(path, settings, corpus, state, report)
+
+
+def check_same(path: Path, wanted: RunConfig) -> None:
+    """BadInput if a run was started with other settings than those wanted."""
+    found = config.differences(checkpoint.open_run(path)[0], wanted)
+    if found:
+        raise BadInput(f"{path} was started with other settings: {'; '.join(found[:3])}; --resume takes the run's own")
+
+
+def load_corpus(settings: RunConfig, encoding: tiktoken.Encoding) -> loop.Corpus:
+    """The tokens that a run learns from and is validated on."""
+    text = data.load(settings.data.source)
+    lengths = tokenizer.token_bytes(encoding)
+    return loop.Corpus(data.tokenize(text.train, encoding), data.tokenize(text.validation, encoding), lengths)
+
+
+def evaluation_tokens(run: checkpoint.Run, source: str | None):
+    """Tokens to evaluate a run on, none of which it was trained on if the source is its own: the validation split, or a file as a whole."""
+    settings, encoding = run.config, run.encoding
+    if source is None or source == settings.data.source:
+        return data.tokenize(data.load(settings.data.source).validation, encoding)
+    return data.tokenize(data.unseen(source), encoding)
+
+
+def convert(source: Path, path: Path, kv_heads: int, method: str, share: float) -> int:
+    """Make a run whose step 0 is the source's last checkpoint with fewer KV heads, to be uptrained; return its steps.
+
+    It trains for `share` of the source's steps with the same schedule, shrunk, and a fresh optimiser. Raises BadInput if a run is there already.
+    """
+    if not 0 < share <= 1:
+        raise BadInput(f"the share of steps to uptrain is {share}; it must be above 0 and at most 1")
+    if (path / "config.json").exists():
+        raise BadInput(f"{path} holds a run already; name another --run")
+    trained = checkpoint.load_run(source, checkpoint.LATEST)
+    shape, params = pooling.convert(trained.config.model, trained.params, kv_heads, method, trained.config.train.seed)
+    train = trained.config.train
+    steps = max(1, round(train.steps * share))
+    shrink = lambda every: max(1, min(every, steps // 10))
+    train = dataclasses.replace(
+        train,
+        steps=steps,
+        warmup=min(train.warmup, steps // 5),
+        evaluate_every=shrink(train.evaluate_every),
+        log_every=shrink(train.log_every),
+    )
+    settings = dataclasses.replace(trained.config, model=shape, train=train)
+    checkpoint.create(path, settings, trained.encoding)
+    checkpoints = checkpoint.Checkpoints(path)
+    try:
+        checkpoints.save(0, loop.initial_state(settings, params), None)
+    finally:
+        checkpoints.close()
+    return steps
