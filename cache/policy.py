@@ -21,9 +21,9 @@ class Policy:
     """Whether the policy reads `score`; only then is attention mass collected and stored."""
 
     def priority(
-        self, pos_BKS: Int[Array, "B K S"], score_BKS: Float[Array, "B K S"] | None, now_B11: Int[Array, "B 1 1"]
+        self, pos_BKS: Int[Array, "B K S"], score_BKS: Float[Array, "B K S"], now_B11: Int[Array, "B 1 1"]
     ) -> Float[Array, "B K S"]:
-        """Higher stays. `pos` is the position held (-1: empty, ignored), `score` the attention mass received so far,
+        """Higher stays. `pos` is the position held (-1: empty, ignored), `score` the attention mass received so far (zeros unless the policy observes),
         `now` the newest position of each row. Slots and newcomers are ranked in one call."""
         raise NotImplementedError
 

@@ -12,6 +12,7 @@
 import dataclasses
 import difflib
 import re
+import typing
 
 from kvcascade.cache.cascade import Cache, Cascade
 from kvcascade.cache.codec import CODECS, Codec, bf16
@@ -149,7 +150,8 @@ def _tier(text: str, start: int, piece: str) -> Tier:
 
 
 def _policy(name: str, arguments: str | None) -> Policy:
-    fields = {field.name: field.type for field in dataclasses.fields(POLICIES[name])}
+    fields = typing.get_type_hints(POLICIES[name])
+    fields = {field.name: fields[field.name] for field in dataclasses.fields(POLICIES[name])}
     values = {}
     for argument in (arguments or "").split(",") if arguments is not None else []:
         key, equals, value = (part.strip() for part in argument.partition("="))
@@ -157,7 +159,7 @@ def _policy(name: str, arguments: str | None) -> Policy:
             known = f"has {', '.join(fields)}" if fields else "takes no arguments"
             raise BadInput(f"{name} {known}; an argument is written NAME=NUMBER")
         try:
-            values[key] = fields[key](value)  # pyright: ignore: fields of policies are int or float
+            values[key] = fields[key](value)
         except ValueError:
             raise BadInput(f"{key} must be a number, not {value!r}") from None
     return POLICIES[name](**values)

@@ -93,7 +93,10 @@ def take_in(
     """
     S, T = slots.pos_BKS.shape[-1], entry.pos_BKT.shape[-1]
     pos = jnp.concatenate([slots.pos_BKS, entry.pos_BKT], -1)
-    score = None if slots.score_BKS is None else jnp.concatenate([slots.score_BKS, entry.score_BKT], -1)
+    if slots.score_BKS is None:
+        score = jnp.zeros(pos.shape)
+    else:
+        score = jnp.concatenate([slots.score_BKS, entry.score_BKT], -1)
     priority = jnp.maximum(tier.policy.priority(pos, score, now_B11), jnp.finfo(jnp.float32).min)
     priority = jnp.where(pos < 0, -jnp.inf, priority)
     if keep_now:

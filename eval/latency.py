@@ -53,7 +53,7 @@ def decode_step(config: ModelConfig, params: Params, specs: list[CacheSpec], bat
 def _greedy(config: ModelConfig):
     @functools.partial(jax.jit, donate_argnums=(1, 2, 3))
     def step(params, cache, token_B, position_B):
-        logits_BTV, cache = gpt.apply(config, params, token_B[:, None], position_B[:, None], cache)
+        logits_BTV, cache = gpt.step(config, params, cache, token_B[:, None], position_B[:, None])
         return cache, logits_BTV[:, 0].argmax(-1), position_B + 1
 
     return step
@@ -82,7 +82,8 @@ def _products(config: ModelConfig, params: Params, x_BM):
 
 def _stretch(call: Callable, steps: int) -> float:
     start = time.perf_counter()
+    results = [None]
     for _ in range(steps):
-        result = call()
-    jax.block_until_ready(result)
+        results[0] = call()
+    jax.block_until_ready(results)
     return (time.perf_counter() - start) / steps * 1e3

@@ -54,7 +54,7 @@ class _Step:
         self.traces += 1
         token_B, next_B = jnp.take(rows_BT, t, 1), jnp.take(rows_BT, t + 1, 1)
         positions_BT = jnp.full((rows_BT.shape[0], 1), t)
-        logits_BTV, cache = gpt.apply(self.config, params, token_B[:, None], positions_BT, cache)
+        logits_BTV, cache = gpt.step(self.config, params, cache, token_B[:, None], positions_BT)
         nll_B = optax.softmax_cross_entropy_with_integer_labels(logits_BTV[:, 0].astype(jnp.float32), next_B)
         return cache, t + 1, nll_BT.at[:, t].set(nll_B)
 

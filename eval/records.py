@@ -129,6 +129,13 @@ def evaluation_table(found: list[Record]) -> tuple[str, list[str], list[list[str
     return title, columns, rows
 
 
+def check_writable(path: Path | None) -> None:
+    """Raise OSError now if records could not be appended to the file later; an empty file may be left."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+
+
 def append(path: Path, records: list[Record]) -> None:
     """Add records to a file of JSON lines, all or none."""
     lines = "".join(json.dumps(record) + "\n" for record in records)

@@ -47,9 +47,9 @@ def merge(partials: list[Partial]) -> tuple[Float[Array, "B T N H"], list[Float[
     """
     top = jnp.stack([p.max_BTN for p in partials]).max(0)
     scales = [jnp.exp(p.max_BTN - top) for p in partials]
-    total = sum(scale * p.sum_BTN for scale, p in zip(scales, partials, strict=True))
+    total = jnp.stack([scale * p.sum_BTN for scale, p in zip(scales, partials, strict=True)]).sum(0)
     factors = [scale / jnp.where(total == 0, 1, total) for scale in scales]
-    return sum(f[..., None] * p.out_BTNH for f, p in zip(factors, partials, strict=True)), factors
+    return jnp.stack([f[..., None] * p.out_BTNH for f, p in zip(factors, partials, strict=True)]).sum(0), factors
 
 
 def mass(weights_BKGTS: Float[Array, "B K G T S"], factor_BTN: Float[Array, "B T N"]) -> Float[Array, "B K S"]:

@@ -20,7 +20,7 @@ def prefill(
     config: ModelConfig, params: Params, cache: Cache, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Put whole prompts into a cache, which is donated; return the logits after each row's last token (position -1 is padding)."""
-    logits_BTV, cache = gpt.apply(config, params, tokens_BT, positions_BT, cache)
+    logits_BTV, cache = gpt.step(config, params, cache, tokens_BT, positions_BT)
     last_B = positions_BT.argmax(-1)
     return jnp.take_along_axis(logits_BTV, last_B[:, None, None], 1)[:, 0], cache
 
@@ -30,7 +30,7 @@ def decode_step(
     config: ModelConfig, params: Params, cache: Cache, token_B: Int[Array, " B"], position_B: Int[Array, " B"]
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Put one token per row into a cache, which is donated; return the logits of the next. Compiled once per shape."""
-    logits_BTV, cache = gpt.apply(config, params, token_B[:, None], position_B[:, None], cache)
+    logits_BTV, cache = gpt.step(config, params, cache, token_B[:, None], position_B[:, None])
     return logits_BTV[:, 0], cache
 
 

@@ -125,19 +125,21 @@ def graph(config: ModelConfig):
     return definition, nnx.to_pure_dict(state)
 
 
-def apply(
-    config: ModelConfig,
-    params: Params,
-    tokens_BT: Int[Array, "B T"],
-    positions_BT: Int[Array, "B T"] | None = None,
-    cache: Cache | None = None,
-    dropout_key: Key[Array, ""] | None = None,
-) -> tuple[Float[Array, "B T V"], Cache | None]:
-    """Run the model on tokens and return the logits of the token after each, and the cache that has seen them.
+def forward(
+    config: ModelConfig, params: Params, tokens_BT: Int[Array, "B T"], dropout_key: Key[Array, ""] | None = None
+) -> Float[Array, "B T V"]:
+    """Run the model on whole rows, from position 0 on, without a cache; return the logits of the token after each. Dropout only with a key."""
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    return nnx.merge(graph(config)[0], params)(tokens_BT, positions_BT, None, dropout_key)[0]
 
-    Without a cache the tokens are whole rows from position 0 on, and attention is causal. With one, `positions_BT` says where
-    each token stands (-1: padding); T = 1 is a decode step, T > 1 a prefill of that many tokens. Dropout only with a key.
+
+def step(
+    config: ModelConfig, params: Params, cache: Cache, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T V"], Cache]:
+    """Run the model on the next tokens of rows that a cache has seen the past of; return the logits of the token after each, and the cache.
+
+    `positions_BT` says where each token stands (-1: padding). T = 1 is a decode step, T > 1 a prefill of that many tokens.
     """
-    if positions_BT is None:
-        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    return nnx.merge(graph(config)[0], params)(tokens_BT, positions_BT, cache, dropout_key)
+    logits_BTV, seen = nnx.merge(graph(config)[0], params)(tokens_BT, positions_BT, cache, None)
+    assert seen is not None
+    return logits_BTV, seen

@@ -18,7 +18,13 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Run `kvcascade COMMAND …`; exits with 0, with 2 for bad input, 1 for diverged training, 128 + n when stopped by signal n."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        _run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        _fail("stopped", 130)
+
+
+def _run(arguments: list[str]) -> None:
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
         print(
@@ -48,8 +54,6 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error), 1)
     except Interrupted as error:
         _fail(str(error), 128 + error.signal)
-    except KeyboardInterrupt:
-        _fail("stopped", 130)
 
 
 def _fail(message: str, status: int = 2) -> None:

@@ -43,6 +43,7 @@ def main(arguments: list[str]) -> None:
     trained = checkpoint.load_run(args.model)
     model = trained.config.model
     perplexity.check(model, specs, args.context, args.prefix)
+    records.check_writable(args.out)
     rows = data.windows(run.evaluation_tokens(trained, args.data), args.context, args.sequences)
     lengths = tokenizer.token_bytes(trained.encoding)
     found = []

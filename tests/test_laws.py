@@ -12,15 +12,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from hypothesis import given, seed
+from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
-from kvcascade.cache.cascade import Cascade, LayerCache
-from kvcascade.cache.codec import CODECS
+from kvcascade.cache.cascade import Cache, Cascade, LayerCache, nbytes
+from kvcascade.cache.codec import CODECS, Codec, f32, int4, int4h, int8
 from kvcascade.cache.policy import POLICIES, Full, Policy, Recent, Sink
-from kvcascade.cache.spec import parse
-from kvcascade.cache.tier import Tier
+from kvcascade.cache.spec import PRESETS, CacheSpec, everywhere, parse
+from kvcascade.cache.tier import Tier, full, recent
+from kvcascade.eval import perplexity
 from kvcascade.model import generate, gpt
 from kvcascade.model.gpt import ModelConfig, Params
 
@@ -32,7 +34,8 @@ QUICK = {"xla_backend_optimization_level": 0}
 # What the strategies draw
 
 ARGUMENTS = {int: st.integers(0, 3), float: st.floats(0, 1, exclude_min=True, width=16)}
-COUNTS = st.one_of(st.integers(1, 6), st.sampled_from(["10%", "25%"]))
+COUNT = st.one_of(st.integers(1, 6), st.sampled_from(["10%", "25%"]))
+CODEC = st.sampled_from(list(CODECS.values()))
 
 
 def policies(arguments: dict[type, st.SearchStrategy] = ARGUMENTS) -> st.SearchStrategy[Policy]:
@@ -43,13 +46,16 @@ def policies(arguments: dict[type, st.SearchStrategy] = ARGUMENTS) -> st.SearchS
 
 
 @st.composite
-def tiers(draw, policy=policies(), codecs=tuple(CODECS.values()), counts=COUNTS) -> Tier:
+def tiers(draw, policy: st.SearchStrategy[Policy], codec=CODEC, count=COUNT) -> Tier:
     chosen = draw(policy)
-    return Tier(chosen, "100%" if isinstance(chosen, Full) else draw(counts), draw(st.sampled_from(codecs)))
+    return Tier(chosen, "100%" if isinstance(chosen, Full) else draw(count), draw(codec))
+
+
+TIER = tiers(policies())
 
 
 @st.composite
-def cascades(draw, tier=tiers(), max_size: int = 3) -> Cascade:
+def cascades(draw, tier: st.SearchStrategy[Tier], max_size: int = 3) -> Cascade:
     drawn = draw(st.lists(tier, min_size=1, max_size=max_size))
     ends = [index + 1 for index, tier in enumerate(drawn) if isinstance(tier.policy, Full)]
     return Cascade(*drawn[: min(ends, default=len(drawn))])
@@ -91,16 +97,15 @@ def at(x_BPNH: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
     return np.take_along_axis(x_BPNH, positions_BT[:, :, None, None], 1)
 
 
-def histories(cascade=cascades()) -> st.SearchStrategy[History]:
-    few = lambda *values: st.sampled_from(values)
-    return st.builds(
-        History, cascade, few(2, 3), few(2, 1), few(2, 1), few(16, 8), st.integers(2, 6), st.integers(0, 2**16)
-    )
+few = lambda *values: st.sampled_from(values)
+histories = st.builds(
+    History, cascades(TIER), few(2, 3), few(2, 1), few(2, 1), few(16, 8), st.integers(2, 6), st.integers(0, 2**16)
+)
 
 
 def replayed(test):
     """Give a test histories: every such test gets the same ones, so that each is compiled once."""
-    return seed(0)(given(histories())(test))
+    return seed(0)(given(histories)(test))
 
 
 # What happens to a cache, and what should
@@ -148,16 +153,15 @@ def dense(q_BTNH, k_BKSH, v_BKSH, positions_BT, pos_BKS) -> tuple[np.ndarray, np
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """One call: its arguments, its result, the tiers before and after it, and the mass that each position has by now."""
+    """One call: its positions, its result and the one wanted, the tiers before and after it, and mass per position:
+    what the call found when it ranked the tokens, and what it left."""
 
-    q_BTNH: np.ndarray
-    k_BTKH: np.ndarray
-    v_BTKH: np.ndarray
     positions_BT: np.ndarray
     out_BTNH: np.ndarray
     want_BTNH: np.ndarray
     before: list[dict[str, Any]]
     after: list[dict[str, Any]]
+    ranked_by_BKP: np.ndarray
     mass_BKP: np.ndarray
 
 
@@ -176,15 +180,17 @@ def play(history: History) -> list[Moment]:
         call = [at(x, positions_BT) for x in (q, k, v)]
         out, cache = step(cache, *call, positions_BT)
         before, after = after, jax.device_get(decoded(cache))
-        seen = [joined(after if positions_BT.shape[1] == 1 else before, name) for name in ("k", "v", "pos")]
-        if positions_BT.shape[1] > 1:
+        single = positions_BT.shape[1] == 1  # a single token is placed before it attends, many after
+        seen = [joined(after if single else before, name) for name in ("k", "v", "pos")]
+        if not single:
             pos_BKT = np.broadcast_to(positions_BT[:, None], (history.B, history.K, positions_BT.shape[1]))
             new = (call[1].swapaxes(1, 2), call[2].swapaxes(1, 2), pos_BKT)
             seen = [np.concatenate(pair, 2) for pair in zip(seen, new, strict=True)]
         want, mass = dense(call[0], seen[0], seen[1], positions_BT, seen[2])
-        mass_BKP = mass_BKP.copy()
+        old_BKP, mass_BKP = mass_BKP, mass_BKP.copy()
         np.add.at(mass_BKP, (*np.ogrid[: history.B, : history.K], seen[2]), mass)
-        moments.append(Moment(*call, positions_BT, np.asarray(out), want, before, after, mass_BKP))
+        ranked_by_BKP = old_BKP if single else mass_BKP
+        moments.append(Moment(positions_BT, np.asarray(out), want, before, after, ranked_by_BKP, mass_BKP))
     return moments
 
 
@@ -193,12 +199,12 @@ def play(history: History) -> list[Moment]:
 
 @functools.partial(jax.jit, static_argnames="config", compiler_options=QUICK)
 def forward(config: ModelConfig, params: Params, tokens_BT):
-    return gpt.apply(config, params, tokens_BT)[0]
+    return gpt.forward(config, params, tokens_BT)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache", compiler_options=QUICK)
 def through_cache(config: ModelConfig, params: Params, tokens_BT, positions_BT, cache):
-    return gpt.apply(config, params, tokens_BT, positions_BT, cache)
+    return gpt.step(config, params, cache, tokens_BT, positions_BT)
 
 
 def text(config: ModelConfig, B: int) -> np.ndarray:
@@ -228,7 +234,7 @@ def test_ragged_prompts_go_on_as_each_would_alone(attention_kind) -> None:
     tokens_BT, lengths = text(config, B=3), np.array([5, 1, 8], np.int32)
     want_BTV, rows = np.asarray(forward(config, params, tokens_BT)), np.arange(3)
     cache = generate.empty_cache(config, parse("full@f32"), 3, 16)
-    padded = generate.pad([list(row[:length]) for row, length in zip(tokens_BT, lengths, strict=True)])
+    padded = generate.pad([row[:length].tolist() for row, length in zip(tokens_BT, lengths, strict=True)])
     logits_BV, cache = generate.prefill(config, params, cache, *map(jnp.asarray, padded))
     for position_B in (lengths + i for i in range(8)):
         np.testing.assert_allclose(logits_BV, want_BTV[rows, position_B - 1], atol=1e-5, rtol=1e-5)
@@ -290,6 +296,20 @@ def test_vectors_are_quantised_once_per_tier(history: History) -> None:
             tier_of[here] = index
 
 
+def test_vectors_of_a_bf16_model_sink_unrounded() -> None:
+    """Law 2: what leaves a tier in a call of many tokens arrives below as that tier decoded it, also if the call is in bf16."""
+    history = History(Cascade(recent(2, codec=int8), Tier(Full(), "100%", f32)), B=1, K=1, G=1, H=8, chunk=4, number=0)
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in history.tokens())
+    cache = init(history.cascade, 1, 1, 8)
+    for start in (0, 2, 4):
+        before, chunk = cache, slice(start, start + 2)
+        _, cache = step(cache, q[:, chunk], k[:, chunk], v[:, chunk], np.arange(start, start + 2, dtype=np.int32)[None])
+    window, below = jax.device_get(decoded(before)[0]), jax.device_get(decoded(cache)[1])
+    for slot, position in enumerate(window["pos"][0, 0]):
+        sunk = below["pos"][0, 0].tolist().index(position)
+        np.testing.assert_array_equal(below["k"][0, 0, sunk], window["k"][0, 0, slot])
+
+
 # Law 3: never more, never twice, never lost early
 
 
@@ -344,10 +364,7 @@ def test_each_tier_keeps_the_best_and_hands_on_the_others(history: History) -> N
                 for h in range(history.K):
                     assert stay[h] <= both[h]
                     pos[0, h, : len(both[h])] = sorted(both[h])
-                mass_BKP = moment.mass_BKP
-                if positions_BT.shape[1] == 1:  # one token is placed before it attends
-                    mass_BKP = mass_BKP - dense_mass(moment)
-                score = np.take_along_axis(mass_BKP[b : b + 1], pos, 2).astype(np.float32)
+                score = np.take_along_axis(moment.ranked_by_BKP[b : b + 1], pos, 2).astype(np.float32)
                 rank = np.asarray(priority(tier.policy, pos, score, np.array([[[now]]], np.int32)))[0]
                 last = tier is cascade.tiers[-1]
                 for h in range(history.K):
@@ -372,3 +389,289 @@ def test_sinks_stay_recent_is_a_window_and_full_forgets_nothing(history: History
                 assert sorted(held(moment.after[0], b, h)) == list(range(seen[b] - count, seen[b]))
             if isinstance(last.policy, Full):
                 assert sorted(p for tier in moment.after for p in held(tier, b, h)) == list(range(seen[b]))
+
+
+def timeless(policy: Policy) -> bool:
+    """Whether a policy ranks by position alone, whenever it is asked."""
+    pos = np.arange(CONTEXT, dtype=np.int32)[None, None]
+    early, late = (priority(policy, pos, None, np.array([[[now]]], np.int32)) for now in (4, 40))
+    return bool((early == late).all())
+
+
+@settings(max_examples=6)
+@given(
+    cascades(tiers(policies().filter(lambda p: not p.observes and timeless(p)), st.just(f32)), max_size=2),
+    st.integers(0, 2),
+    st.integers(1, 4),
+)
+def test_prefill_at_once_holds_what_token_by_token_holds(cascade: Cascade, place: int, window: int) -> None:
+    """Law 3: where ranks do not change with time and a window takes the newest token, the way in does not matter.
+
+    Without a window the last tier must take each newest token, and then what it lost for that depends on the way.
+    """
+    place = min(place, len(cascade.tiers) - isinstance(cascade.tiers[-1].policy, Full))
+    cascade = Cascade(*cascade.tiers[:place], recent(window, codec=f32), *cascade.tiers[place:])
+    history = History(cascade, B=2, K=2, G=1, H=8, chunk=16, number=0)
+    positions_BT = np.where(np.arange(16) < [[16], [11]], np.arange(16), -1).astype(np.int32)
+    at_once, one_by_one = (
+        jax.device_get(decoded(follow(history, np.split(positions_BT, calls, 1))[-1][1])) for calls in (1, 16)
+    )
+    for once, singly in zip(at_once, one_by_one, strict=True):
+        np.testing.assert_array_equal(np.sort(once["pos"]), np.sort(singly["pos"]))
+
+
+# Law 4: one trace
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_decode_step_is_traced_once(name: str) -> None:
+    """Law 4: while the cache fills, evicts and wraps, the same program runs, and each donated buffer is used again."""
+    traces = 0
+
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=QUICK)
+    def decode(cache, q, k, v, positions):
+        nonlocal traces
+        traces += 1
+        return cache.step(q, k, v, positions)
+
+    policy = POLICIES[name]()
+    cascade = Cascade(full) if isinstance(policy, Full) else Cascade(Tier(policy, 3, int8), recent(2, codec=int4h))
+    cache, normal = init(cascade, 2, 1, 8, context=12), np.random.default_rng(0).standard_normal
+    for t in range(12):
+        given_up = cache
+        tokens = (normal((2, 1, heads, 8), np.float32) for heads in (2, 1, 1))
+        _, cache = decode(cache, *tokens, np.full((2, 1), t, np.int32))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given_up))
+    assert traces == 1
+
+
+def test_scoring_traces_once_and_equals_forward(nano) -> None:
+    """Laws 1 and 4: one trace over two batches, the last one short, and each token's loss is the uncached forward's."""
+    config, params = nano
+    rows_BT = text(config, B=3)
+    scores = perplexity.score(config, params, parse("full@f32"), rows_BT, batch=2)
+    logits_BTV = forward(config, params, rows_BT)[:, :-1]
+    want_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, rows_BT[:, 1:])
+    assert scores.traces == 1
+    np.testing.assert_allclose(scores.nll_BT, want_BT, atol=1e-5, rtol=1e-5)
+
+
+# Law 5: claimed bytes are real bytes
+
+
+@st.composite
+def specs(draw, layers: int) -> CacheSpec:
+    """The same cascade everywhere, or a cascade for the first layers and another for the others."""
+    if draw(st.booleans()):
+        return everywhere(draw(cascades(TIER)))
+    cut, end = draw(st.integers(1, layers - 1)), draw(st.sampled_from([layers, None]))
+    return CacheSpec(((0, cut, draw(cascades(TIER))), (cut, end, draw(cascades(TIER)))))
+
+
+@given(specs(layers=3), st.integers(1, 3), st.sampled_from([1, 2]), st.sampled_from([4, 8]), st.sampled_from([9, 20]))
+def test_predicted_bytes_are_the_bytes_of_the_buffers(spec: CacheSpec, B: int, K: int, H: int, context: int) -> None:
+    """Law 5: the spec's number of bytes per row, times the rows, is the size of all arrays that the cache is made of."""
+    cache: Cache = jax.jit(lambda: spec.init(B, 3, K, H, context), compiler_options=QUICK)()
+    real = sum(shard.data.nbytes for leaf in jax.tree.leaves(cache) for shard in leaf.addressable_shards)
+    assert B * spec.nbytes(3, K, H, context) == nbytes(cache) == real
+    for layer in cache:
+        for index, (tier, slots) in enumerate(zip(layer.cascade.tiers, layer.slots, strict=True)):
+            assert slots.pos_BKS.shape == (B, K, tier.slots(context))
+            assert (slots.score_BKS is not None) == any(t.policy.observes for t in layer.cascade.tiers[index:])
+            if tier.codec in (int4, int4h):  # the bytes of a jnp.int4 array are not what is stored
+                assert slots.k["codes"].dtype == slots.v["codes"].dtype == jnp.uint8
+                assert slots.k["codes"].shape == slots.v["codes"].shape == (*slots.pos_BKS.shape, H // 2)
+
+
+def test_bytes_of_a_cache_by_hand() -> None:
+    """Law 5: two layers and KV heads of width 8; an entry is a key, a value, a position, and a score if a tier below reads it."""
+    at_bf16, at_int8, at_int4, at_f32 = 2 * 8 * 2, 2 * (8 + 2), 2 * (4 + 4), 2 * 8 * 4
+    scored = 3 * (at_bf16 + 4 + 4) + 5 * (at_int8 + 4 + 4)
+    assert parse("sink 3 | heavy 25%@int8 | recent 4@int4").nbytes(2, 2, 8, 20) == 4 * (scored + 4 * (at_int4 + 4))
+    assert parse("layers[0:1]: full@f32 ; layers[1:]: recent 1").nbytes(2, 2, 8, 20) == 2 * (
+        20 * (at_f32 + 4) + at_bf16 + 4
+    )
+
+
+# Law 6: independence
+
+
+def follow(history: History, calls, tokens=None, between=lambda cache: cache) -> list[tuple[np.ndarray, LayerCache]]:
+    """The output of each call and the cache after it."""
+    cache, results = init(history.cascade, history.B, history.K, history.H), []
+    q, k, v = tokens or history.tokens()
+    for positions_BT in calls:
+        out, cache = step(between(cache), at(q, positions_BT), at(k, positions_BT), at(v, positions_BT), positions_BT)
+        results.append((np.asarray(out), cache))
+    return results
+
+
+@replayed
+def test_a_row_does_not_depend_on_the_other_rows(history: History) -> None:
+    """Law 6: with other tokens, lengths and padding in the other rows, the first row's outputs are the same."""
+    first = lambda mine, others: np.concatenate([mine[:1], others[1:]])
+    calls = [first(*pair) for pair in zip(history.calls(0), history.calls(1), strict=False)]
+    tokens = tuple(map(first, history.tokens(0), history.tokens(1)))
+    for moment, (out, cache) in zip(play(history), follow(history, calls, tokens), strict=False):
+        np.testing.assert_allclose(out[0], moment.out_BTNH[0], atol=1e-6, rtol=1e-6)
+        for slots, tier in zip(cache.slots, moment.after, strict=True):
+            np.testing.assert_array_equal(slots.pos_BKS[0], tier["pos"][0])
+
+
+@replayed
+def test_the_order_of_tokens_in_a_call_does_not_matter(history: History) -> None:
+    """Law 6: where a call's tokens and its padding stand in the batch is nothing to a cache: positions say where tokens are."""
+    mix, calls, orders = np.random.default_rng(0), [], []
+    for positions_BT in history.calls():
+        orders.append(mix.permuted(np.broadcast_to(np.arange(positions_BT.shape[1]), positions_BT.shape), axis=1))
+        calls.append(np.take_along_axis(positions_BT, orders[-1], 1))
+    for moment, order_BT, (out, cache) in zip(play(history), orders, follow(history, calls), strict=True):
+        want = np.take_along_axis(moment.out_BTNH, order_BT[:, :, None, None], 1)
+        np.testing.assert_allclose(out, want, atol=1e-6, rtol=1e-6)
+        for slots, tier in zip(cache.slots, moment.after, strict=True):
+            np.testing.assert_array_equal(np.sort(slots.pos_BKS), np.sort(tier["pos"]))
+
+
+@replayed
+def test_the_order_of_slots_does_not_matter(history: History) -> None:
+    """Law 6: with each head's slots shuffled before each call the outputs are the same: a slot's index means nothing."""
+    mix = np.random.default_rng(0)
+
+    def shuffled(cache: LayerCache) -> LayerCache:
+        slots = []
+        for tier in cache.slots:
+            order_BKS = mix.permuted(np.broadcast_to(np.arange(tier.pos_BKS.shape[2]), tier.pos_BKS.shape), axis=2)
+            over = lambda x, order=order_BKS: np.take_along_axis(
+                np.asarray(x), order.reshape(order.shape + (1,) * (x.ndim - 3)), 2
+            )
+            slots.append(jax.tree.map(over, tier))
+        return dataclasses.replace(cache, slots=tuple(slots))
+
+    results = follow(history, history.calls(), between=shuffled)
+    for moment, (out, cache) in zip(play(history), results, strict=True):
+        np.testing.assert_allclose(out, moment.out_BTNH, atol=1e-6, rtol=1e-6)
+        for slots, tier in zip(cache.slots, moment.after, strict=True):
+            np.testing.assert_array_equal(np.sort(slots.pos_BKS), np.sort(tier["pos"]))
+
+
+@settings(max_examples=4)
+@given(cascades(TIER, max_size=2))
+def test_the_amount_of_padding_does_not_matter(cascade: Cascade) -> None:
+    """Law 6: twice three tokens in calls of three and of seven give the same outputs and leave the same tokens."""
+    history = History(cascade, B=1, K=2, G=2, H=8, chunk=3, number=0)
+    calls = [np.array([[0, 1, 2]], np.int32), np.array([[3, 4, 5]], np.int32)]
+    padded = [np.concatenate([positions, np.full((1, 4), -1, np.int32)], 1) for positions in calls]
+    for (out, cache), (out_padded, cache_padded) in zip(follow(history, calls), follow(history, padded), strict=True):
+        np.testing.assert_allclose(out_padded[:, :3], out, atol=1e-6, rtol=1e-6)
+        np.testing.assert_array_equal(out_padded[:, 3:], 0)
+        for a, b in zip(cache.slots, cache_padded.slots, strict=True):
+            np.testing.assert_array_equal(np.sort(a.pos_BKS), np.sort(b.pos_BKS))
+
+
+@replayed
+def test_an_evicted_entry_leaves_no_trace(history: History) -> None:
+    """Law 6: had the tokens evicted by now had other values, and other keys if nobody watched, nothing would change."""
+    calls, moments = list(history.calls()), play(history)
+    held_BKP = (joined(moments[-1].before, "pos")[..., None] == np.arange(CONTEXT)).any(2)
+    seen_B1P = np.arange(CONTEXT) < 1 + max(positions_BT.max(1) for positions_BT in calls[:-1])[:, None, None]
+    evicted_BPK1 = (seen_B1P & ~held_BKP).swapaxes(1, 2)[..., None]
+    q, k, v = history.tokens()
+    if not any(tier.policy.observes for tier in history.cascade.tiers):
+        k = k + 1e4 * evicted_BPK1.astype(np.float32)
+    v = v + 1e4 * evicted_BPK1.astype(np.float32)
+    out, _ = follow(history, calls, (q, k, v))[-1]
+    np.testing.assert_array_equal(out, moments[-1].out_BTNH)
+
+
+@settings(max_examples=6)
+@given(cascades(tiers(policies(), st.just(f32)), max_size=2), st.integers(0, 2**16))
+def test_the_gradient_of_an_evicted_entry_is_zero(cascade: Cascade, number: int) -> None:
+    """Law 6: the last output's gradient is exactly zero for evicted keys and values, and is not for those held."""
+    q, k, v = (x[:, :12].swapaxes(0, 1)[:, :, None] for x in History(cascade, 1, 2, 2, 8, 2, number).tokens())
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
+    def gradient(k, v):
+        def decode(cache, token):
+            out, cache = cache.step(*token)
+            return cache, out
+
+        positions = jnp.arange(12)[:, None, None]
+        cache, out = jax.lax.scan(decode, cascade.init(1, 2, 8, CONTEXT), (q, k, v, positions))
+        return (out[-1] * q[0]).sum(), [slots.pos_BKS for slots in cache.slots]
+
+    gradients, pos = gradient(k, v)
+    held_KP = (np.concatenate(pos, 2)[0, :, :, None] == np.arange(12)).any(1)
+    for d_PBTKH in gradients:
+        np.testing.assert_array_equal(np.abs(d_PBTKH).max((1, 2, 4)).T > 0, held_KP)
+
+
+# Law 7: round trips
+
+ANY = {int: st.integers(), float: st.floats(allow_nan=False)}
+shares = st.floats(0.01, 100).map(lambda share: f"{share:.2f}%")
+any_cascades = cascades(tiers(policies(ANY), count=st.one_of(st.integers(1, 10**6), shares)), max_size=5)
+
+
+@st.composite
+def any_specs(draw) -> CacheSpec:
+    starts = draw(st.lists(st.integers(0, 99), min_size=1, max_size=3))
+    stops = [draw(st.one_of(st.none(), st.integers(start + 1, 100))) for start in starts]
+    return CacheSpec(tuple((a, b, draw(any_cascades)) for a, b in zip(starts, stops, strict=True)))
+
+
+@settings(max_examples=100)
+@given(st.one_of(any_specs(), any_cascades.map(everywhere)))
+def test_a_spec_prints_as_the_text_that_it_is_parsed_from(spec: CacheSpec) -> None:
+    """Law 7: parse after str is the identity, over all policies, arguments, counts, shares, codecs and parts."""
+    assert parse(str(spec)) == spec
+    assert str(parse(str(spec))) == str(spec)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_a_name_for_its_text(name: str) -> None:
+    """Law 7: a preset parses as its line does, and prints as that line."""
+    assert parse(name) == parse(PRESETS[name])
+    assert str(parse(f" {name} ")) == PRESETS[name]
+
+
+def vectors() -> np.ndarray:
+    """Vectors of 16 numbers: normal, constant, zero, with a huge outlier, tiny, large, far from zero, one-sided."""
+    x = np.random.default_rng(0).standard_normal((9, 50, 16)).astype(np.float32)
+    x[1] = x[1, :, :1]
+    x[2] = 0
+    x[3, :, 5] = 1e6
+    x[4] *= 1e-30
+    x[5] *= 1e30
+    x[6] = 1000 + x[6]
+    x[7] = -np.abs(x[7])
+    x[8, :, 1:] = 0
+    return x
+
+
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_what_is_decoded_is_within_the_bound(codec: Codec, compiled: bool) -> None:
+    """Law 7: encode then decode misses each number of the stored basis by at most the codec's bound, a zero by nothing."""
+
+    def round_trip(x):
+        stored = codec.encode(x)
+        return codec.decode(stored), codec.bound(stored)
+
+    x = vectors()
+    back, bound = map(np.asarray, (jax.jit(round_trip) if compiled else round_trip)(x))
+    rotation = 1e-6 * np.abs(x).max(-1, keepdims=True)  # of float32, which the bound is not about
+    assert (np.abs(codec.turn(back - x)) <= bound + rotation * (codec == int4h)).all()
+    np.testing.assert_array_equal(back[2], 0)
+    if codec == f32:
+        np.testing.assert_array_equal(back, x)
+
+
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+def test_turning_keeps_dot_products_and_turns_back(codec: Codec) -> None:
+    """Law 7: a codec may turn vectors, never their dot products, and turning twice is the identity."""
+    x, y = np.random.default_rng(0).standard_normal((2, 50, 16)).astype(np.float32)
+    turned = [np.asarray(codec.turn(vector), np.float64) for vector in (x, y)]
+    np.testing.assert_allclose((turned[0] * turned[1]).sum(-1), (x.astype(np.float64) * y).sum(-1), atol=1e-5)
+    np.testing.assert_allclose(codec.turn(codec.turn(x)), x, atol=1e-6)
+    assert np.allclose(turned[0], x) == (codec != int4h)

@@ -2,10 +2,14 @@
 
 import contextlib
 import dataclasses
+import errno
+import hashlib
 import json
 import logging
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import tiktoken
@@ -21,6 +25,8 @@ type State = dict[str, Any]
 """params, optimizer: everything that training goes on from, besides the step."""
 
 BEST, LATEST = "best", "latest"
+METRIC = "validation_loss"
+SUMS = "sha256.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +40,31 @@ class Run:
     step: int
 
 
-def create(path: Path, config: RunConfig, encoding: tiktoken.Encoding) -> None:
-    """Make a run's folder with its configuration and tokeniser; BadInput if a run is there already."""
+def check_free(path: Path) -> None:
+    """BadInput if a folder holds a run, or what is left of one."""
     if (path / "config.json").exists():
         raise BadInput(f"{path} holds a run already; go on with it by --resume, or name another --run")
-    tokenizer.save(encoding, path / "tokenizer.json")
-    content = configs.as_dict(config) | {"tokenizer": tokenizer.fingerprint(encoding)}
-    write_whole(path / "config.json", (json.dumps(content, indent=2) + "\n").encode())
+    if Checkpoints(path).steps():
+        raise BadInput(f"{path} holds checkpoints, but no config.json; name another --run")
+
+
+def create(path: Path, config: RunConfig, encoding: tiktoken.Encoding, state: State | None = None) -> None:
+    """Make a run's folder with its configuration and tokeniser, and with a state to begin from as the checkpoint of step 0.
+
+    config.json comes last, for it makes the folder a run. If anything fails, a folder that was not there before goes again.
+    """
+    new = not path.exists()
+    try:
+        if state is not None:
+            with Saver(path) as saver:
+                saver.save(0, state, None)
+        tokenizer.save(encoding, path / "tokenizer.json")
+        content = configs.as_dict(config) | {"tokenizer": tokenizer.fingerprint(encoding)}
+        write_whole(path / "config.json", (json.dumps(content, indent=2) + "\n").encode())
+    except BaseException:
+        if new:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def open_run(path: Path) -> tuple[RunConfig, tiktoken.Encoding]:
@@ -49,9 +73,9 @@ def open_run(path: Path) -> tuple[RunConfig, tiktoken.Encoding]:
     try:
         content = json.loads(file.read_text())
         trained_with = content.pop("tokenizer")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"{path} holds no run: there is no config.json in it") from None
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(
             f"{file} is not a run's configuration, or is damaged ({type(error).__name__}: {error})"
         ) from error
@@ -62,107 +86,165 @@ def open_run(path: Path) -> tuple[RunConfig, tiktoken.Encoding]:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a run's log.jsonl, oldest first; a last line cut short by a crash is left out."""
+    """The lines of a run's log.jsonl, oldest first; a line cut short by a crash is left out."""
     lines = []
     with contextlib.suppress(FileNotFoundError):
-        for line in (path / "log.jsonl").read_text().splitlines():
+        for line in (path / "log.jsonl").read_text(errors="replace").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 lines.append(json.loads(line))
-    return lines
+    return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 
 class Checkpoints:
-    """A run's checkpoints: written in the background under a temporary name, the newest two and the best one kept."""
+    """A run's checkpoints, to be read; a training run that is under way is not disturbed."""
 
     def __init__(self, path: Path):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step of a save
         self.path = path / "checkpoints"
-        policies = ocp.training.preservation_policies
-        keep = [
-            policies.LatestN(2),
-            policies.BestN(
-                get_metric_fn=lambda m: m["validation_loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False
-            ),
-        ]
-        self.checkpointer = ocp.training.Checkpointer(
-            self.path.resolve(), preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
-        )
-        self.pending = None
-
-    def save(self, step: int, state: State, validation_loss: float | None) -> None:
-        """Start writing a checkpoint once the one before is done; BadInput if that one failed, with what is safe named."""
-        self.wait()
-        metrics = None if validation_loss is None else {"validation_loss": validation_loss}
-        try:
-            self.pending = self.checkpointer.save_checkpointables_async(step, state, force=True, metrics=metrics)
-        except Exception as error:
-            raise self._failed(error) from error
-
-    def wait(self) -> None:
-        """Wait until the checkpoint being written is complete."""
-        pending, self.pending = self.pending, None
-        try:
-            if pending is not None:
-                pending.result()
-        except Exception as error:  # orbax raises what its storage raises, of many types
-            raise self._failed(error) from error
+        logging.getLogger("absl").setLevel(
+            logging.CRITICAL
+        )  # orbax tells every step of a save, and what it also raises
 
     def steps(self) -> list[int]:
         """The complete checkpoints, oldest first."""
-        return sorted(checkpoint.step for checkpoint in self.checkpointer.checkpoints)
+        return sorted(int(folder.name) for folder in self.path.glob("*") if folder.name.isdecimal())
 
     def best(self) -> int | None:
-        """The step with the lowest validation loss; the newest where none has one."""
-        scored = [c for c in self.checkpointer.checkpoints if c.metrics]
-        if scored:
-            return min(scored, key=lambda c: c.metrics["validation_loss"]).step
-        return max(self.steps(), default=None)
+        """The step with the lowest validation loss; the newest where none has one. BadInput if a loss cannot be read."""
+        losses = {step: loss for step in self.steps() if (loss := self._validation_loss(step)) is not None}
+        return min(losses, key=lambda step: losses[step]) if losses else max(self.steps(), default=None)
 
     def load(self, step: int, abstract: State) -> State:
         """Read the parts of a checkpoint that `abstract` names, in its shapes; BadInput if it is damaged or of another shape."""
+        for part in abstract:
+            self._check(step, part)
         try:
-            return self.checkpointer.load_checkpointables(step, abstract)
-        except Exception as error:
-            others = [str(s) for s in self.steps() if s != step]
-            hint = f"; also there: {', '.join(others)}" if others else ""
-            reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-            raise BadInput(f"{self.path}: the checkpoint of step {step} cannot be read ({reason}){hint}") from error
+            return ocp.load_checkpointables(str(self.path.resolve() / str(step)), dict(abstract))
+        except Exception as error:  # orbax raises what its storage raises, of many types
+            raise self._unreadable(step, "it is not of the model that config.json describes, or damaged") from error
 
-    def close(self) -> None:
-        """Wait for what is being written, and release orbax's threads."""
+    def _validation_loss(self, step: int) -> float | None:
+        file = self.path / str(step) / "metrics" / "metrics"
+        if not file.exists():  # saved between two validations, or a process was killed as it deleted this checkpoint
+            return None
+        self._check(step, "metrics/metrics")
+        try:
+            return float(json.loads(file.read_text())[METRIC])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise self._unreadable(step, "metrics/metrics is damaged") from error
+
+    def _check(self, step: int, part: str) -> None:
+        """BadInput if a file of one part of a checkpoint is not what was written.
+
+        Asked before orbax is, which takes some wrong bits for weights, and tells the other damage at length on stderr.
+        """
+        folder = self.path / str(step)
+        try:
+            sums = dict(json.loads((folder / SUMS).read_text()))
+        except FileNotFoundError:
+            return  # then orbax has to see for itself
+        except (OSError, ValueError, TypeError) as error:
+            raise self._unreadable(step, f"{SUMS} is damaged") from error
+        for name in sums:
+            file = folder / name
+            if f"{name}/".startswith(f"{part}/") and not (file.is_file() and _sum(file) == sums[name]):
+                raise self._unreadable(step, f"{name} is missing or damaged")
+
+    def _unreadable(self, step: int, reason: str) -> BadInput:
+        others = ", ".join(str(other) for other in self.steps() if other != step)
+        hint = f"; other checkpoints there: {others}" if others else ""
+        return BadInput(f"the checkpoint {self.path / str(step)} cannot be read: {reason}{hint}")
+
+
+class Saver(Checkpoints):
+    """A run's checkpoints, to be written: in the background under a temporary name, the newest two and the best one kept.
+
+    Leaving it as a context waits for what is being written.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.best()  # BadInput now, not at the first save
+        context = ocp.Context()
+        context.asynchronous.post_finalization_callback = self._write_sums
+        self.pending = None
+        try:
+            self.checkpointer = ocp.training.Checkpointer(
+                str(self.path.resolve()), context=context, preservation_policy=_Kept(), cleanup_tmp_directories=True
+            )
+        except Exception as error:
+            raise self.failure(error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
         try:
             self.wait()
         finally:
             with contextlib.suppress(Exception):
                 self.checkpointer.close()
 
-    def _failed(self, error: Exception) -> BadInput:
-        text = str(error)
-        full = "No space left" in text or "Errno 28" in text
-        reason = (
-            "the disk is full" if full else text.strip().splitlines()[0][:160] if text.strip() else type(error).__name__
-        )
-        kept = self.steps()
-        safe = f"the checkpoint of step {kept[-1]} is safe" if kept else "no checkpoint was written yet"
-        return BadInput(f"cannot save to {self.path}: {reason}; {safe}")
+    def save(self, step: int, state: State, validation_loss: float | None) -> None:
+        """Start writing a checkpoint once the one before is done; BadInput if that one failed, with what is safe named."""
+        self.wait()
+        metrics: dict[str, Any] | None = None if validation_loss is None else {METRIC: validation_loss}
+        try:
+            # A copy of the dict, because orbax puts the metrics into the one that it is given.
+            self.pending = self.checkpointer.save_checkpointables_async(step, dict(state), force=True, metrics=metrics)
+        except Exception as error:
+            raise self.failure(error) from error
+
+    def wait(self) -> None:
+        """Wait until the checkpoint being written is complete; BadInput if it failed."""
+        pending, self.pending = self.pending, None
+        try:
+            if pending is not None:
+                pending.result()
+        except Exception as error:
+            raise self.failure(error) from error
+
+    def failure(self, error: Exception) -> BadInput:
+        """What to tell the user when writing failed: why, and which checkpoint is safe."""
+        text = str(error).strip() or type(error).__name__
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
+        reason = "the disk is full" if full else text.splitlines()[0][:160]
+        return BadInput(f"cannot write to {self.path.parent}: {reason}; {self.safe()}")
+
+    def safe(self) -> str:
+        """The last complete checkpoint, in words."""
+        steps = self.steps()
+        return f"the last good checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
+
+    def _write_sums(self) -> None:
+        """Write the sums of a checkpoint's files beside them, just before orbax gives the folder its name."""
+        for folder in self.path.glob("*.orbax-checkpoint-tmp"):
+            files = (file for part in folder.iterdir() if part.is_dir() for file in part.rglob("*") if file.is_file())
+            sums = {file.relative_to(folder).as_posix(): _sum(file) for file in files}
+            (folder / SUMS).write_text(json.dumps(sums, indent=0))
+
+
+class _Kept(ocp.training.preservation_policies.PreservationPolicy):
+    """The newest two checkpoints and the one with the lowest validation loss."""
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        kept = sorted(checkpoint.step for checkpoint in checkpoints)[-2:]
+        if scored := [checkpoint for checkpoint in checkpoints if checkpoint.metrics]:
+            kept.append(min(scored, key=lambda checkpoint: checkpoint.metrics[METRIC]).step)
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def _sum(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def load_run(path: Path, which: str = BEST) -> Run:
     """Load a run's model from its best checkpoint (by validation loss) or its latest; BadInput if anything is missing or damaged."""
     config, encoding = open_run(path)
-    if not (path / "checkpoints").is_dir():
-        raise BadInput(f"{path} holds no checkpoint yet")
     checkpoints = Checkpoints(path)
-    try:
-        steps = checkpoints.steps()
-        if not steps:
-            raise BadInput(f"{path} holds no complete checkpoint")
-        step = checkpoints.best() if which == BEST else steps[-1]
-        assert step is not None
-        _, abstract = gpt.graph(config.model)
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
-        state = checkpoints.load(step, {"params": abstract})
-    finally:
-        checkpoints.close()
-    return Run(path, config, state["params"], encoding, step)
+    step = checkpoints.best() if which == BEST else max(checkpoints.steps(), default=None)
+    if step is None:
+        raise BadInput(f"{path} holds no complete checkpoint yet")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), gpt.graph(config.model)[1])
+    return Run(path, config, checkpoints.load(step, {"params": abstract})["params"], encoding, step)

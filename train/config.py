@@ -1,7 +1,9 @@
 """What a training run is told, and the named settings that it starts from."""
 
+import contextlib
 import dataclasses
 import difflib
+import math
 import typing
 from pathlib import Path
 
@@ -49,18 +51,18 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        positive = (
-            "steps",
-            "batch_size",
-            "accumulation",
-            "evaluate_every",
-            "evaluate_windows",
-            "checkpoint_every",
-            "log_every",
-        )
-        for name in positive:
+        counts = ("steps", "batch_size", "accumulation", "evaluate_every", "evaluate_windows", "checkpoint_every")
+        for name in (*counts, "log_every"):
             if getattr(self, name) < 1:
                 raise BadInput(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise BadInput(f"train.{name} is {getattr(self, name)}; it must be above 0 and finite")
+        for name in ("warmup", "weight_decay", "final"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise BadInput(f"train.{name} is {getattr(self, name)}; it must be at least 0 and finite")
+        if not 0 <= self.seed < 2**31:
+            raise BadInput(f"train.seed is {self.seed}; it must be at least 0 and below 2^31")
         if self.batch_size % self.accumulation:
             raise BadInput(f"train.accumulation {self.accumulation} must divide train.batch-size {self.batch_size}")
 
@@ -117,6 +119,9 @@ def from_dict(content: object, source: Path | str) -> RunConfig:
             if key not in known:
                 raise BadInput(f"{source}: unknown setting {name}.{key}; there are {', '.join(known)}")
             wanted = known[key]
+            if wanted is float and isinstance(value, str):  # YAML 1.1 takes 1e-3, without a dot, for a string
+                with contextlib.suppress(ValueError):
+                    part[key] = value = float(value)
             if not isinstance(value, (int, float) if wanted is float else wanted) or isinstance(value, bool):
                 raise BadInput(f"{source}: {name}.{key} must be {wanted.__name__}, not {value!r}")
     return RunConfig(**{name: cls(**content.get(name, {})) for name, cls in parts.items()})
@@ -129,7 +134,8 @@ def load(name: str) -> RunConfig:
     file = Path(name)
     if file.suffix in (".yaml", ".yml"):
         try:
-            return from_dict(yaml.safe_load(file.read_text()) or {}, file)
+            content = yaml.safe_load(file.read_text())
+            return from_dict({} if content is None else content, file)
         except OSError as error:
             raise BadInput(f"{name}: {error.strerror}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:

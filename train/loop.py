@@ -21,7 +21,7 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.cache.files import write_whole
 from kvcascade.model import gpt
 from kvcascade.train import data
-from kvcascade.train.checkpoint import Checkpoints, State, read_log
+from kvcascade.train.checkpoint import Saver, State, read_log
 from kvcascade.train.config import RunConfig, TrainConfig
 
 
@@ -72,7 +72,7 @@ def nll(
     config: gpt.ModelConfig, params: gpt.Params, rows_BT: Int[Array, "B T+1"], dropout_key=None
 ) -> Float[Array, "B T"]:
     """The negative log-likelihood in nats of each token of the rows but the first, without a cache."""
-    logits_BTV, _ = gpt.apply(config, params, rows_BT[:, :-1], dropout_key=dropout_key)
+    logits_BTV = gpt.forward(config, params, rows_BT[:, :-1], dropout_key)
     return optax.softmax_cross_entropy_with_integer_labels(logits_BTV.astype(jnp.float32), rows_BT[:, 1:])
 
 
@@ -82,13 +82,12 @@ def data_mesh() -> jax.sharding.Mesh:
 
 
 def make_step(config: RunConfig, mesh: jax.sharding.Mesh) -> Callable[..., tuple[State, dict[str, Array]]]:
-    """Compile one step: `(state, step, rows_BT) -> (state, {loss, gradient_norm})`, state donated, the batch split over the mesh."""
-    transform = optimizer(config.train)
+    """Compile one step: `(state, step, rows_BT) -> (state, metrics)`, state donated, the batch split over the mesh.
+
+    The metrics are loss, gradient_norm before clipping, learning_rate, and parameter_norm after the step.
+    """
+    transform, schedule = optimizer(config.train), learning_rate(config.train)
     replicated, by_row = PartitionSpec(), PartitionSpec("data")
-    if config.train.batch_size % (mesh.size * config.train.accumulation):
-        raise BadInput(
-            f"train.batch-size {config.train.batch_size} must be a multiple of {mesh.size} devices x {config.train.accumulation} microbatches"
-        )
 
     def loss(params, rows_BT, ids_B, key):
         # The ids are the rows' places in the whole batch, so each microbatch of each device drops out differently.
@@ -118,14 +117,27 @@ def make_step(config: RunConfig, mesh: jax.sharding.Mesh) -> Callable[..., tuple
         return {"params": params, "optimizer": optimizer_state}, {
             "loss": value,
             "gradient_norm": optax.global_norm(gradients),
+            "learning_rate": jnp.asarray(schedule(number)),
+            "parameter_norm": optax.global_norm(params),
         }
 
     return step
 
 
+def check(config: RunConfig, corpus: Corpus, mesh: jax.sharding.Mesh) -> None:
+    """BadInput for what would stop training later: a text too short for its windows, a batch that the devices cannot share."""
+    train, context = config.train, config.model.context
+    if train.batch_size % (mesh.size * train.accumulation):
+        raise BadInput(
+            f"train.batch-size {train.batch_size} must be a multiple of {mesh.size} devices x {train.accumulation} microbatches"
+        )
+    data.batch(corpus.train, train.seed, 0, 1, context)
+    _validation_rows(config, corpus)
+
+
 def validate(config: RunConfig, corpus: Corpus, compiled, params: gpt.Params) -> dict[str, float]:
     """Loss on the first windows of the validation text: mean in nats per token, its standard error over windows, bits per byte."""
-    size, rows = config.train.batch_size, _validation_rows(config, corpus)
+    size, rows = config.train.batch_size // config.train.accumulation, _validation_rows(config, corpus)
     per_row = np.concatenate([np.asarray(compiled(params, rows[i : i + size])) for i in range(0, len(rows), size)])
     spread = per_row.std(ddof=1) / math.sqrt(len(per_row)) if len(per_row) > 1 else 0.0
     bits = per_row.mean() * rows[:, 1:].size / math.log(2)
@@ -150,63 +162,42 @@ def fit(
 ) -> State:
     """Train from the run's newest checkpoint, or from `state` at step 0, to the last step, saving into `path` on the way.
 
-    Calls `report(step, line)` with each line of log.jsonl. Raises Interrupted after SIGINT or SIGTERM with the step saved, Diverged if the
-    loss is no number, BadInput if a checkpoint cannot be written or read.
+    Takes over `state`: its arrays are donated. Calls `report(step, line)` with each line of log.jsonl. Raises Interrupted after SIGINT
+    or SIGTERM with the step saved, Diverged if the loss is no number, BadInput if a checkpoint cannot be written or read.
     """
     mesh = mesh or data_mesh()
-    rows_on = NamedSharding(mesh, PartitionSpec("data"))
+    check(config, corpus, mesh)
+    by_row = NamedSharding(mesh, PartitionSpec("data"))
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     step = make_step(config, mesh)
-    compiled_nll = jax.jit(lambda params, rows: nll(config.model, params, rows).mean(-1))
-    schedule = learning_rate(config.train)
-    _validation_rows(config, corpus)  # too short a text is told before an hour of training, not after
-    checkpoints = Checkpoints(path)
-    try:
-        done = max(checkpoints.steps(), default=None)
-        if done is None:
-            done = 0
-        else:
-            state = checkpoints.load(done, jax.tree.map(_abstract, state))
-        elapsed = _cut_log(path, done)
-        start, last_time, last_step = time.monotonic() - elapsed, time.monotonic(), done
-        with (path / "log.jsonl").open("a") as log, _stop_requests() as stop:
-
-            def tell(number: int, line: dict) -> None:
-                line = {"step": number, **line, "seconds": round(time.monotonic() - start, 2)}
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                report(number, line)
-
-            for number in range(done, config.train.steps):
-                rows = data.batch(
-                    corpus.train, config.train.seed, number, config.train.batch_size, config.model.context
-                )
-                state, metrics = step(state, number, jax.device_put(rows, rows_on))
-                now = number + 1
-                last = now == config.train.steps
-                # The loss is looked at on every step, so that no state with a NaN in it is ever saved.
-                if not math.isfinite(loss := float(metrics["loss"])):
-                    raise Diverged(_divergence(loss, now, checkpoints))
-                if now % config.train.log_every == 0 or last:
-                    rate = (now - last_step) * rows[:, 1:].size / (time.monotonic() - last_time)
-                    tell(now, {
-                        "loss": loss, "gradient_norm": float(metrics["gradient_norm"]),
-                        "learning_rate": float(schedule(number)), "tokens": now * rows[:, 1:].size, "tokens_per_second": round(rate, 1),
-                    })  # fmt: skip
-                    last_time, last_step = time.monotonic(), now
-                validation = {}
-                if now % config.train.evaluate_every == 0 or last:
-                    paused = time.monotonic()
-                    tell(now, validation := validate(config, corpus, compiled_nll, state["params"]))
-                    last_time += time.monotonic() - paused  # tokens per second are of training alone
-                if now % config.train.checkpoint_every == 0 or last or stop:
-                    checkpoints.save(now, state, validation.get("validation_loss"))
-                if stop and not last:
-                    checkpoints.wait()
-                    raise Interrupted(stop[0], now, path)
-        return state
-    finally:
-        checkpoints.close()
+    row_nll = jax.jit(lambda params, rows: nll(config.model, params, rows).mean(-1))
+    train, context = config.train, config.model.context
+    with _stop_requests() as stop, Saver(path) as saver:
+        done = 0
+        if steps := saver.steps():
+            done = steps[-1]
+            state = saver.load(done, jax.tree.map(_abstract, state))
+        log = _Log(path, saver, done, train.batch_size * context, report)
+        for number in range(done, train.steps):
+            began = time.monotonic()
+            rows = data.batch(corpus.train, train.seed, number, train.batch_size, context)
+            state, metrics = step(state, number, jax.device_put(rows, by_row))
+            values = {name: float(value) for name, value in metrics.items()}
+            now, last = number + 1, number + 1 == train.steps
+            log.busy += time.monotonic() - began
+            _check_finite(now, values, saver)
+            if now % train.log_every == 0 or last:
+                log.trained(now, values)
+            validation = {}
+            if now % train.evaluate_every == 0 or last:
+                validation = validate(config, corpus, row_nll, state["params"])
+                log.write(now, validation)
+            if now % train.checkpoint_every == 0 or last or stop:
+                saver.save(now, state, validation.get("validation_loss"))
+            if stop and not last:
+                saver.wait()
+                raise Interrupted(stop[0], now, path)
+    return state
 
 
 def _abstract(x: Array) -> jax.ShapeDtypeStruct:
@@ -214,18 +205,44 @@ def _abstract(x: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
-def _divergence(loss: float, step: int, checkpoints: Checkpoints) -> str:
-    checkpoints.wait()
-    steps = checkpoints.steps()
-    good = f"the last good checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
-    return f"the loss is {loss} at step {step}; {good} in {checkpoints.path}; try a lower --train.learning-rate"
+def _check_finite(step: int, values: dict[str, float], saver: Saver) -> None:
+    """Diverged if the loss or the parameters after it are no numbers; asked on every step, so that no such state is ever saved."""
+    if math.isfinite(values["loss"]) and math.isfinite(values["parameter_norm"]):
+        return
+    saver.wait()
+    raise Diverged(
+        f"the loss is {values['loss']} and the norm of the parameters {values['parameter_norm']} at step {step}; "
+        f"{saver.safe()} in {saver.path}; try a lower --train.learning-rate"
+    )
 
 
-def _cut_log(path: Path, done: int) -> float:
-    """Drop the lines after the step that training goes on from; return the seconds that the kept ones took."""
-    lines = [line for line in read_log(path) if line["step"] <= done]
-    write_whole(path / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-    return lines[-1]["seconds"] if lines else 0.0
+class _Log:
+    """A run's log.jsonl, continued from a step: what was written after that step is dropped."""
+
+    def __init__(self, path: Path, saver: Saver, done: int, tokens: int, report: Callable[[int, dict], None]):
+        self.file, self.saver, self.report = path / "log.jsonl", saver, report
+        self.tokens = tokens  # per step
+        self.last, self.busy = done, 0.0  # step of the last line, seconds of training since
+        kept = [line for line in read_log(path) if line["step"] <= done]
+        write_whole(self.file, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self.start = time.monotonic() - (kept[-1]["seconds"] if kept else 0.0)
+
+    def trained(self, step: int, values: dict[str, float]) -> None:
+        """Write what the last step said, and how fast the steps since the last such line were; validating and saving do not count."""
+        rate = (step - self.last) * self.tokens / self.busy
+        self.last, self.busy = step, 0.0
+        line = {name: values[name] for name in ("loss", "gradient_norm", "learning_rate")}
+        self.write(step, line | {"tokens": step * self.tokens, "tokens_per_second": round(rate, 1)})
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Append one line and report it; BadInput if the disk is full."""
+        line = {"step": step, **values, "seconds": round(time.monotonic() - self.start, 2)}
+        try:
+            with self.file.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise self.saver.failure(error) from error
+        self.report(step, line)
 
 
 @contextlib.contextmanager

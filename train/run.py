@@ -14,16 +14,17 @@ from kvcascade.train.config import RunConfig
 
 
 def start(path: Path, wanted: RunConfig) -> None:
-    """Make a new run's folder, with the tokeniser that its configuration asks for; BadInput if a run is there already."""
-    if (path / "config.json").exists():
-        raise BadInput(f"{path} holds a run already; go on with it by --resume, or name another --run")
-    if wanted.train.seed < 0:
-        raise BadInput(f"train.seed is {wanted.train.seed}; it must be at least 0")
+    """Make a new run's folder, with the tokeniser that its configuration asks for.
+
+    BadInput, with nothing written, if a run is there already or the run's text or devices do not suit its settings.
+    """
+    checkpoint.check_free(path)
     encoding = data.encoding_for(data.load(wanted.data.source), wanted.data.tokenizer, wanted.model.vocab)
     if encoding.n_vocab != wanted.model.vocab:
         raise BadInput(
             f"model.vocab is {wanted.model.vocab}, but the tokenizer {encoding.name} has {encoding.n_vocab} tokens"
         )
+    loop.check(wanted, load_corpus(wanted, encoding), loop.data_mesh())
     checkpoint.create(path, wanted, encoding)
 
 
@@ -64,8 +65,7 @@ def convert(source: Path, path: Path, kv_heads: int, method: str, share: float) 
     """
     if not 0 < share <= 1:
         raise BadInput(f"the share of steps to uptrain is {share}; it must be above 0 and at most 1")
-    if (path / "config.json").exists():
-        raise BadInput(f"{path} holds a run already; name another --run")
+    checkpoint.check_free(path)
     trained = checkpoint.load_run(source, checkpoint.LATEST)
     shape, params = pooling.convert(trained.config.model, trained.params, kv_heads, method, trained.config.train.seed)
     train = trained.config.train
@@ -79,10 +79,5 @@ def convert(source: Path, path: Path, kv_heads: int, method: str, share: float) 
         log_every=shrink(train.log_every),
     )
     settings = dataclasses.replace(trained.config, model=shape, train=train)
-    checkpoint.create(path, settings, trained.encoding)
-    checkpoints = checkpoint.Checkpoints(path)
-    try:
-        checkpoints.save(0, loop.initial_state(settings, params), None)
-    finally:
-        checkpoints.close()
+    checkpoint.create(path, settings, trained.encoding, loop.initial_state(settings, params))
     return steps

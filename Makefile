@@ -1,0 +1,44 @@
+# make demo: the main job on real text, about ten minutes on two cores; make test: everything that is checked.
+# Both set up .venv first, with uv where it is there and pip otherwise.
+.PHONY: setup demo smoke test lint readme clean
+
+PYTHON ?= python3
+STUDY ?= runs/study
+
+setup: .venv/ready
+
+.venv/ready: requirements.lock pyproject.toml
+	@if command -v uv >/dev/null 2>&1; then \
+	  uv venv --quiet --allow-existing --python '>=3.12' .venv \
+	  && uv pip install --quiet --python .venv/bin/python -r requirements.lock \
+	  && uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation -e .; \
+	else \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null \
+	    || { echo "kvcascade needs Python 3.12 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }; \
+	  echo "setting up .venv, once: about a minute and 1.5 GB" >&2; \
+	  $(PYTHON) -m venv .venv \
+	  && .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock \
+	  && .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .; \
+	fi
+	@touch $@
+
+demo: setup
+	.venv/bin/kvcascade study --preset quick --dir $(STUDY)
+
+smoke: setup
+	.venv/bin/kvcascade study --preset smoke --dir runs/smoke
+
+test: setup
+	.venv/bin/pytest -q -n 2
+
+lint: setup
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/pyright
+
+readme: setup
+	.venv/bin/python -m kvcascade.scripts.readme
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,164 @@
+"""The report's figures, as SVG text."""
+
+import io
+import re
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from kvcascade.eval.records import Record
+
+# Okabe and Ito's colours: told apart by colour-blind readers as well.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.color": "#e6e6e6", "axes.axisbelow": True, "svg.fonttype": "none", "svg.hashsalt": "kvcascade", "legend.frameon": False,
+}  # fmt: skip
+SIZE = (7.2, 4.3)
+
+
+def _svg(figure: Figure) -> str:
+    file = io.StringIO()
+    figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    svg = file.getvalue()
+    return re.sub(
+        r'(<svg[^>]*?) width="[^"]*" height="[^"]*"|(<svg[^>]*?) height="[^"]*"',
+        r"\1\2",
+        svg[svg.index("<svg") :],
+        count=1,
+    )
+
+
+def _axes():
+    figure, axes = plt.subplots(figsize=SIZE)
+    return figure, axes
+
+
+def _bytes(value: float, _=None) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{value:.3g} {unit}"
+        value /= 1024
+    return ""
+
+
+def loss_curves(trainings: list[Record]) -> str:
+    """Validation loss against tokens seen, with one standard error, for each run; the uptrained one from its first step on."""
+    with plt.rc_context(STYLE):
+        figure, axes = _axes()
+        shown = []
+        for colour, run in zip(COLOURS, trainings, strict=False):
+            steps, losses, errors, _ = zip(*run["curve"], strict=True)
+            tokens = [step * run["tokens_per_step"] / 1e6 for step in steps]
+            axes.plot(tokens, losses, color=colour, label=run["model"], marker="o", markersize=3)
+            low, high = ([x + sign * e for x, e in zip(losses, errors, strict=True)] for sign in (-1, 1))
+            axes.fill_between(tokens, low, high, color=colour, alpha=0.12, linewidth=0)
+            shown += losses[len(losses) // 5 :]
+        axes.set_ylim(min(shown) - 0.15, max(shown) + 0.25)
+        axes.set_xlabel("million tokens trained on by this run")
+        axes.set_ylabel("validation loss, nats per token")
+        axes.legend()
+        return _svg(figure)
+
+
+def quality_against_bytes(evaluations: list[Record], groups: dict[str, str]) -> str:
+    """Perplexity against measured bytes of a row's cache; colour is the group of caches that are compared, hollow is random eviction."""
+    with plt.rc_context(STYLE):
+        figure, axes = _axes()
+        names = list(dict.fromkeys(groups[r["cache"]] for r in evaluations))
+        for record in evaluations:
+            colour = COLOURS[names.index(groups[record["cache"]])]
+            hollow = record["cache"].startswith("random")
+            axes.plot(
+                record["kv_bytes"], record["ppl"], color=colour, marker="o", markersize=8, linestyle="", markeredgewidth=1.8,
+                markerfacecolor="none" if hollow else colour,
+            )  # fmt: skip
+        for name, colour in zip(names, COLOURS, strict=False):
+            axes.plot([], [], color=colour, marker="o", linestyle="", label=name)
+        axes.plot(
+            [], [], color="#666", marker="o", linestyle="", markerfacecolor="none", label="hollow: random eviction"
+        )
+        full = next(r for r in evaluations if r["cache"] == "full")
+        axes.axhline(full["ppl"], color="#888", linewidth=1, linestyle="--")
+        axes.annotate(
+            "full cache",
+            (min(r["kv_bytes"] for r in evaluations), full["ppl"]),
+            (0, -13),
+            textcoords="offset points",
+            color="#555",
+        )
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(LogLocator(2))
+        axes.xaxis.set_major_formatter(FuncFormatter(_bytes))
+        axes.set_xlabel("measured bytes of one row's cache")
+        axes.set_ylabel("perplexity (lower is better)")
+        axes.legend(fontsize=9)
+        return _svg(figure)
+
+
+def bytes_by_kind(layers: list[Record]) -> str:
+    """Bytes that one token takes in one layer, by kind of attention and codec."""
+    with plt.rc_context(STYLE):
+        figure, axes = _axes()
+        kinds = list(dict.fromkeys(r["layer"] for r in layers))
+        codecs = list(dict.fromkeys(r["codec"] for r in layers))
+        for index, codec in enumerate(codecs):
+            sizes = [
+                next(r["bytes_per_token"] for r in layers if r["layer"] == kind and r["codec"] == codec)
+                for kind in kinds
+            ]
+            places = [place + (index - (len(codecs) - 1) / 2) * 0.26 for place in range(len(kinds))]
+            bars = axes.bar(places, sizes, 0.24, color=COLOURS[index], label=codec)
+            axes.bar_label(bars, [f"{size:.0f}" for size in sizes], padding=2, fontsize=9)
+        axes.set_xticks(range(len(kinds)), kinds)
+        axes.set_ylabel("bytes per token and layer")
+        axes.grid(axis="x", visible=False)
+        axes.legend()
+        return _svg(figure)
+
+
+def growth(records: list[Record]) -> str:
+    """Bytes of one row's cache against the context."""
+    with plt.rc_context(STYLE):
+        figure, axes = _axes()
+        for colour, record in zip(COLOURS, records, strict=False):
+            axes.plot(
+                record["contexts"], record["kv_bytes"], color=colour, marker="o", markersize=4, label=record["cache"]
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(_bytes))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("context, tokens")
+        axes.set_ylabel("measured bytes of one row's cache")
+        axes.legend(fontsize=9)
+        return _svg(figure)
+
+
+def latency(records: list[Record]) -> str:
+    """Time of a decode step by cache, early and late in the context, next to its matrix products alone."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(SIZE[0], 1.2 + 0.62 * len(records)))
+        for place, record in enumerate(reversed(records)):
+            for offset, key, colour in (
+                (0.25, "first_ms", COLOURS[5]),
+                (0.0, "last_ms", COLOURS[0]),
+                (-0.25, "products_ms", "#999999"),
+            ):
+                bar = axes.barh(place + offset, record[key], 0.23, color=colour)
+                axes.bar_label(bar, [f"{record[key]:.2f}"], padding=3, fontsize=9)
+        labels = ("first third of the context", "last third", "matrix products alone")
+        handles = [Patch(color=colour) for colour in (COLOURS[5], COLOURS[0], "#999999")]
+        axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.4, -0.16), ncols=3, fontsize=9)
+        axes.set_yticks(range(len(records)), [f"{r['model']}: {r['cache']}" for r in reversed(records)])
+        axes.set_xlabel("milliseconds per decode step of the batch")
+        axes.grid(axis="y", visible=False)
+        return _svg(figure)

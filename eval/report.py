@@ -1,0 +1,264 @@
+"""One page and the README's tables, made from records alone."""
+
+import math
+import re
+from pathlib import Path
+
+import jinja2
+import markupsafe
+
+from kvcascade.cache.errors import BadInput
+from kvcascade.cache.files import write_whole
+from kvcascade.eval import figures, suite
+from kvcascade.eval.records import Record, paired
+
+type Table = tuple[list[str], list[list[str]]]
+
+
+def write(path: Path, records: list[Record], command: str) -> None:
+    """Write the study's page: self-contained, figures inline."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    page = environment.get_template("report.html.j2").render(sections(records) | {"command": command})
+    write_whole(path, page.encode())
+
+
+def of_kind(records: list[Record], kind: str) -> list[Record]:
+    """The records of one kind, in their order."""
+    return [record for record in records if record["kind"] == kind]
+
+
+def sections(records: list[Record]) -> dict:
+    """What the page shows: figures, the table behind each, the findings in words, the protocol."""
+    trainings, evaluations, latencies = (of_kind(records, kind) for kind in ("train", "evaluate", "latency"))
+    if not trainings or not evaluations:
+        raise BadInput("a report needs records of trainings and of evaluations")
+    first = evaluations[0]
+    groups = {r["cache"]: suite.group_of(r["cache"], r["context"]) for r in evaluations}
+    quality = [
+        {
+            "model": run["model"],
+            "figure": markupsafe.Markup(figures.quality_against_bytes(mine, groups)),
+            "table": quality_table(mine, groups),
+        }
+        for run in trainings
+        if (mine := [r for r in evaluations if r["model"] == run["model"]])
+    ]
+    return {
+        "findings": findings(records),
+        "trainings": {"figure": markupsafe.Markup(figures.loss_curves(trainings)), "table": models_table(trainings)},
+        "quality": quality,
+        "layers": {
+            "figure": markupsafe.Markup(figures.bytes_by_kind(of_kind(records, "layer"))),
+            "table": _layers_table(of_kind(records, "layer")),
+        },
+        "growth": {
+            "figure": markupsafe.Markup(figures.growth(of_kind(records, "growth"))),
+            "table": _growth_table(of_kind(records, "growth")),
+            "model": of_kind(records, "growth")[0]["model"],
+        },
+        "latency": {
+            "figure": markupsafe.Markup(figures.latency(latencies)),
+            "table": latency_table(latencies),
+            "batch": latencies[0]["batch"],
+        },
+        "protocol": {
+            "text": f"{first['data']}, validation files only",
+            "windows": f"{first['sequences']} consecutive windows of {first['context']} tokens, {first['tokens']:,} tokens scored per cache",
+            "seed": first["seed"],
+            "device": first["device"],
+            "versions": ", ".join(f"{name} {version}" for name, version in first["versions"].items()),
+            "commit": first["commit"],
+            "seconds": f"{sum(t['train_seconds'] for t in trainings):,.0f} training, {sum(e['seconds'] for e in evaluations):,.0f} evaluating",
+        },
+    }
+
+
+def findings(records: list[Record]) -> list[str]:
+    """What the study found, in sentences made from its figures."""
+    trainings, evaluations = of_kind(records, "train"), of_kind(records, "evaluate")
+    found = []
+    by_name = {run["model"]: run for run in trainings}
+    mha, gqa, uptrained = (by_name.get(name) for name in ("mha", "gqa", "uptrained"))
+    if mha:
+        found.append(
+            f"MHA learned the text to {mha['validation_bits_per_byte']:.3f} bits per byte on files it never saw; "
+            f"knowing only how often each token occurs gives {mha['unigram_bits_per_byte']:.3f}."
+        )
+    if mha and gqa:
+        share = gqa["kv_bytes_per_token"] / mha["kv_bytes_per_token"]
+        found.append(
+            f"GQA from scratch keeps {share:.0%} of MHA's bytes per token and ends at {_change(gqa, mha, 'validation_loss')} of its validation loss."
+        )
+    if gqa and uptrained:
+        reached = next((step for step, loss, *_ in uptrained["curve"] if loss <= gqa["validation_loss"]), None)
+        end = f"it ends at {_change(uptrained, gqa, 'validation_loss')} of that loss after {uptrained['steps']} steps"
+        found.append(
+            "GQA uptrained from MHA's mean-pooled heads "
+            + (
+                f"matches the loss of GQA from scratch at step {reached}, {reached / gqa['steps']:.0%} of its steps"
+                if reached
+                else "comes close to GQA from scratch"
+            )
+            + f"; {end}."
+        )
+    for model in by_name:
+        mine = [r for r in evaluations if r["model"] == model]
+        found += [line for saved in (2 / 3, 0.9) if (line := _best_at(mine, saved))]
+    wrong = [r for r in evaluations if r["kv_bytes"] != r["kv_bytes_predicted"]]
+    traced = max(r["traces"] for r in evaluations)
+    found.append(
+        f"Predicted bytes equal measured bytes in {len(evaluations) - len(wrong)} of {len(evaluations)} evaluations; "
+        f"the decode step was traced at most {'once' if traced == 1 else f'{traced} times'} per model shape and cache."
+    )
+    return found
+
+
+def _change(record: Record, baseline: Record, key: str) -> str:
+    return f"{record[key] / baseline[key] - 1:+.1%}"
+
+
+def _best_at(evaluations: list[Record], saved: float) -> str | None:
+    """The cache with the lowest perplexity of those that save so many bytes, next to the best random eviction there."""
+    full = next(r for r in evaluations if r["cache"] == "full")
+    fits = sorted((r for r in evaluations if r["compression"] >= saved), key=lambda r: r["ppl"])
+    if not fits:
+        return None
+    best = fits[0]
+    lot = next((r for r in fits if r["cache"].startswith("random")), None)
+    against = f" (random eviction: {_change(lot, full, 'ppl')})" if lot else ""
+    return (
+        f"{best['model']}, at least {saved:.0%} of the bytes saved: `{best['cache']}` saves {best['compression']:.1%} "
+        f"at {_change(best, full, 'ppl')} perplexity{against}."
+    )
+
+
+def models_table(trainings: list[Record]) -> Table:
+    """The trained models: shape, bytes per token, loss with its standard error, speed."""
+    columns = ["model", "KV heads", "parameters", "KV bytes/token", "steps", "validation loss", "bits/byte", "tokens/s"]
+    rows = [
+        [
+            run["model"],
+            f"{run['shape']['kv_heads']} of {run['shape']['heads']}",
+            f"{run['parameters'] / 1e6:.2f} M",
+            f"{run['kv_bytes_per_token']:,}",
+            f"{run['steps']:,}",
+            f"{run['validation_loss']:.4f} ± {run['validation_stderr']:.4f}",
+            f"{run['validation_bits_per_byte']:.4f}",
+            f"{run['tokens_per_second']:,.0f}",
+        ]
+        for run in trainings
+    ]
+    return columns, rows
+
+
+def quality_table(evaluations: list[Record], groups: dict[str, str]) -> Table:
+    """The caches of one model: tokens kept, bytes, perplexity against the full cache with a paired interval, speed."""
+    full = next(r for r in evaluations if r["cache"] == "full")
+    columns = [
+        "cache",
+        "compared within",
+        "tokens kept",
+        "KV bytes",
+        "saved",
+        "PPL",
+        "Δ PPL",
+        "95 % of Δ",
+        "bits/byte",
+        "tokens/s",
+    ]
+    rows = []
+    for r in evaluations:
+        low, high = (math.expm1(x) for x in paired(r, full))
+        change = ["", ""] if r is full else [f"{r['ppl'] / full['ppl'] - 1:+.2%}", f"{low:+.2%} … {high:+.2%}"]
+        rows.append([
+            r["cache"], groups[r["cache"]], str(r["kept"]), f"{r['kv_bytes']:,}", f"{r['compression']:.1%}", f"{r['ppl']:.3f}",
+            *change, f"{r['bits_per_byte']:.4f}", f"{r['tokens_per_second']:,.0f}",
+        ])  # fmt: skip
+    return columns, rows
+
+
+def latency_table(latencies: list[Record]) -> Table:
+    """Decode steps in milliseconds next to their matrix products alone."""
+    columns = [
+        "model",
+        "cache",
+        "first third, ms",
+        "last third, ms",
+        "median, ms",
+        "products, ms",
+        "step / products",
+        "compile, s",
+    ]
+    rows = [
+        [
+            r["model"],
+            r["cache"],
+            *(f"{r[key]:.2f}" for key in ("first_ms", "last_ms", "step_ms", "products_ms", "ratio")),
+            f"{r['compile_seconds']:.1f}",
+        ]
+        for r in latencies
+    ]
+    return columns, rows
+
+
+def _layers_table(layers: list[Record]) -> Table:
+    return ["layer", "codec", "bytes per token"], [
+        [r["layer"], r["codec"], f"{r['bytes_per_token']:.1f}"] for r in layers
+    ]
+
+
+def _growth_table(records: list[Record]) -> Table:
+    rows = [[r["cache"], *(f"{size:,}" for size in r["kv_bytes"])] for r in records]
+    return ["cache", *(f"{context:,} tokens" for context in records[0]["contexts"])], rows
+
+
+def markdown(table: Table) -> str:
+    """A table as GitHub shows it; the pipes of a spec are escaped."""
+    columns, rows = table
+    escape = lambda cells: "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "\n".join([escape(columns), "|" + "---|" * len(columns), *map(escape, rows)])
+
+
+def readme_tables(records: list[Record]) -> dict[str, str]:
+    """The README's generated parts by the name in their markers."""
+    trainings, evaluations = of_kind(records, "train"), of_kind(records, "evaluate")
+    groups = {r["cache"]: suite.group_of(r["cache"], r["context"]) for r in evaluations}
+    models = [run["model"] for run in trainings]
+    columns = ["cache", "tokens kept", "bytes saved", *(f"PPL {m} (Δ)" for m in models)]
+    rows = []
+    full = {m: next(r["ppl"] for r in evaluations if r["model"] == m and r["cache"] == "full") for m in models}
+    for cache in groups:
+        mine = {r["model"]: r for r in evaluations if r["cache"] == cache}
+        one = mine[models[0]]
+        cells = [
+            f"{mine[m]['ppl']:.2f}" + (f" ({mine[m]['ppl'] / full[m] - 1:+.1%})" if cache != "full" else "")
+            for m in models
+        ]
+        rows.append([f"`{cache}`", str(one["kept"]), f"{one['compression']:.1%}", *cells])
+    first = evaluations[0]
+    protocol = (
+        f"{first['sequences']} windows of {first['context']} tokens of {first['data']}'s validation files, one token at a time through the cache; "
+        f"seed {first['seed']}, {first['device']}, commit {first['commit']}."
+    )
+    return {
+        "models": markdown(models_table(trainings)),
+        "caches": markdown((columns, rows)) + f"\n\n{protocol}",
+        "latency": markdown(latency_table(of_kind(records, "latency"))),
+        "findings": "\n".join(f"- {line}" for line in findings(records)),
+    }
+
+
+def fill(readme: str, parts: dict[str, str]) -> str:
+    """Put each generated part between its markers, `<!-- NAME -->` and `<!-- end NAME -->`; BadInput for a marker without a part."""
+    for name in re.findall(r"<!-- end (\w+) -->", readme):
+        if name not in parts:
+            raise BadInput(f"the README asks for {name!r}, which is not made; there are {', '.join(parts)}")
+        between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        readme = between.sub(lambda match, name=name: match[1] + parts[name] + "\n" + match[2], readme)
+    return readme

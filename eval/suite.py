@@ -1,0 +1,129 @@
+"""What a study measures: the caches it compares, and records of training, growth and bytes by layer kind."""
+
+import dataclasses
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from kvcascade.cache.cascade import nbytes
+from kvcascade.cache.codec import CODECS
+from kvcascade.cache.spec import CacheSpec, parse
+from kvcascade.eval.records import Record, full_bytes
+from kvcascade.model import generate, gpt
+from kvcascade.model.gpt import ModelConfig
+from kvcascade.train import checkpoint
+
+# Grouped by what they are compared with: a method stands next to random eviction of the same bytes, and all next to `full`.
+CACHES = {
+    "everything": ("full", "full@int8", "full@int4", "full@int4h", "sink 4 | recent 28 | full@int4h"),
+    "a quarter of the tokens": (
+        "random 128",
+        "recent 128",
+        "sink 4 | recent 124",
+        "recent 64 | heavy 64",
+        "position-aware 128",
+    ),
+    "published hybrid, 353 tokens": ("random 353", "sink 4 | recent 349", "neurokv"),
+    "a third of the bytes": ("random 160", "sink 4 | recent 156", "sink 2 | recent 62 | heavy 256@int4h"),
+    "a tenth of the bytes": ("random 48", "sink 4 | recent 44", "sink 2 | recent 22 | heavy 64@int4h"),
+}
+
+
+GROWING = ("full", "full@int8", "full@int4h", "neurokv", "sink 4 | recent 124", "sink 2 | recent 22 | heavy 64@int4h")
+TIMED = ("full", "full@int8", "recent 128", "sink 4 | recent 124", "recent 64 | heavy 64")
+
+
+def caches(context: int) -> list[CacheSpec]:
+    """The study's caches, for a context."""
+    return scaled([text for group in CACHES.values() for text in group], context)
+
+
+def scaled(texts: Iterable[str], context: int) -> list[CacheSpec]:
+    """Specs whose counts are of a context of 512 tokens, shrunk for a shorter one."""
+    return [parse(text) if context >= 512 else _shrink(parse(text), context / 512) for text in texts]
+
+
+def group_of(spec: str, context: int) -> str:
+    """The group of CACHES that a cache of `caches(context)` is in."""
+    names = [name for name, group in CACHES.items() for _ in group]
+    return names[[str(known) for known in caches(context)].index(spec)]
+
+
+def _shrink(spec: CacheSpec, share: float) -> CacheSpec:
+    parts = []
+    for start, stop, cascade in spec.parts:
+        tiers = [
+            t if isinstance(t.count, str) else dataclasses.replace(t, count=max(1, round(t.count * share)))
+            for t in cascade.tiers
+        ]
+        parts.append((start, stop, type(cascade)(*tiers)))
+    return CacheSpec(tuple(parts))
+
+
+def training(name: str, path: Path, unigram_bits_per_byte: float) -> Record:
+    """How a run learned: its validation curve, its speed, its shape, its best checkpoint."""
+    config, _ = checkpoint.open_run(path)
+    log = checkpoint.read_log(path)
+    curve = [line for line in log if "validation_loss" in line]
+    best = min(curve, key=lambda line: line["validation_loss"])
+    _, abstract = gpt.graph(config.model)
+    return {
+        "kind": "train",
+        "model": name,
+        "data": config.data.source,
+        "tokenizer": config.data.tokenizer,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract)),
+        "shape": dataclasses.asdict(config.model),
+        "steps": config.train.steps,
+        "tokens_per_step": config.train.batch_size * config.model.context,
+        "seed": config.train.seed,
+        "curve": [
+            [line["step"], line["validation_loss"], line["validation_stderr"], line["validation_bits_per_byte"]]
+            for line in curve
+        ],
+        "losses": [[line["step"], round(line["loss"], 4)] for line in log if "loss" in line],
+        "validation_loss": best["validation_loss"],
+        "validation_stderr": best["validation_stderr"],
+        "validation_bits_per_byte": best["validation_bits_per_byte"],
+        "unigram_bits_per_byte": unigram_bits_per_byte,
+        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in log if "loss" in line),
+        "train_seconds": log[-1]["seconds"],
+        "kv_bytes_per_token": full_bytes(config.model, 1),
+    }
+
+
+def measured_bytes(config: ModelConfig, spec: CacheSpec, context: int) -> int:
+    """Bytes of one row's cache, by allocating it and adding up its buffers."""
+    return nbytes(generate.empty_cache(dataclasses.replace(config, context=context), spec, 1, context))
+
+
+def growth(config: ModelConfig, specs: list[CacheSpec]) -> list[Record]:
+    """Bytes of one row's cache at contexts from 64 tokens to 8 times the model's, by allocation."""
+    contexts = [2**n for n in range(6, 1 + int(np.log2(8 * config.context)))]
+    return [
+        {
+            "kind": "growth",
+            "cache": str(spec),
+            "contexts": contexts,
+            "kv_bytes": [measured_bytes(config, spec, c) for c in contexts],
+        }
+        for spec in specs
+    ]
+
+
+def layer_kinds(config: ModelConfig) -> list[Record]:
+    """Bytes per token in one layer for MHA, GQA and MQA of this width, by codec, by allocation; scales and positions included."""
+    found = []
+    for kv_heads in sorted({config.heads, max(1, config.heads // 4), 1}, reverse=True):
+        one = dataclasses.replace(config, layers=1, kv_heads=kv_heads)
+        kind = "MHA" if kv_heads == config.heads else "MQA" if kv_heads == 1 else "GQA"
+        for codec in CODECS:
+            if codec not in ("f32", "int4h"):  # f32 is for tests; int4h takes the bytes of int4
+                size = measured_bytes(one, parse(f"full@{codec}"), config.context) / config.context
+                found.append(
+                    {"kind": "layer", "layer": f"{kind}, {kv_heads} KV heads", "codec": codec, "bytes_per_token": size}
+                )
+    return found

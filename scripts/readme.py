@@ -1,0 +1,26 @@
+"""Fill the README's generated parts from the recorded runs: `make readme`; a second."""
+
+from pathlib import Path
+
+from kvcascade.cache.files import write_whole
+from kvcascade.eval import figures, records, report, suite
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "eval" / "results" / "toy.jsonl"
+
+
+def generated() -> dict[Path, str]:
+    """The files that come from the records, with their content: README.md and its figure."""
+    found = records.read(RESULTS)
+    readme = (ROOT / "README.md").read_text()
+    evaluations = [r for r in report.of_kind(found, "evaluate") if r["model"] == "mha"]
+    groups = {r["cache"]: suite.group_of(r["cache"], r["context"]) for r in evaluations}
+    return {
+        ROOT / "README.md": report.fill(readme, report.readme_tables(found)),
+        RESULTS.with_suffix(".svg"): figures.quality_against_bytes(evaluations, groups),
+    }
+
+
+if __name__ == "__main__":
+    for path, content in generated().items():
+        write_whole(path, content.encode())

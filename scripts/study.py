@@ -1,0 +1,104 @@
+"""The main job: `kvcascade study --preset quick --dir runs/study`; about 8 minutes on two cores (full: 75 minutes, smoke: one).
+
+Trains a GPT with multi-head attention, retrains it with grouped-query attention from scratch and from its mean-pooled checkpoint,
+evaluates each behind the caches of `eval/suite.py`, and writes DIR/report.html, DIR/records.jsonl and DIR/tables.md.
+A study that was stopped goes on where it was.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from kvcascade.eval import latency, perplexity, records, report, suite
+from kvcascade.scripts import console
+from kvcascade.train import checkpoint, config, data, run
+
+# (preset, steps, share of them to uptrain, windows to score)
+SCALES = {"smoke": ("nano", 60, 0.3, 4), "quick": ("toy", 120, 0.25, 8), "full": ("toy", 1800, 0.1, 32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Train MHA, retrain GQA both ways, run each behind caches, and write one page about it."""
+
+    preset: Literal["smoke", "quick", "full"] = "quick"
+    """How much: smoke only shows that it works, quick is the demo, full is what the README's tables come from."""
+    dir: Path = Path("runs/study")
+    """Folder of the three runs and of report.html."""
+    data: str = "stdlib"
+    """Text to train and evaluate on: stdlib, file:PATH, or a hub data set."""
+
+
+def main(arguments: list[str]) -> None:
+    """Run what is not done yet, then measure everything and write the page."""
+    args = tyro.cli(Args, prog="kvcascade study", args=arguments)
+    preset, steps, share, windows = SCALES[args.preset]
+    base = config.PRESETS[preset]
+    train = dataclasses.replace(base.train, steps=steps, evaluate_every=max(1, steps // 18))
+    mha = dataclasses.replace(base, train=train, data=dataclasses.replace(base.data, source=args.data))
+    gqa = dataclasses.replace(mha, model=dataclasses.replace(mha.model, kv_heads=mha.model.heads // 4))
+    wanted = {"mha": mha, "gqa": gqa, "uptrained": None}
+    for name, settings in wanted.items():
+        path = args.dir / name
+        if not (path / "config.json").exists():
+            if settings:
+                run.start(path, settings)
+            else:
+                run.convert(args.dir / "mha", path, gqa.model.kv_heads, "mean", share)
+        elif settings:
+            run.check_same(path, settings)
+        with console.training(f"train {name}", checkpoint.open_run(path)[0].train.steps) as show:
+            run.resume(path, show)
+    found = _measure(args.dir, list(wanted), windows)
+    file = args.dir / "records.jsonl"
+    file.unlink(missing_ok=True)
+    records.append(file, found)
+    command = f"kvcascade study --preset {args.preset}" + ("" if args.data == "stdlib" else f" --data {args.data}")
+    report.write(args.dir / "report.html", found, command)
+    tables = report.readme_tables(found)
+    (args.dir / "tables.md").write_text("\n\n".join(tables.values()) + "\n")
+    evaluations = report.of_kind(found, "evaluate")
+    for name in wanted:
+        console.table(*records.evaluation_table([r for r in evaluations if r["model"] == name]))
+    print(tables["findings"] + f"\n\nThe whole story: {args.dir / 'report.html'}")
+
+
+def _measure(folder: Path, names: list[str], windows: int) -> list[records.Record]:
+    runs = {name: checkpoint.load_run(folder / name) for name in names}
+    first = runs[names[0]]
+    corpus = run.load_corpus(first.config, first.encoding)
+    unigram = data.unigram_bits_per_byte(corpus.train, corpus.validation, corpus.token_bytes)
+    context = first.config.model.context
+    rows = data.windows(corpus.validation, context, windows)
+    specs = suite.caches(context)
+    found = [records.stamp(suite.training(name, folder / name, unigram), 0) for name in names]
+    with console.progress("evaluate caches", len(names) * len(specs)) as show:
+        for name, trained in runs.items():
+            settings = trained.config
+            for spec in specs:
+                start = time.monotonic()
+                scores = perplexity.score(settings.model, trained.params, spec, rows, batch=8)
+                one = records.evaluation(
+                    name,
+                    settings.model,
+                    spec,
+                    settings.data.source,
+                    rows,
+                    0,
+                    corpus.token_bytes,
+                    settings.train.seed,
+                    scores,
+                    8,
+                )
+                found.append(records.stamp(one, time.monotonic() - start))
+                show(len(report.of_kind(found, "evaluate")), f"{name}: {spec}")
+    for name in (names[0], names[-1]):
+        model = runs[name].config.model
+        for one in latency.decode_step(model, runs[name].params, suite.scaled(suite.TIMED, context), batch=8):
+            found.append(records.stamp({"model": name} | one, 0))
+    model = runs[names[-1]].config.model
+    measured = [{"model": names[-1]} | one for one in suite.growth(model, suite.scaled(suite.GROWING, context))]
+    return found + [records.stamp(one, 0) for one in measured + suite.layer_kinds(first.config.model)]
