@@ -14,7 +14,7 @@ setup: .venv/ready
 	  && uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation -e .; \
 	else \
 	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null \
-	    || { echo "kvcascade needs Python 3.12 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }; \
+	    || { echo "kvcascade needs Python 3.12 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1). Name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }; \
 	  echo "setting up .venv, once: about a minute and 1.5 GB" >&2; \
 	  $(PYTHON) -m venv .venv \
 	  && .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock \

@@ -122,6 +122,8 @@ class Int4(Codec):
         return 0.501 * scale + jnp.abs(low) * 2**-8  # the low end is rounded to bf16's eight significant bits
 
     def nbytes(self, head_dim):
+        if head_dim % 2 or (self.hadamard and head_dim & (head_dim - 1)):
+            raise BadInput(f"{self.name} needs a head width that is {'a power of two' if self.hadamard else 'even'}, not {head_dim}")
         return head_dim // 2 + 4
 
     def turn(self, x):
@@ -130,8 +132,6 @@ class Int4(Codec):
 
 @functools.lru_cache
 def _hadamard(head_dim: int):
-    if head_dim & (head_dim - 1):
-        raise BadInput(f"a Hadamard rotation needs a head width that is a power of two, not {head_dim}")
     return (scipy.linalg.hadamard(head_dim) / head_dim**0.5).astype("float32")
 
 

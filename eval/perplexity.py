@@ -35,8 +35,9 @@ def check(config: ModelConfig, specs: list[CacheSpec], context: int, prefix: int
     """BadInput for what `score` could not do, told before anything is loaded or compiled."""
     if not 0 <= prefix < context:
         raise BadInput(f"a prefix of {prefix} tokens leaves nothing to score in a context of {context}")
+    generate.check_context(config, context)
     for spec in specs:
-        jax.eval_shape(lambda spec=spec: generate.empty_cache(config, spec, 1, context))
+        spec.nbytes(config.layers, config.kv_heads, config.head_dim, context)
 
 
 class _Step:

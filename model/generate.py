@@ -44,9 +44,14 @@ def sample(logits_BV: Float[Array, "B V"], key: Key[Array, ""], temperature: flo
 
 def empty_cache(config: ModelConfig, spec: CacheSpec, batch: int, context: int) -> Cache:
     """An empty cache for a model; BadInput if the context is longer than the model's."""
+    check_context(config, context)
+    return spec.init(batch, config.layers, config.kv_heads, config.head_dim, context)
+
+
+def check_context(config: ModelConfig, context: int) -> None:
+    """BadInput if a context is longer than the model's."""
     if context > config.context:
         raise BadInput(f"a context of {context} tokens is longer than the model's {config.context}")
-    return spec.init(batch, config.layers, config.kv_heads, config.head_dim, context)
 
 
 def pad(prompts: list[list[int]]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:

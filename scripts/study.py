@@ -16,8 +16,26 @@ from kvcascade.eval import latency, perplexity, records, report, suite
 from kvcascade.scripts import console
 from kvcascade.train import checkpoint, config, data, run
 
-# (preset, steps, share of them to uptrain, windows to score)
-SCALES = {"smoke": ("nano", 60, 0.3, 4), "quick": ("toy", 120, 0.25, 8), "full": ("toy", 1800, 0.1, 32)}
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How much of a study is done."""
+
+    preset: str
+    steps: int
+    share: float
+    """Steps of uptraining, as a share."""
+    windows: int
+    """Windows scored per cache."""
+    every: int = 1
+    """1 evaluates all of the suite's caches, n every n-th."""
+
+
+SCALES = {
+    "smoke": Scale("nano", steps=60, share=0.3, windows=4, every=5),
+    "quick": Scale("toy", steps=120, share=0.25, windows=8),
+    "full": Scale("toy", steps=1800, share=0.1, windows=32),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +53,9 @@ class Args:
 def main(arguments: list[str]) -> None:
     """Run what is not done yet, then measure everything and write the page."""
     args = tyro.cli(Args, prog="kvcascade study", args=arguments)
-    preset, steps, share, windows = SCALES[args.preset]
-    base = config.PRESETS[preset]
-    train = dataclasses.replace(base.train, steps=steps, evaluate_every=max(1, steps // 18))
+    scale = SCALES[args.preset]
+    base = config.PRESETS[scale.preset]
+    train = dataclasses.replace(base.train, steps=scale.steps, evaluate_every=max(1, scale.steps // 18))
     mha = dataclasses.replace(base, train=train, data=dataclasses.replace(base.data, source=args.data))
     gqa = dataclasses.replace(mha, model=dataclasses.replace(mha.model, kv_heads=mha.model.heads // 4))
     wanted = {"mha": mha, "gqa": gqa, "uptrained": None}
@@ -47,12 +65,12 @@ def main(arguments: list[str]) -> None:
             if settings:
                 run.start(path, settings)
             else:
-                run.convert(args.dir / "mha", path, gqa.model.kv_heads, "mean", share)
+                run.convert(args.dir / "mha", path, gqa.model.kv_heads, "mean", scale.share)
         elif settings:
             run.check_same(path, settings)
         with console.training(f"train {name}", checkpoint.open_run(path)[0].train.steps) as show:
             run.resume(path, show)
-    found = _measure(args.dir, list(wanted), windows)
+    found = _measure(args.dir, list(wanted), scale)
     file = args.dir / "records.jsonl"
     file.unlink(missing_ok=True)
     records.append(file, found)
@@ -66,14 +84,14 @@ def main(arguments: list[str]) -> None:
     print(tables["findings"] + f"\n\nThe whole story: {args.dir / 'report.html'}")
 
 
-def _measure(folder: Path, names: list[str], windows: int) -> list[records.Record]:
+def _measure(folder: Path, names: list[str], scale: Scale) -> list[records.Record]:
     runs = {name: checkpoint.load_run(folder / name) for name in names}
     first = runs[names[0]]
     corpus = run.load_corpus(first.config, first.encoding)
     unigram = data.unigram_bits_per_byte(corpus.train, corpus.validation, corpus.token_bytes)
     context = first.config.model.context
-    rows = data.windows(corpus.validation, context, windows)
-    specs = suite.caches(context)
+    rows = data.windows(corpus.validation, context, scale.windows)
+    specs = suite.caches(context)[:: scale.every]
     found = [records.stamp(suite.training(name, folder / name, unigram), 0) for name in names]
     with console.progress("evaluate caches", len(names) * len(specs)) as show:
         for name, trained in runs.items():
@@ -97,7 +115,9 @@ def _measure(folder: Path, names: list[str], windows: int) -> list[records.Recor
                 show(len(report.of_kind(found, "evaluate")), f"{name}: {spec}")
     for name in (names[0], names[-1]):
         model = runs[name].config.model
-        for one in latency.decode_step(model, runs[name].params, suite.scaled(suite.TIMED, context), batch=8):
+        for one in latency.decode_step(
+            model, runs[name].params, suite.scaled(suite.TIMED[:: scale.every], context), batch=8
+        ):
             found.append(records.stamp({"model": name} | one, 0))
     model = runs[names[-1]].config.model
     measured = [{"model": names[-1]} | one for one in suite.growth(model, suite.scaled(suite.GROWING, context))]

@@ -9,7 +9,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import tiktoken
@@ -51,7 +51,8 @@ def check_free(path: Path) -> None:
 def create(path: Path, config: RunConfig, encoding: tiktoken.Encoding, state: State | None = None) -> None:
     """Make a run's folder with its configuration and tokeniser, and with a state to begin from as the checkpoint of step 0.
 
-    config.json comes last, for it makes the folder a run. If anything fails, a folder that was not there before goes again.
+    config.json comes last, for it makes the folder a run. If anything fails, a folder that was not there before goes again;
+    BadInput if it cannot be written.
     """
     new = not path.exists()
     try:
@@ -61,9 +62,11 @@ def create(path: Path, config: RunConfig, encoding: tiktoken.Encoding, state: St
         tokenizer.save(encoding, path / "tokenizer.json")
         content = configs.as_dict(config) | {"tokenizer": tokenizer.fingerprint(encoding)}
         write_whole(path / "config.json", (json.dumps(content, indent=2) + "\n").encode())
-    except BaseException:
+    except BaseException as error:
         if new:
             shutil.rmtree(path, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise BadInput(f"cannot make the run {path}: {error.strerror}") from error
         raise
 
 
@@ -158,7 +161,7 @@ class Checkpoints:
 class Saver(Checkpoints):
     """A run's checkpoints, to be written: in the background under a temporary name, the newest two and the best one kept.
 
-    Leaving it as a context waits for what is being written.
+    Leaving it as a context waits for what is being written, and turns an OSError into BadInput.
     """
 
     def __init__(self, path: Path):
@@ -174,15 +177,17 @@ class Saver(Checkpoints):
         except Exception as error:
             raise self.failure(error) from error
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, _, error: BaseException | None, __) -> None:
         try:
             self.wait()
         finally:
             with contextlib.suppress(Exception):
                 self.checkpointer.close()
+        if isinstance(error, OSError):  # most likely the disk is full, and log.jsonl met it first
+            raise self.failure(error) from error
 
     def save(self, step: int, state: State, validation_loss: float | None) -> None:
         """Start writing a checkpoint once the one before is done; BadInput if that one failed, with what is safe named."""

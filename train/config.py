@@ -111,6 +111,7 @@ def from_dict(content: object, source: Path | str) -> RunConfig:
     parts = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
     if not isinstance(content, dict) or not all(isinstance(part, dict) for part in content.values()):
         raise BadInput(f"{source}: a configuration has the sections {', '.join(parts)}")
+    settings = {name: {} for name in parts}
     for name, part in content.items():
         if name not in parts:
             raise BadInput(f"{source}: unknown section {name!r}; there are {', '.join(parts)}")
@@ -118,13 +119,18 @@ def from_dict(content: object, source: Path | str) -> RunConfig:
         for key, value in part.items():
             if key not in known:
                 raise BadInput(f"{source}: unknown setting {name}.{key}; there are {', '.join(known)}")
-            wanted = known[key]
-            if wanted is float and isinstance(value, str):  # YAML 1.1 takes 1e-3, without a dot, for a string
-                with contextlib.suppress(ValueError):
-                    part[key] = value = float(value)
-            if not isinstance(value, (int, float) if wanted is float else wanted) or isinstance(value, bool):
-                raise BadInput(f"{source}: {name}.{key} must be {wanted.__name__}, not {value!r}")
-    return RunConfig(**{name: cls(**content.get(name, {})) for name, cls in parts.items()})
+            settings[name][key] = _typed(value, known[key], f"{source}: {name}.{key}")
+    return RunConfig(**{name: cls(**settings[name]) for name, cls in parts.items()})
+
+
+def _typed(value: object, wanted: type, place: str) -> object:
+    """The value, or BadInput naming the place if it is not of the type wanted."""
+    if wanted is float and isinstance(value, int | str):  # YAML 1.1 takes 1e-3, without a dot, for a string
+        with contextlib.suppress(ValueError, OverflowError):
+            value = float(value)
+    if not isinstance(value, wanted) or isinstance(value, bool):
+        raise BadInput(f"{place} must be {wanted.__name__}, not {value!r}")
+    return value
 
 
 def load(name: str) -> RunConfig:

@@ -1,0 +1,102 @@
+"""Causal attention against a reference in float64 numpy, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvcascade.kernels.causal import causal_attention
+
+H = 8
+
+
+def reference(q_BTNH, k_BTKH, v_BTKH, dout_BTNH):
+    """Output and gradients by the formulas of softmax attention, every logit held at once."""
+    T, N, K = q_BTNH.shape[1], q_BTNH.shape[2], k_BTKH.shape[2]
+    G = N // K
+    k_BSNH, v_BSNH = np.repeat(k_BTKH, G, 2), np.repeat(v_BTKH, G, 2)
+    logits = np.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / np.sqrt(H)
+    logits = np.where(np.tri(T, dtype=bool), logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    out = np.einsum("BNTS,BSNH->BTNH", weights, v_BSNH)
+    dweights = np.einsum("BTNH,BSNH->BNTS", dout_BTNH, v_BSNH)
+    dlogits = weights * (dweights - (weights * dweights).sum(-1, keepdims=True)) / np.sqrt(H)
+    by_group = lambda x_BSNH: x_BSNH.reshape(*k_BTKH.shape[:3], G, H).sum(3)
+    dq = np.einsum("BNTS,BSNH->BTNH", dlogits, k_BSNH)
+    dk = by_group(np.einsum("BNTS,BTNH->BSNH", dlogits, q_BTNH))
+    dv = by_group(np.einsum("BNTS,BTNH->BSNH", weights, dout_BTNH))
+    return out, dq, dk, dv
+
+
+def draw(T: int, N: int, K: int, B: int = 2, scale: float = 3.0) -> list[np.ndarray]:
+    """Queries, keys, values and output gradients; large enough that attention is peaked."""
+    rng = np.random.default_rng(T * 100 + N * 10 + K)
+    return [scale * rng.standard_normal((B, T, heads, H)) for heads in (N, K, K, N)]
+
+
+@jax.jit
+def forward_and_backward(q, k, v, dout):
+    out, pull = jax.vjp(causal_attention, q, k, v)
+    return out, *pull(dout)
+
+
+# 64 is a block; beyond 1024 tokens the blocks grow.
+@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 200])
+@pytest.mark.parametrize(("N", "K"), [(4, 4), (4, 2), (4, 1)], ids=["G1", "G2", "G4"])
+def test_equals_the_reference(T: int, N: int, K: int) -> None:
+    """Output and all three gradients, for lengths around the block size and MHA, GQA and MQA."""
+    arrays = draw(T, N, K)
+    found = forward_and_backward(*(jnp.asarray(x, jnp.float32) for x in arrays))
+    for name, ours, exact in zip(("out", "dq", "dk", "dv"), found, reference(*arrays), strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_blocks_grow_with_the_text() -> None:
+    """A length that no block size divides, with more than 64 rows per block."""
+    arrays = draw(1100, 2, 1, B=1)
+    found = forward_and_backward(*(jnp.asarray(x, jnp.float32) for x in arrays))
+    for ours, exact in zip(found, reference(*arrays), strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=1e-3, atol=2e-4)
+
+
+def test_huge_logits_stay_finite() -> None:
+    """The maximum is taken out before exp, forward and backward."""
+    q, k, v, dout = draw(70, 2, 2, scale=300.0)
+    found = forward_and_backward(*(jnp.asarray(x, jnp.float32) for x in (q, k, v, dout)))
+    assert all(np.isfinite(x).all() for x in found)
+    np.testing.assert_allclose(found[0], reference(q, k, v, dout)[0], rtol=1e-3, atol=0.1)
+
+
+def test_bf16_comes_back_as_bf16() -> None:
+    """Products in bf16, sums in float32: within bf16's rounding of the reference, gradients of the inputs' types."""
+    arrays = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in draw(100, 4, 2, scale=1.0)]
+    found = forward_and_backward(*(jnp.asarray(x, jnp.bfloat16) for x in arrays))
+    for ours, exact in zip(found, reference(*arrays), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        assert np.abs(np.asarray(ours, np.float64) - exact).max() < 0.02 * np.abs(exact).max()
+
+
+def test_the_future_has_no_gradient() -> None:
+    """What a token attends to ends at the token: later keys and values get exactly zero."""
+    q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in draw(130, 2, 2))
+    for t in (0, 63, 64, 100):
+        dk, dv = jax.grad(lambda k, v, t=t: causal_attention(q, k, v)[:, t].sum(), (0, 1))(k, v)
+        assert not dk[:, t + 1 :].any() and not dv[:, t + 1 :].any()
+        assert dv[:, : t + 1].any()
+
+
+def test_never_holds_all_logits() -> None:
+    """Forward and backward take far less memory than the T x T logits of all heads."""
+    T, N = 1024, 4
+    shapes = [jax.ShapeDtypeStruct((1, T, heads, H), jnp.float32) for heads in (N, N, N, N)]
+    memory = jax.jit(forward_and_backward).lower(*shapes).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * N * T * T / 2
+
+
+@pytest.mark.parametrize("platform", ["cuda", "cpu"])
+def test_lowers_for_the_platform(platform: str) -> None:
+    """Elsewhere than on a CPU it is XLA's own attention, which has no loop over rows."""
+    shapes = [jax.ShapeDtypeStruct((2, 96, heads, H), jnp.bfloat16) for heads in (4, 2, 2, 4)]
+    exported = jax.export.export(forward_and_backward, platforms=[platform])(*shapes)
+    assert ("stablehlo.while" in exported.mlir_module()) == (platform == "cpu")

@@ -1,0 +1,54 @@
+"""The README says what the code does: its Python runs, its policy obeys, its tables come from the records."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kvcascade.cache import policy
+from kvcascade.cache.cascade import Cascade
+from kvcascade.cache.spec import parse
+from kvcascade.scripts import readme
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+EXAMPLE, POLICY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_example_runs():
+    """Composing a cascade and decoding with it works as shown."""
+    names: dict = {}
+    exec(EXAMPLE, names)
+    assert names["logits"].shape == (1, 256)
+
+
+def test_the_policy_of_the_readme_works(monkeypatch):
+    """The policy shown is in effect once it is in POLICIES: multiples of the step stay."""
+    names = {"dataclasses": dataclasses, "jnp": jnp, "Policy": policy.Policy, "PINNED": policy.PINNED}
+    exec(POLICY, names)
+    monkeypatch.setitem(policy.POLICIES, "stride", names["Stride"])
+    spec = parse("stride[step=8] 6")
+    assert str(spec) == "stride[step=8] 6"
+    cache = spec.cascades(1)[0].init(batch=1, kv_heads=1, head_dim=4, context=40)
+    for position in range(40):
+        x = jax.random.normal(jax.random.key(position), (1, 1, 1, 4))
+        _, cache = cache.step(x, x, x, jnp.full((1, 1), position))
+    assert isinstance(cache.cascade, Cascade)
+    assert sorted(cache.slots[0].pos_BKS[0, 0].tolist()) == [0, 8, 16, 24, 32, 39]
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", readme.RESULTS.with_suffix(".svg")], ids=lambda path: path.name)
+def test_generated_parts_are_fresh(path):
+    """README.md and its figure are what the records make; `make readme` renews them."""
+    assert path.read_text() == readme.generated()[path]
+
+
+def test_each_spec_of_the_readme_parses():
+    """The table of specs shows real ones."""
+    specs = re.findall(r"^\| `([^`]+)` \|", README.split("## The idea")[1].split("## Add a policy")[0], re.MULTILINE)
+    assert len(specs) >= 7
+    for text in specs:
+        parse(text.replace("\\|", "|"))

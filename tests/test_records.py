@@ -1,0 +1,58 @@
+"""Records: appended whole, read back, compared in pairs."""
+
+import json
+
+import numpy as np
+import pytest
+
+from kvcascade.cache.errors import BadInput
+from kvcascade.cache.spec import parse
+from kvcascade.eval import records
+from kvcascade.eval.perplexity import Scores
+from kvcascade.model.gpt import ModelConfig
+
+CONFIG = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=64, vocab=61, context=16)
+CONTRACT = """model cache data context sequences tokens nll ppl bits_per_byte kv_bytes kv_bytes_predicted kv_bytes_full compression
+tokens_per_second traces device seed commit seconds""".split()
+
+
+def record(cache: str = "full", shift: float = 0.0) -> records.Record:
+    """A record of made-up scores."""
+    spec = parse(cache)
+    nll_BT = np.random.default_rng(1).random((4, 15)) + shift
+    scores = Scores(nll_BT, spec.nbytes(2, 2, 8, 16), 100.0, 1, 0.5)
+    lengths = np.full(61, 2)
+    one = records.evaluation("runs/x", CONFIG, spec, "stdlib", np.zeros((4, 16), np.int32), 0, lengths, 0, scores, 8)
+    return records.stamp(one, 1.5)
+
+
+def test_a_record_holds_what_the_contract_names():
+    """Every field is there, and the derived ones follow from the others."""
+    one = record()
+    assert set(CONTRACT) <= set(one)
+    assert one["kv_bytes_full"] == 2 * 2 * 2 * 8 * 16 * 2
+    assert one["compression"] == 1 - one["kv_bytes"] / one["kv_bytes_full"]
+    assert one["ppl"] == pytest.approx(np.exp(one["nll"]))
+    assert one["bits_per_byte"] == pytest.approx(one["nll"] / np.log(2) / 2)
+    json.dumps(one)
+
+
+def test_append_adds_whole_lines(tmp_path):
+    """Two appends give all lines, in order."""
+    path = tmp_path / "deep" / "records.jsonl"
+    records.append(path, [record()])
+    records.append(path, [record("recent 4"), record("random 4")])
+    assert [one["cache"] for one in records.read(path)] == ["full", "recent 4", "random 4"]
+
+
+def test_a_damaged_file_of_records_is_told(tmp_path):
+    """A line that is not JSON is bad input."""
+    (tmp_path / "x.jsonl").write_text('{"kind": 1}\n{"ki')
+    with pytest.raises(BadInput, match="not a file of records"):
+        records.read(tmp_path / "x.jsonl")
+
+
+def test_the_paired_interval_takes_out_the_spread_between_windows():
+    """A constant shift of every window has an interval of no width, however much the windows differ."""
+    low, high = records.paired(record("recent 4", 0.25), record())
+    assert low == pytest.approx(0.25, abs=1e-5) and high == pytest.approx(0.25, abs=1e-5)

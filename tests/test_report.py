@@ -1,0 +1,69 @@
+"""The page and the README's tables are made from records alone."""
+
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from kvcascade.cache.errors import BadInput
+from kvcascade.eval import records, report, suite
+from kvcascade.scripts import readme
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return records.read(readme.RESULTS)
+
+
+def test_the_page_is_self_contained_and_complete(recorded, tmp_path):
+    """The page loads nothing, shows every cache and every figure, and its figures are well-formed SVG."""
+    report.write(tmp_path / "report.html", recorded, "kvcascade study")
+    page = (tmp_path / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!#)|url\(http|@import', page.split("<svg")[0])
+    drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    models = report.of_kind(recorded, "train")
+    assert len(drawings) == 4 + len(models)
+    for drawing in drawings:
+        ElementTree.fromstring(drawing)
+    for one in report.of_kind(recorded, "evaluate"):
+        assert f"<td>{one['cache']}</td>" in page and f"<td>{one['kv_bytes']:,}</td>" in page
+
+
+def test_every_method_stands_next_to_full_and_random(recorded):
+    """Each model was run behind the full cache and random eviction, and every group of evicting caches has a random one."""
+    for model in {one["model"] for one in report.of_kind(recorded, "evaluate")}:
+        caches = [one["cache"] for one in report.of_kind(recorded, "evaluate") if one["model"] == model]
+        assert "full" in caches and any(cache.startswith("random") for cache in caches)
+    for name, group in suite.CACHES.items():
+        assert name == "everything" or any(text.startswith("random") for text in group)
+
+
+def test_recorded_bytes_are_exact_and_savings_are_covered(recorded):
+    """In the recorded runs predicted bytes equal measured ones, and caches at 67 % and 90 % saved are among them."""
+    evaluations = report.of_kind(recorded, "evaluate")
+    assert all(one["kv_bytes"] == one["kv_bytes_predicted"] and one["traces"] == 1 for one in evaluations)
+    saved = [one["compression"] for one in evaluations if "heavy" in one["cache"]]
+    assert max(saved) >= 0.9 and any(2 / 3 <= share < 0.75 for share in saved)
+    assert next(one for one in evaluations if one["cache"] == str(suite.parse("neurokv")))["kept"] == 353
+
+
+def test_fill_replaces_what_is_between_the_markers():
+    """Only the marked part changes, twice gives the same, and an unknown name is told."""
+    text = "a\n<!-- t -->\nold\n<!-- end t -->\nb"
+    once = report.fill(text, {"t": "new"})
+    assert once == "a\n<!-- t -->\nnew\n<!-- end t -->\nb" == report.fill(once, {"t": "new"})
+    with pytest.raises(BadInput, match="'t'"):
+        report.fill(text, {"u": "x"})
+
+
+def test_a_spec_in_a_markdown_table_keeps_its_columns():
+    """The pipes of a cascade are escaped."""
+    line = report.markdown((["cache", "x"], [["sink 4 | recent 4", "1"]])).splitlines()[2]
+    assert line == "| sink 4 \\| recent 4 | 1 |"
+
+
+def test_the_suite_shrinks_with_the_context():
+    """Counts are of 512 tokens; a shorter context has proportionally fewer, and each cache keeps its group."""
+    assert [str(s) for s in suite.scaled(["sink 4 | recent 124"], 128)] == ["sink 1 | recent 31"]
+    for spec in suite.caches(128):
+        assert suite.group_of(str(spec), 128) in suite.CACHES
