@@ -123,7 +123,9 @@ class Int4(Codec):
 
     def nbytes(self, head_dim):
         if head_dim % 2 or (self.hadamard and head_dim & (head_dim - 1)):
-            raise BadInput(f"{self.name} needs a head width that is {'a power of two' if self.hadamard else 'even'}, not {head_dim}")
+            raise BadInput(
+                f"{self.name} needs a head width that is {'a power of two' if self.hadamard else 'even'}, not {head_dim}"
+            )
         return head_dim // 2 + 4
 
     def turn(self, x):

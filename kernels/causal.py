@@ -21,6 +21,9 @@ def causal_attention(
     )
 
 
+product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
 def _blocks(T: int):
     """Query blocks as (start, stop): 64 rows keep a block's logits in a core's cache; at most 16 keep the program short."""
     size = max(64, -(-T // 16))
@@ -42,9 +45,7 @@ def _row_forward(qkv):
         top = logits.max(-1, keepdims=True)
         weights = jnp.exp(logits - top)
         total = weights.sum(-1, keepdims=True)
-        out = jnp.einsum(
-            "KGTS,KSH->KGTH", weights.astype(v_KTH.dtype), v_KTH[:, :stop], preferred_element_type=jnp.float32
-        )
+        out = product("KGTS,KSH->KGTH", weights.astype(v_KTH.dtype), v_KTH[:, :stop])
         outs.append(out / total)
         lses.append(top + jnp.log(total))
     return jnp.concatenate(outs, 2), jnp.concatenate(lses, 2)
@@ -53,18 +54,18 @@ def _row_forward(qkv):
 def _row_backward(residuals):
     q_KGTH, k_KTH, v_KTH, out_KGTH, lse_KGT1, dout_KGTH = residuals
     delta = (out_KGTH * dout_KGTH).sum(-1, keepdims=True)
-    dqs, dk, dv = [], jnp.zeros(k_KTH.shape, jnp.float32), jnp.zeros(v_KTH.shape, jnp.float32)
-    for start, stop in _blocks(q_KGTH.shape[2]):
+    # The gradients of K and V are summed up with H before T: the other way round, each block's weights would be transposed first.
+    K, T, H = k_KTH.shape
+    dqs, dk_KHT, dv_KHT = [], jnp.zeros((K, H, T), jnp.float32), jnp.zeros((K, H, T), jnp.float32)
+    for start, stop in _blocks(T):
         q, dout = q_KGTH[:, :, start:stop], dout_KGTH[:, :, start:stop]
         weights = jnp.exp(_logits(q_KGTH, k_KTH, start, stop) - lse_KGT1[:, :, start:stop])
-        dweights = jnp.einsum(
-            "KGTH,KSH->KGTS", dout.astype(v_KTH.dtype), v_KTH[:, :stop], preferred_element_type=jnp.float32
-        )
+        dweights = product("KGTH,KSH->KGTS", dout.astype(v_KTH.dtype), v_KTH[:, :stop])
         dlogits = (weights * (dweights - delta[:, :, start:stop])).astype(q.dtype)
-        dv = dv.at[:, :stop].add(jnp.einsum("KGTS,KGTH->KSH", weights, dout))
-        dk = dk.at[:, :stop].add(jnp.einsum("KGTS,KGTH->KSH", dlogits, q, preferred_element_type=jnp.float32))
-        dqs.append(jnp.einsum("KGTS,KSH->KGTH", dlogits, k_KTH[:, :stop], preferred_element_type=jnp.float32))
-    return jnp.concatenate(dqs, 2), dk, dv
+        dv_KHT = dv_KHT.at[:, :, :stop].add(product("KGTH,KGTS->KHS", dout, weights))
+        dk_KHT = dk_KHT.at[:, :, :stop].add(product("KGTH,KGTS->KHS", q, dlogits))
+        dqs.append(product("KGTS,KSH->KGTH", dlogits, k_KTH[:, :stop]))
+    return jnp.concatenate(dqs, 2), dk_KHT, dv_KHT
 
 
 # Row by row (`lax.map`): one row's blocks stay in the caches, which on two cores halved the time of the whole batch at once.
@@ -94,9 +95,9 @@ def _blockwise_backward(residuals, dout_BTNH):
     q, k, v = _by_row(q_BTNH, k_BTKH, v_BTKH)
     B, T, N, H = q_BTNH.shape
     dout = dout_BTNH.reshape(B, T, k.shape[1], N // k.shape[1], H).transpose(0, 2, 3, 1, 4).astype(jnp.float32)
-    dq, dk, dv = lax.map(_row_backward, (q, k, v, out, lse, dout))
-    to_kv = lambda x, like: x.transpose(0, 2, 1, 3).astype(like.dtype)
-    return _to_tokens(dq * H**-0.5, q_BTNH), to_kv(dk, k_BTKH), to_kv(dv, v_BTKH)
+    dq, dk_BKHT, dv_BKHT = lax.map(_row_backward, (q, k, v, out, lse, dout))
+    to_kv = lambda x_BKHT, like: x_BKHT.transpose(0, 3, 1, 2).astype(like.dtype)
+    return _to_tokens(dq * H**-0.5, q_BTNH), to_kv(dk_BKHT, k_BTKH), to_kv(dv_BKHT, v_BTKH)
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)

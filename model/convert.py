@@ -30,7 +30,9 @@ def convert(
     def pool(kernel: Float[Array, "M KH"], key) -> Float[Array, "M kH"]:
         groups = kernel.reshape(config.width, kv_heads, -1, config.head_dim)
         if method == "mean":
-            pooled = groups.mean(2)
+            pooled = groups[:, :, 0] + (groups - groups[:, :, :1]).mean(
+                2
+            )  # so that equal heads stay exactly as they are
         elif method == "first":
             pooled = groups[:, :, 0]
         else:

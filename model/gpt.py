@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 from kvcascade.cache.cascade import Cache
 from kvcascade.cache.errors import BadInput
 from kvcascade.kernels.activation import ACTIVATIONS, activate
+from kvcascade.kernels.loss import token_nll
 from kvcascade.model.attention import Attention
 
 type Params = dict[str, Any]
@@ -103,14 +104,19 @@ class GPT(nnx.Module):
         self.layers = nnx.List([Block(config, rngs) for _ in range(config.layers)])
         self.norm = nnx.RMSNorm(config.width, dtype=jnp.float32, rngs=rngs)
 
-    def __call__(self, tokens_BT, positions_BT, cache, dropout_key):
+    def hidden(self, tokens_BT, positions_BT, cache, dropout_key):
+        """What the head is applied to, and the cache that has seen the tokens."""
         x_BTM = self.embed(tokens_BT)
         caches = []
         for index, block in enumerate(self.layers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             x_BTM, layer = block(x_BTM, positions_BT, None if cache is None else cache[index], key)
             caches.append(layer)
-        return self.embed.attend(self.norm(x_BTM)), None if cache is None else tuple(caches)
+        return self.norm(x_BTM), tuple(caches)
+
+    def logits(self, x_BTM):
+        """The head: products with the embeddings."""
+        return self.embed.attend(x_BTM)
 
 
 def init(config: ModelConfig, seed: int) -> Params:
@@ -129,8 +135,26 @@ def forward(
     config: ModelConfig, params: Params, tokens_BT: Int[Array, "B T"], dropout_key: Key[Array, ""] | None = None
 ) -> Float[Array, "B T V"]:
     """Run the model on whole rows, from position 0 on, without a cache; return the logits of the token after each. Dropout only with a key."""
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    return nnx.merge(graph(config)[0], params)(tokens_BT, positions_BT, None, dropout_key)[0]
+    model = nnx.merge(graph(config)[0], params)
+    return model.logits(model.hidden(tokens_BT, _from_zero(tokens_BT), None, dropout_key)[0])
+
+
+def nll(
+    config: ModelConfig, params: Params, rows_BT: Int[Array, "B T+1"], dropout_key: Key[Array, ""] | None = None
+) -> Float[Array, "B T"]:
+    """The negative log-likelihood in nats of each token of whole rows but the first, without a cache. Dropout only with a key."""
+    model = nnx.merge(graph(config)[0], params)
+    inputs_BT, targets_BT = rows_BT[:, :-1], rows_BT[:, 1:]
+    x_BTM, _ = model.hidden(inputs_BT, _from_zero(inputs_BT), None, dropout_key)
+    dtype = jnp.dtype(config.dtype)
+    head_VM = model.embed.embedding[...].astype(dtype)
+    return token_nll(x_BTM.reshape(-1, config.width).astype(dtype), head_VM, targets_BT.reshape(-1)).reshape(
+        targets_BT.shape
+    )
+
+
+def _from_zero(tokens_BT):
+    return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
 
 
 def step(
@@ -140,6 +164,6 @@ def step(
 
     `positions_BT` says where each token stands (-1: padding). T = 1 is a decode step, T > 1 a prefill of that many tokens.
     """
-    logits_BTV, seen = nnx.merge(graph(config)[0], params)(tokens_BT, positions_BT, cache, None)
-    assert seen is not None
-    return logits_BTV, seen
+    model = nnx.merge(graph(config)[0], params)
+    x_BTM, cache = model.hidden(tokens_BT, positions_BT, cache, None)
+    return model.logits(x_BTM), cache

@@ -20,7 +20,7 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 16)))
 
 
 def logits(shape: ModelConfig, params: gpt.Params, tokens=TOKENS, key=None) -> np.ndarray:
-    return np.asarray(gpt.apply(shape, params, tokens, dropout_key=key)[0])
+    return np.asarray(gpt.forward(shape, params, tokens, key))
 
 
 def count(shape: ModelConfig) -> int:
@@ -142,7 +142,7 @@ def test_bf16_computes_in_bf16() -> None:
     """Logits come in the type that products are computed in, close to those in float32; the parameters are the same."""
     shape = dataclasses.replace(TINY, dtype="bfloat16")
     params = gpt.init(shape, 0)
-    found = gpt.apply(shape, params, TOKENS)[0]
+    found = gpt.forward(shape, params, TOKENS)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(found, np.float32), logits(TINY, params), atol=0.02)
 

@@ -39,14 +39,14 @@ def few(*values) -> st.SearchStrategy:
 
 
 # Hypothesis begins with what stands first, so the plainest of all, f32 and full, stand last.
-ARGUMENTS = {int: st.integers(0, 3), float: st.floats(0, 1, exclude_min=True, width=16)}  # a weight of 0 makes ties
+ARGUMENTS = {int: st.integers(0, 3), float: st.integers(1, 64).map(lambda n: n / 64)}  # weights of 0 make ties
 COUNT = few(3, "25%", 1, 2, 4, 5, "10%")
 CODEC = few(*reversed(CODECS.values()))
 
 
 @st.composite
-def policies(draw, among=tuple(reversed(POLICIES)), arguments=ARGUMENTS) -> Policy:
-    cls = POLICIES[draw(few(*among))]
+def policies(draw, among=POLICIES, arguments=ARGUMENTS) -> Policy:
+    cls = POLICIES[draw(few(*reversed(among)))]
     return cls(**{field.name: draw(arguments[field.type]) for field in dataclasses.fields(cls)})
 
 
@@ -115,7 +115,7 @@ def replayed(test):
     @pytest.mark.parametrize("name", POLICIES)
     @functools.wraps(test, assigned=("__name__", "__qualname__", "__module__", "__doc__"), updated=())
     def each(name: str) -> None:
-        few_examples = settings(max_examples=3 * settings().max_examples // 10)
+        few_examples = settings(max_examples=settings().max_examples // 5)
         seed(name)(few_examples(given(histories(cascades(tiers(policies([name])))))(test)))()
 
     del each.__wrapped__  # or pytest would look for a fixture called `history`
@@ -566,7 +566,7 @@ def test_the_order_of_slots_does_not_matter(history: History) -> None:
             np.testing.assert_array_equal(np.sort(slots.pos_BKS), np.sort(tier["pos"]))
 
 
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(cascades())
 def test_the_amount_of_padding_does_not_matter(cascade: Cascade) -> None:
     """Law 6: twice three tokens in calls of three and of seven give the same outputs and leave the same tokens."""

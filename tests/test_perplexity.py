@@ -10,7 +10,6 @@ from kvcascade.cache.spec import parse
 from kvcascade.eval.perplexity import score
 from kvcascade.model import attention, gpt
 from kvcascade.model.gpt import ModelConfig
-from kvcascade.train.loop import nll
 
 CONFIG = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=64, vocab=61, context=24)
 
@@ -28,7 +27,7 @@ def rows():
 
 def test_full_cache_equals_the_uncached_loss(params, rows):
     """One token at a time through a float32 cache gives the loss of one forward pass; a ragged last batch changes nothing."""
-    expected = np.asarray(nll(CONFIG, params, jnp.asarray(rows)))
+    expected = np.asarray(gpt.nll(CONFIG, params, jnp.asarray(rows)))
     scores = score(CONFIG, params, parse("full@f32"), rows, batch=2)
     np.testing.assert_allclose(scores.nll_BT, expected, atol=2e-4)
     assert scores.traces == 1
@@ -41,7 +40,7 @@ def test_sinks_and_window_equal_a_masked_forward_pass(params, rows, monkeypatch,
     mask = (j <= i) & ((j < sinks) | (j > i - window))
     masked = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(mask)[None, None])
     monkeypatch.setattr(attention, "causal_attention", masked)
-    expected = np.asarray(nll(CONFIG, params, jnp.asarray(rows)))
+    expected = np.asarray(gpt.nll(CONFIG, params, jnp.asarray(rows)))
     monkeypatch.undo()
     scores = score(CONFIG, params, parse(f"sink {sinks}@f32 | recent {window}@f32"), rows, batch=3)
     np.testing.assert_allclose(scores.nll_BT, expected, atol=2e-4)

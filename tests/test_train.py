@@ -154,7 +154,7 @@ def test_dropout_is_a_function_of_seed_and_step() -> None:
     assert loss(dropping, 3) != loss(dropping, 4)
     params = gpt.init(dropping.model, 0)
     keys = [jax.random.key(seed) for seed in (0, 0, 1)]
-    first, again, other = (loop.nll(dropping.model, params, jnp.asarray(ROWS), key).mean() for key in keys)
+    first, again, other = (gpt.nll(dropping.model, params, jnp.asarray(ROWS), key).mean() for key in keys)
     assert first == again != other
     assert loss(tiny(), 3) == loss(tiny(), 4)
 
@@ -166,7 +166,7 @@ def test_microbatches_drop_different_activations() -> None:
     equal = jnp.asarray(np.repeat(ROWS[:1], 4, 0))
     together = step(fresh(settings), 0, equal)[1]["loss"]
     params, key = gpt.init(settings.model, 0), jax.random.fold_in(jax.random.key(0), 0)
-    each = [loop.nll(settings.model, params, equal[:1], jax.random.fold_in(key, row)).mean() for row in range(4)]
+    each = [gpt.nll(settings.model, params, equal[:1], jax.random.fold_in(key, row)).mean() for row in range(4)]
     assert len({float(x) for x in each}) == 4
     assert float(together) == pytest.approx(float(np.mean(each)), rel=1e-5)
 
@@ -259,13 +259,13 @@ def test_saving_leaves_the_state_alone(trained) -> None:
 def test_a_step_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Saving, validating and resuming in between change neither shapes nor structure."""
     traces = []
-    original = loop.nll
+    original = gpt.nll
 
     def counting(settings, params, rows, dropout_key=None):
         traces.append(rows.shape)
         return original(settings, params, rows, dropout_key)
 
-    monkeypatch.setattr(loop, "nll", counting)
+    monkeypatch.setattr(gpt, "nll", counting)
     monkeypatch.setattr(loop, "make_step", compiled.__wrapped__)
     fit(tmp_path / "run")
     assert len(traces) == 2, "once for the step, once for validation"
@@ -296,12 +296,12 @@ def test_a_poisoned_parameter_is_told_at_the_first_step(tmp_path: Path) -> None:
 
 def test_a_finite_loss_with_a_nan_gradient_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss says nothing yet, but the parameters after the step are lost."""
-    original = loop.nll
+    original = gpt.nll
 
     def kinked(settings, params, rows, dropout_key=None):
         return original(settings, params, rows, dropout_key) + jnp.sqrt(0 * params["norm"]["scale"].sum())
 
-    monkeypatch.setattr(loop, "nll", kinked)
+    monkeypatch.setattr(gpt, "nll", kinked)
     monkeypatch.setattr(loop, "make_step", compiled.__wrapped__)
     with pytest.raises(loop.Diverged, match="norm of the parameters nan at step 1; there is no checkpoint yet"):
         fit(tmp_path, tiny(checkpoint_every=1))

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -120,10 +121,14 @@ class Checkpoints:
         """Read the parts of a checkpoint that `abstract` names, in its shapes; BadInput if it is damaged or of another shape."""
         for part in abstract:
             self._check(step, part)
+        folder = str(self.path.resolve() / str(step))
         try:
-            return ocp.load_checkpointables(str(self.path.resolve() / str(step)), dict(abstract))
+            found = ocp.checkpointables_metadata(folder).metadata
+            if all(_shapes(found[part]) == _shapes(abstract[part]) for part in abstract):
+                return ocp.load_checkpointables(folder, dict(abstract))
         except Exception as error:  # orbax raises what its storage raises, of many types
-            raise self._unreadable(step, "it is not of the model that config.json describes, or damaged") from error
+            raise self._unreadable(step, "it is damaged") from error
+        raise self._unreadable(step, "it is not of the model that config.json describes")
 
     def _validation_loss(self, step: int) -> float | None:
         file = self.path / str(step) / "metrics" / "metrics"
@@ -171,8 +176,10 @@ class Saver(Checkpoints):
         context.asynchronous.post_finalization_callback = self._write_sums
         self.pending = None
         try:
+            for half in self._half_written():
+                shutil.rmtree(half)
             self.checkpointer = ocp.training.Checkpointer(
-                str(self.path.resolve()), context=context, preservation_policy=_Kept(), cleanup_tmp_directories=True
+                str(self.path.resolve()), context=context, preservation_policy=_Kept()
             )
         except Exception as error:
             raise self.failure(error) from error
@@ -222,10 +229,13 @@ class Saver(Checkpoints):
 
     def _write_sums(self) -> None:
         """Write the sums of a checkpoint's files beside them, just before orbax gives the folder its name."""
-        for folder in self.path.glob("*.orbax-checkpoint-tmp"):
+        for folder in self._half_written():
             files = (file for part in folder.iterdir() if part.is_dir() for file in part.rglob("*") if file.is_file())
             sums = {file.relative_to(folder).as_posix(): _sum(file) for file in files}
             (folder / SUMS).write_text(json.dumps(sums, indent=0))
+
+    def _half_written(self) -> list[Path]:
+        return list(self.path.glob("*.orbax-checkpoint-tmp"))
 
 
 class _Kept(ocp.training.preservation_policies.PreservationPolicy):
@@ -236,6 +246,11 @@ class _Kept(ocp.training.preservation_policies.PreservationPolicy):
         if scored := [checkpoint for checkpoint in checkpoints if checkpoint.metrics]:
             kept.append(min(scored, key=lambda checkpoint: checkpoint.metrics[METRIC]).step)
         return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def _shapes(tree: Any) -> Counter:
+    """How many arrays of each shape there are; orbax does not say which is which in the names that we use."""
+    return Counter(leaf.shape for leaf in jax.tree.leaves(tree))
 
 
 def _sum(file: Path) -> str:

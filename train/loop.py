@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Array, Integer
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.files import write_whole
@@ -68,14 +68,6 @@ def initial_state(config: RunConfig, params: gpt.Params) -> State:
     return {"params": params, "optimizer": optimizer(config.train).init(params)}
 
 
-def nll(
-    config: gpt.ModelConfig, params: gpt.Params, rows_BT: Int[Array, "B T"], dropout_key=None
-) -> Float[Array, "B T-1"]:
-    """The negative log-likelihood in nats of each token of the rows but the first, without a cache."""
-    logits_BTV = gpt.forward(config, params, rows_BT[:, :-1], dropout_key)
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV.astype(jnp.float32), rows_BT[:, 1:])
-
-
 def data_mesh() -> jax.sharding.Mesh:
     """All local devices in a row, each with a share of the batch."""
     return jax.make_mesh((jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,))
@@ -92,7 +84,7 @@ def make_step(config: RunConfig, mesh: jax.sharding.Mesh) -> Callable[..., tuple
     def loss(params, rows_BT, ids_B, key):
         # The ids are the rows' places in the whole batch, so each microbatch of each device drops out differently.
         key = jax.random.fold_in(key, ids_B[0]) if config.model.dropout else None
-        return nll(config.model, params, rows_BT, key).mean()
+        return gpt.nll(config.model, params, rows_BT, key).mean()
 
     microbatch_size = config.train.batch_size // mesh.size // config.train.accumulation
     gradient = optax.microbatch(
@@ -170,7 +162,7 @@ def fit(
     by_row = NamedSharding(mesh, PartitionSpec("data"))
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     step = make_step(config, mesh)
-    row_nll = jax.jit(lambda params, rows: nll(config.model, params, rows).mean(-1))
+    row_nll = jax.jit(lambda params, rows: gpt.nll(config.model, params, rows).mean(-1))
     train, context = config.train, config.model.context
     with _stop_requests() as stop, Saver(path) as saver:
         done = 0

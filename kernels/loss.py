@@ -1,0 +1,65 @@
+"""The cross-entropy of a language model's head, without ever holding all logits."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+ROWS = 512  # tokens at once: their logits fit a core's share of the last-level cache for a small vocabulary
+
+
+@jax.custom_vjp
+def token_nll(
+    x_TM: Float[Array, "T M"], head_VM: Float[Array, "V M"], target_T: Int[Array, " T"]
+) -> Float[Array, " T"]:
+    """The negative log-likelihood in nats of each target under softmax(x · headᵀ), float32.
+
+    Logits are made for a block of tokens at a time and made again in the backward pass, so T x V numbers are never held
+    (Cut Cross-Entropy, Wijmans et al. 2024, §4); nothing is scattered and no large array transposed.
+    """
+    return _forward(x_TM, head_VM, target_T)[0]
+
+
+def _logits(x_TM, head_VM):
+    return jnp.einsum("TM,VM->TV", x_TM, head_VM, preferred_element_type=jnp.float32)
+
+
+def _hit(logits_TV, target_T):
+    return jnp.arange(logits_TV.shape[1]) == target_T[:, None]
+
+
+def _blocks(*arrays):
+    """Each array cut along its first axis into equal blocks of at most ROWS."""
+    count = math.gcd(arrays[0].shape[0], -(-arrays[0].shape[0] // ROWS))
+    return tuple(x.reshape(count, -1, *x.shape[1:]) for x in arrays)
+
+
+def _forward(x_TM, head_VM, target_T):
+    def block(xs):
+        x, target = xs
+        logits = _logits(x, head_VM)
+        lse = jax.nn.logsumexp(logits, -1)
+        return lse, lse - jnp.where(_hit(logits, target), logits, 0).sum(-1)
+
+    lse_T, nll_T = (x.reshape(-1) for x in lax.map(block, _blocks(x_TM, target_T)))
+    return nll_T, (x_TM, head_VM, target_T, lse_T)
+
+
+def _backward(residuals, dnll_T):
+    x_TM, head_VM, target_T, lse_T = residuals
+
+    def block(dhead_MV, xs):
+        x, target, lse, dnll = xs
+        logits = _logits(x, head_VM)
+        dlogits = ((jnp.exp(logits - lse[:, None]) - _hit(logits, target)) * dnll[:, None]).astype(x.dtype)
+        dhead_MV += jnp.einsum("TM,TV->MV", x, dlogits, preferred_element_type=jnp.float32)
+        return dhead_MV, jnp.einsum("TV,VM->TM", dlogits, head_VM, preferred_element_type=jnp.float32)
+
+    start = jnp.zeros(head_VM.shape[::-1], jnp.float32)
+    dhead_MV, dx = lax.scan(block, start, _blocks(x_TM, target_T, lse_T, dnll_T))
+    return dx.reshape(x_TM.shape).astype(x_TM.dtype), dhead_MV.T.astype(head_VM.dtype), None
+
+
+token_nll.defvjp(_forward, _backward)

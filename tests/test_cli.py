@@ -1,0 +1,274 @@
+"""The command as a user meets it: help, bad input in one line with status 2, and nothing left behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kvcascade.scripts import cli
+
+SETTINGS = {
+    "model": {"layers": 1, "width": 32, "heads": 4, "kv_heads": 2, "mlp": 64, "vocab": 256, "context": 32},
+    "data": {"source": "file:text.txt", "tokenizer": "bytes"},
+    "train": {"steps": 2, "batch_size": 2, "warmup": 1, "evaluate_every": 2, "evaluate_windows": 2,
+              "checkpoint_every": 2, "log_every": 1},
+}  # fmt: skip
+
+
+def changed(**sections: dict) -> str:
+    """A YAML file's text: the settings above with some replaced."""
+    return yaml.safe_dump({name: part | sections.get(name, {}) for name, part in SETTINGS.items()})
+
+
+def run(*arguments: str) -> int:
+    """The command's exit status."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(arguments))
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a text, settings and a trained run."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "text.txt").write_text("".join(f"the query {i} meets {i * i} keys.\n" for i in range(200)))
+    (folder / "tiny.yaml").write_text(changed())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("KVCASCADE_CACHE", str(folder / "cache"))
+        cli.main(["train", "--config", "tiny.yaml", "--run", "run"])
+    shutil.rmtree(folder / "cache")
+    return folder
+
+
+@pytest.fixture
+def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder to work in, with some bad files beside."""
+    folder = tmp_path / "here"
+    shutil.copytree(trained, folder)
+    bad = {
+        "empty.txt": "",
+        "blank.txt": " \n\n \n",
+        "short.txt": "Too short to train on.\n",
+        "latin.txt": "Größe\n".encode("latin-1"),
+        "list.yaml": "[1, 2]",
+        "syntax.yaml": "model: {layers: 1",
+        "section.yaml": "modle: {layers: 1}",
+        "setting.yaml": "model: {layer: 1}",
+        "type.yaml": "model: {layers: two}",
+        "heads.yaml": changed(model={"kv_heads": 3}),
+        "vocab.yaml": changed(model={"vocab": 300}),
+        "batch.yaml": changed(train={"accumulation": 4}),
+        "long.yaml": changed(model={"context": 5000}),
+        "windows.yaml": changed(train={"evaluate_windows": 500}),
+        "tokenizer.yaml": changed(data={"tokenizer": "byts"}),
+    }
+    for name, source in {
+        "missing": "none.txt",
+        "empty": "empty.txt",
+        "blank": "blank.txt",
+        "short": "short.txt",
+    }.items():
+        bad[f"data-{name}.yaml"] = changed(data={"source": f"file:{source}"})
+    bad["data-latin.yaml"] = changed(data={"source": "file:latin.txt"})
+    for name, content in bad.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("KVCASCADE_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+EVALUATE = "evaluate --model run --context 16 --sequences 2 --cache"
+BAD = {
+    # what is typed: a part of the one line that is said
+    "trian": "no command 'trian'; did you mean 'train'?",
+    "frobnicate": "no command 'frobnicate'; there are study, train",
+    "--model run": "no command '--model'",
+    "train --config toyy": "no preset 'toyy'; did you mean 'toy'?",
+    "train --config none.yaml": "none.yaml: No such file or directory",
+    "train --config run": "no preset 'run'; there are nano, toy, small, or FILE.yaml",
+    "train --config list.yaml": "list.yaml: a configuration has the sections model, data, train",
+    "train --config syntax.yaml": "syntax.yaml is not YAML:",
+    "train --config section.yaml": "section.yaml: unknown section 'modle'",
+    "train --config setting.yaml": "setting.yaml: unknown setting model.layer; there are layers, width",
+    "train --config type.yaml": "type.yaml: model.layers must be int, not 'two'",
+    "train --config heads.yaml": "model.kv-heads 3 must divide model.heads 4",
+    "train --config batch.yaml": "train.accumulation 4 must divide train.batch-size 2",
+    "train --config tiny.yaml --run new --model.kv-heads 3": "model.kv-heads 3 must divide model.heads 4",
+    "train --config vocab.yaml --run new": "model.vocab is 300, but the tokenizer bytes has 256 tokens",
+    "train --config tokenizer.yaml --run new": "unknown tokenizer 'byts'",
+    "train --config data-missing.yaml --run new": "none.txt: there is no such file",
+    "train --config data-empty.yaml --run new": "empty.txt: the file is empty",
+    "train --config data-blank.yaml --run new": "blank.txt: there is no text in it",
+    "train --config data-short.yaml --run new": "windows of 33 tokens were asked for, but the text has 0",
+    "train --config data-latin.yaml --run new": "latin.txt: not a text in UTF-8",
+    "train --config long.yaml --run new": "one window takes 5001",
+    "train --config windows.yaml --run new": "500 windows of 33 tokens were asked for, but the text has",
+    "train --config tiny.yaml --run run": "run holds a run already; go on with it by --resume",
+    "train --run none --resume": "none holds no run to resume; start one without --resume",
+    "train --run run --resume --train.steps 9": "run was started with other settings: train.steps: 2 and 9",
+    "train --config nano --run run --resume": "run was started with other settings: model.layers: 1 and 2",
+    "convert none --kv-heads 1 --run new": "none holds no run",
+    "convert run --kv-heads 3 --run new": "2 KV heads cannot be pooled to 3",
+    "convert run --kv-heads 0 --run new": "2 KV heads cannot be pooled to 0",
+    "convert run --kv-heads 1 --run run": "run holds a run already",
+    "convert run --kv-heads 1 --run new --share 1.5": "it must be above 0 and at most 1",
+    f"{EVALUATE} recnt_16": "recnt_16",
+    f"{EVALUATE} sink": "sink",
+    "evaluate --model none --cache full": "none holds no run",
+    "evaluate --model text.txt --cache full": "text.txt holds no run",
+    "evaluate --model run --context 64 --cache full": "a context of 64 tokens is longer than the model's 32",
+    f"{EVALUATE} full --prefix 16": "a prefix of 16 tokens leaves nothing to score in a context of 16",
+    f"{EVALUATE} full --data file:none.txt": "none.txt: there is no such file",
+    f"{EVALUATE} full --data file:empty.txt": "empty.txt: the file is empty",
+    f"{EVALUATE} full --data file:short.txt": "2 windows of 16 tokens were asked for, but the text has 1",
+    f"{EVALUATE} full --out text.txt/records.jsonl": "text.txt",
+    "generate --model none --prompt a": "none holds no run",
+    "generate --model run --prompt a --tokens 40": "more than the model's context of 32",
+    "generate --model run --prompt a --tokens 0": "--tokens must be at least 1",
+    "generate --model run --prompt a --temperature -1": "--temperature at least 0",
+    "generate --model run --prompt a --tokens 8 --cache sink": "sink",
+    "compare run none": "none holds no run",
+}
+
+
+@pytest.mark.parametrize("typed", BAD)
+def test_bad_input_is_one_line_and_status_2(here: Path, capfd: pytest.CaptureFixture, typed: str) -> None:
+    """One line on stderr that starts with the command's name, nothing on stdout, and no file made or changed."""
+    before = files(here)
+    assert run(*(part.replace("_", " ") for part in typed.split())) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("kvcascade: ") and err.count("\n") == 1, err
+    assert BAD[typed] in err or BAD[typed].replace("_", " ") in err
+    assert files(here) == before
+    assert not (here / "new").exists()
+
+
+@pytest.mark.parametrize("prompt", ["", "\x00"])
+def test_a_prompt_of_nothing(here: Path, capfd: pytest.CaptureFixture, prompt: str) -> None:
+    """An empty prompt is refused; an odd one is continued."""
+    status = 0
+    try:
+        cli.main(["generate", "--model", "run", "--prompt", prompt, "--tokens", "2"])
+    except SystemExit as stopped:
+        status = stopped.code
+    assert (status, "the prompt is empty" in capfd.readouterr().err) == ((2, True) if not prompt else (0, False))
+
+
+def test_a_cache_that_cannot_be_parsed_points_at_the_place(here: Path, capfd: pytest.CaptureFixture) -> None:
+    """The message has the part of the text that is wrong, and what it may have meant."""
+    assert run("evaluate", "--model", "run", "--cache", "sink 4 | recnt 60", "--context", "16") == 2
+    err = capfd.readouterr().err
+    assert "recnt" in err and "recent" in err
+
+
+def test_a_corrupt_checkpoint_is_one_line(here: Path, capfd: pytest.CaptureFixture) -> None:
+    """Through the command as well: which file, and status 2."""
+    weights = max((here / "run" / "checkpoints" / "2" / "params").rglob("d/*"), key=lambda file: file.stat().st_size)
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    for typed in (
+        "generate --model run --prompt a --tokens 4",
+        f"{EVALUATE} full",
+        "convert run --kv-heads 1 --run new",
+    ):
+        assert run(*typed.split()) == 2
+        err = capfd.readouterr().err
+        assert (
+            err.startswith("kvcascade: the checkpoint run/checkpoints/2 cannot be read: params/")
+            and err.count("\n") == 1
+        )
+    assert not (here / "new").exists()
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_everywhere(capfd: pytest.CaptureFixture, command: str) -> None:
+    """`kvcascade`, and each command with --help, print on stdout and exit with 0."""
+    for flag in ("-h", "--help"):
+        assert run(*command.split(), flag) == 0
+        out, err = capfd.readouterr()
+        assert "usage: kvcascade" in out and err == ""
+
+
+def test_no_command_is_a_request_for_help(capfd: pytest.CaptureFixture) -> None:
+    """A bare `kvcascade` lists the commands."""
+    assert run() == 0
+    assert all(command in capfd.readouterr().out for command in cli.COMMANDS if command == "train")
+
+
+@pytest.mark.parametrize(
+    ("typed", "suggestion"),
+    [
+        ("train --resum", "--resume"),
+        ("train --model.kv-hads 2", "--model.kv-heads"),
+        ("train --confg nano", "--config"),
+        ("evaluate --modl run --cache full", "--model"),
+        ("convert run --kv-head 2 --run new", "--kv-heads"),
+    ],
+)
+def test_a_wrong_flag_gets_a_suggestion(capfd: pytest.CaptureFixture, typed: str, suggestion: str) -> None:
+    """Status 2, the flag that was meant on stderr, and nothing on stdout."""
+    assert run(*typed.split()) == 2
+    out, err = capfd.readouterr()
+    assert suggestion in err.replace("--run new", "") and out == ""
+
+
+@pytest.mark.parametrize("typed", ["train --config", "train --run", "train --model.layers two", "train --resume=1"])
+def test_a_flag_without_its_value(capfd: pytest.CaptureFixture, typed: str) -> None:
+    """Status 2, and no traceback."""
+    assert run(*typed.split()) == 2
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_finished_run_can_be_resumed(here: Path, capfd: pytest.CaptureFixture) -> None:
+    """It says that it is done, also with the settings that it was started with."""
+    for typed in ("train --run run --resume", "train --config tiny.yaml --run run --resume --train.steps 2"):
+        cli.main(typed.split())
+        assert "trained 2 steps; the run is in run" in capfd.readouterr().out
+
+
+def test_converting_makes_a_run_that_trains(here: Path, capfd: pytest.CaptureFixture) -> None:
+    """The command says how to go on; that works, and the result can be evaluated into a file of records."""
+    cli.main("convert run --kv-heads 1 --run new --share 0.5".split())
+    out = capfd.readouterr().out
+    assert "new has 1 KV heads" in out and "(1 steps)" in out
+    cli.main(out.split("with: kvcascade ")[1].split())
+    cli.main("evaluate --model new --context 16 --sequences 2 --cache full --out records.jsonl".split())
+    (record,) = (json.loads(line) for line in (here / "records.jsonl").read_text().splitlines())
+    assert record["model"] == "new" and record["tokens"] == 30
+
+
+def test_as_a_program_it_says_one_line(here: Path) -> None:
+    """The installed command: imports are quiet, bad input is one line, and a divergence has a status of its own."""
+    program = [sys.executable, "-W", "error", "-c", "from kvcascade.scripts.cli import main; main()"]
+    bad = subprocess.run([*program, "generate", "--model", "none", "--prompt", "a"], capture_output=True, text=True)
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr == "kvcascade: none holds no run: there is no config.json in it\n"
+    absurd = "train --config tiny.yaml --run new --train.learning-rate 1e38 --train.steps 20 --train.warmup 0"
+    diverged = subprocess.run([*program, *absurd.split()], capture_output=True, text=True)
+    assert diverged.returncode == 1
+    *_, told = diverged.stderr.strip().splitlines()
+    assert told.startswith("kvcascade: the loss is ") and "checkpoint" in told
+    assert "Traceback" not in diverged.stderr
+
+
+def test_ctrl_c_while_importing_is_one_line(here: Path) -> None:
+    """Before there is anything to save, the command just stops: status 130."""
+    program = "import os, signal, importlib; from kvcascade.scripts import cli\n" + (
+        "importlib.import_module = lambda name: os.kill(os.getpid(), signal.SIGINT); cli.main(['train'])"
+    )
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ)
+    assert (child.returncode, child.stderr) == (128 + signal.SIGINT, "kvcascade: stopped\n")

@@ -1,0 +1,64 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvcascade.cache.codec import CODECS, Codec, int4, int4h, int8
+from kvcascade.cache.errors import BadInput
+
+
+def normal(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+
+
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+@pytest.mark.parametrize("width", [2, 16, 64])
+def test_claimed_bytes_of_a_vector_are_those_of_its_arrays(codec: Codec, width: int) -> None:
+    """Codes, scale and low end of one vector, as they are stored."""
+    assert codec.nbytes(width) == sum(leaf.nbytes for leaf in jax.tree.leaves(codec.encode(normal(1, width))))
+
+
+def test_bounds_are_half_a_step_and_no_more() -> None:
+    """A step is the largest number over 127, or the range over 15; only bf16's rounding of scale and low end comes on top."""
+    x = np.asarray(normal(100, 16))
+    bound8 = np.asarray(int8.bound(int8.encode(jnp.asarray(x))))[:, 0]
+    bound4 = np.asarray(int4.bound(int4.encode(jnp.asarray(x))))[:, 0]
+    assert (bound8 < 0.51 * np.abs(x).max(-1) / 127).all()
+    assert (bound4 < 0.52 * np.ptp(x, axis=-1) / 15 + 0.005 * np.abs(x.min(-1))).all()
+
+
+def test_int8_uses_all_its_codes() -> None:
+    """The largest number of a vector gets the code 126 or 127, and its sign."""
+    codes = np.abs(np.asarray(int8.encode(normal(100, 16))["codes"]).astype(int)).max(-1)
+    assert set(codes) <= {126, 127}
+
+
+def test_int4_packs_channel_j_with_channel_j_plus_half() -> None:
+    """The low nibble is the first half's code, the high one the second half's."""
+    stored = int4.encode(jnp.arange(16.0)[None])
+    codes = np.asarray(stored["codes"])[0]
+    np.testing.assert_array_equal(codes & 15, np.arange(8))
+    np.testing.assert_array_equal(codes >> 4, np.arange(8, 16))
+
+
+def test_a_rotation_spreads_an_outlier() -> None:
+    """With one channel a hundred times as large as the others, four rotated bits miss by far less than plain ones."""
+    x = normal(200, 64).at[:, 3].multiply(100)
+    error = {
+        codec.name: float(jnp.abs(codec.decode(codec.encode(x)) - x).at[:, 3].set(0).mean()) for codec in (int4, int4h)
+    }
+    assert error["int4h"] < 0.5 * error["int4"]
+
+
+@pytest.mark.parametrize("codec, width, need", [(int4h, 24, "a power of two"), (int4, 7, "even")])
+def test_a_head_width_that_does_not_fit_is_told(codec: Codec, width: int, need: str) -> None:
+    """A Walsh-Hadamard matrix has a power of two of rows, and two codes share a byte."""
+    with pytest.raises(BadInput, match=f"{codec.name} needs a head width that is {need}, not {width}"):
+        codec.nbytes(width)
+
+
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+def test_bf16_vectors_are_coded_like_the_same_numbers_in_f32(codec: Codec) -> None:
+    """What a model computes in does not change what a codec stores."""
+    x = normal(20, 16).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(codec.decode(codec.encode(x)), codec.decode(codec.encode(x.astype(jnp.float32))))
