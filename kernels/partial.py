@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 NEVER = -1e30  # the maximum of no logits: finite, so that exp(NEVER - NEVER) is 1 and not NaN
@@ -31,13 +32,27 @@ def attend(
     K = k_BKSH.shape[1]
     q_BKGTH = (q_BTNH.astype(jnp.float32) * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     seen_BKTS = (pos_BKS[:, :, None] >= 0) & (pos_BKS[:, :, None] <= q_pos_BT[:, None, :, None])
-    logits = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH.astype(jnp.float32))
+    logits = _product("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH)
     logits = jnp.where(seen_BKTS[:, :, None], logits, -jnp.inf)
     max_BKGT = jnp.maximum(logits.max(-1), NEVER)
     weights = jnp.exp(logits - max_BKGT[..., None])
-    out = jnp.einsum("BKGTS,BKSH->BTKGH", weights, v_BKSH.astype(jnp.float32)).reshape(B, T, N, H)
+    out = _product("BKGTS,BKSH->BKGTH", weights, v_BKSH).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
     to_BTN = lambda x_BKGT: x_BKGT.transpose(0, 3, 1, 2).reshape(B, T, N)
     return Partial(out, to_BTN(max_BKGT), to_BTN(weights.sum(-1))), weights
+
+
+def _product(letters: str, x: Float[Array, "B K G T _"], slots: Float[Array, "B K S H"]) -> Float[Array, "B K G T _"]:
+    """A float32 array times slots, accumulated in float32.
+
+    Slots in bf16 are not converted, which would write a copy of them twice their size: x is taken as the sum of two bf16
+    arrays, whose products with bf16 are exact in float32, so the error is that of the split, 2⁻¹⁷ of x.
+    """
+    if slots.dtype != jnp.bfloat16:
+        return jnp.einsum(letters, x, slots.astype(jnp.float32))
+    high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    parts = jnp.concatenate([high, x - high], 2).astype(jnp.bfloat16)
+    high, low = jnp.split(jnp.einsum(letters, parts, slots, preferred_element_type=jnp.float32), 2, 2)
+    return high + low
 
 
 def merge(partials: list[Partial]) -> tuple[Float[Array, "B T N H"], list[Float[Array, "B T N"]]]:
