@@ -29,10 +29,8 @@ def convert(
 
     def pool(kernel: Float[Array, "M KH"], key) -> Float[Array, "M kH"]:
         groups = kernel.reshape(config.width, kv_heads, -1, config.head_dim)
-        if method == "mean":
-            pooled = groups[:, :, 0] + (groups - groups[:, :, :1]).mean(
-                2
-            )  # so that equal heads stay exactly as they are
+        if method == "mean":  # around the first, so that equal heads stay exactly as they are
+            pooled = groups[:, :, 0] + (groups - groups[:, :, :1]).mean(2)
         elif method == "first":
             pooled = groups[:, :, 0]
         else:

@@ -140,8 +140,8 @@ def forward(
 
 
 def nll(
-    config: ModelConfig, params: Params, rows_BT: Int[Array, "B T+1"], dropout_key: Key[Array, ""] | None = None
-) -> Float[Array, "B T"]:
+    config: ModelConfig, params: Params, rows_BT: Int[Array, "B T"], dropout_key: Key[Array, ""] | None = None
+) -> Float[Array, "B T-1"]:
     """The negative log-likelihood in nats of each token of whole rows but the first, without a cache. Dropout only with a key."""
     model = nnx.merge(graph(config)[0], params)
     inputs_BT, targets_BT = rows_BT[:, :-1], rows_BT[:, 1:]

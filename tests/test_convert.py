@@ -72,7 +72,7 @@ def test_random_has_the_spread_of_the_old_heads(params: gpt.Params) -> None:
     found = [heads(drawn, layer, name) for layer in range(2) for name in "kv"]
     for index, kernel in enumerate(found):
         assert kernel.std() == pytest.approx(0.02, rel=0.15)
-        assert all((kernel != different).all() for different in found[:index])
+        assert all(abs(np.corrcoef(kernel.ravel(), one.ravel())[0, 1]) < 0.2 for one in found[:index])
     np.testing.assert_array_equal(heads(again, 0, "k"), found[0])
     assert (heads(other, 0, "k") != found[0]).all()
 

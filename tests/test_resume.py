@@ -132,13 +132,15 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(settings: Path, w
 
 
 def test_signals_are_left_as_they_were() -> None:
-    """After training, Ctrl-C stops Python again."""
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    """While training, both signals only leave a note; after it, Ctrl-C stops Python again."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
     with loop._stop_requests() as stop:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)
-        assert stop == [signal.SIGINT, signal.SIGTERM]
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+        assert not any(signal.getsignal(number) in before for number in numbers)
+        for number in numbers:
+            signal.raise_signal(number)
+        assert stop == list(numbers)
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_the_settings_of_a_run_are_its_own(whole: Path) -> None:
