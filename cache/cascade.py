@@ -69,7 +69,9 @@ class LayerCache:
         """
         B, T, K, H = k_BTKH.shape
         pos_BKT = jnp.broadcast_to(positions_BT[:, None], (B, K, T))
-        entry = Entry(k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3), pos_BKT, jnp.zeros((B, K, T)))
+        # Tokens travel in float32 also from a bf16 model: what a tier decodes on the way down must not be rounded again.
+        to_slots = lambda x_BTKH: x_BTKH.astype(jnp.float32).transpose(0, 2, 1, 3)
+        entry = Entry(to_slots(k_BTKH), to_slots(v_BTKH), pos_BKT, jnp.zeros((B, K, T)))
         now_B11 = positions_BT.max(-1)[:, None, None]
         if T == 1:
             cache = self.append(entry, now_B11)

@@ -34,7 +34,7 @@ class Scale:
 SCALES = {
     "smoke": Scale("nano", steps=60, share=0.3, windows=4, every=5),
     "quick": Scale("toy", steps=120, share=0.25, windows=8),
-    "full": Scale("toy", steps=1800, share=0.1, windows=32),
+    "full": Scale("toy", steps=1800, share=0.1, windows=16),
 }
 
 

@@ -94,6 +94,15 @@ def test_never_holds_the_logits_of_a_batch() -> None:
     assert memory and memory.temp_size_in_bytes < 4 * B * N * T * T
 
 
+def test_elsewhere_it_is_the_same_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The implementation for other platforms, run here, equals the reference too."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, cpu, default: default(*arrays))
+    arrays = draw(65, 4, 2)
+    out, pull = jax.vjp(causal_attention, *(jnp.asarray(x, jnp.float32) for x in arrays[:3]))
+    for ours, exact in zip((out, *pull(jnp.asarray(arrays[3], jnp.float32))), reference(*arrays), strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("platform", ["cuda", "cpu"])
 def test_lowers_for_the_platform(platform: str) -> None:
     """Elsewhere than on a CPU it is XLA's own attention, which has no loop over rows."""

@@ -226,6 +226,17 @@ def test_a_finished_run_can_be_resumed(here: Path, capfd: pytest.CaptureFixture)
         assert "trained 2 steps; the run is in run" in capfd.readouterr().out
 
 
+def test_a_run_without_a_checkpoint_starts_again(here: Path, capfd: pytest.CaptureFixture) -> None:
+    """A start that was killed early leaves a configuration: --resume trains from the first step, to the same end."""
+    log = here / "run" / "log.jsonl"
+    losses = lambda: [json.loads(line).get("loss") for line in log.read_text().splitlines()]
+    before = losses()
+    shutil.rmtree(here / "run" / "checkpoints")
+    cli.main(["train", "--run", "run", "--resume"])
+    assert "trained 2 steps" in capfd.readouterr().out
+    assert losses() == before and (here / "run" / "checkpoints" / "2").is_dir()
+
+
 def test_converting_makes_a_run_that_trains(here: Path, capfd: pytest.CaptureFixture) -> None:
     """The command says how to go on; that works, and the result can be evaluated into a file of records."""
     cli.main(shlex.split("convert run --kv-heads 1 --run new --share 0.5"))

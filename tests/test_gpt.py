@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from kvcascade.cache.errors import BadInput
+from kvcascade.kernels.activation import activate
 from kvcascade.model import gpt
 from kvcascade.model.attention import rope
 from kvcascade.model.gpt import ModelConfig
@@ -127,8 +129,31 @@ def test_rope_is_relative() -> None:
     assert abs(product(17, 0) - product(0, 17)) > 1e-2
 
 
+def test_attention_is_relative(nano) -> None:
+    """All positions moved alike change nothing; stretched ones do."""
+    model = nnx.merge(gpt.graph(nano.config)[0], nano.params)
+    tokens, positions = TOKENS % nano.config.vocab, jnp.broadcast_to(jnp.arange(16), (2, 16))
+    hidden = lambda positions_BT: np.asarray(model.hidden(tokens, positions_BT, None, None)[0])
+    np.testing.assert_allclose(hidden(positions + 7), hidden(positions), rtol=1e-3, atol=1e-3)
+    assert np.abs(hidden(positions * 3) - hidden(positions)).max() > 0.1
+
+
+def test_layers_drop_different_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block has a key of its own, made from the step's."""
+    keys = []
+
+    def listening(up, gate, kind, rate, key):
+        keys.append(tuple(jax.random.key_data(key).tolist()))
+        return activate(up, gate, kind, rate, key)
+
+    monkeypatch.setattr(gpt, "activate", listening)
+    shape = dataclasses.replace(TINY, layers=3, dropout=0.5)
+    logits(shape, gpt.init(shape, 0), key=jax.random.key(0))
+    assert len(set(keys)) == 3
+
+
 def test_dropout_only_with_a_key() -> None:
-    """A key drops some activations, layers drop different ones, and without a key the rate does not matter."""
+    """A key drops some activations, another key others, and without a key the rate does not matter."""
     shape = dataclasses.replace(TINY, dropout=0.5)
     params = gpt.init(TINY, 0)
     np.testing.assert_array_equal(logits(shape, params), logits(TINY, params))

@@ -104,14 +104,13 @@ def test_bf16_trains_with_float32_parameters() -> None:
 
 
 def test_accumulation_gives_the_same_gradient() -> None:
-    """One microbatch, two or four: the same loss and, through the first moments, the same gradients."""
+    """One microbatch or four: the same loss and, through the first moments, the same gradients."""
     whole, (first,) = take_steps(tiny(), 1)
-    for accumulation in (2, 4):
-        parts, (found,) = take_steps(tiny(accumulation=accumulation), 1)
-        assert found["loss"] == pytest.approx(first["loss"], rel=1e-5)
-        assert found["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-4)
-        for a, b in zip(jax.tree.leaves(parts["optimizer"]), jax.tree.leaves(whole["optimizer"]), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+    parts, (found,) = take_steps(tiny(accumulation=4), 1)
+    assert found["loss"] == pytest.approx(first["loss"], rel=1e-5)
+    assert found["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-4)
+    for a, b in zip(jax.tree.leaves(parts["optimizer"]), jax.tree.leaves(whole["optimizer"]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
 def test_weight_decay_leaves_vectors_alone() -> None:
@@ -147,29 +146,25 @@ def test_the_learning_rate_warms_up_and_decays() -> None:
     assert float(jnp.asarray(loop.learning_rate(TrainConfig(steps=1, warmup=50))(0))) > 0
 
 
-def test_dropout_is_a_function_of_seed_and_step() -> None:
-    """The same seed and step drop the same activations; another step or seed others; no dropout none."""
+def test_dropout_is_a_function_of_the_step() -> None:
+    """The same step drops the same activations, another step others, and without dropout the step does not matter."""
     loss = lambda settings, step: take_steps(settings, 1, first=step)[1][0]["loss"]
     dropping = tiny(dropout=0.3)
     assert loss(dropping, 3) == loss(dropping, 3)
     assert loss(dropping, 3) != loss(dropping, 4)
-    params = gpt.init(dropping.model, 0)
-    keys = [jax.random.key(seed) for seed in (0, 0, 1)]
-    first, again, other = (gpt.nll(dropping.model, params, jnp.asarray(ROWS), key).mean() for key in keys)
-    assert first == again != other
     assert loss(tiny(), 3) == loss(tiny(), 4)
 
 
 def test_microbatches_drop_different_activations() -> None:
-    """Equal rows in different microbatches have different losses under dropout."""
-    settings = tiny(dropout=0.5, accumulation=4)
-    step = compiled(settings, loop.data_mesh())
+    """By the key of seed, step and place in the batch: four equal rows in four microbatches have four losses."""
+    settings = tiny(dropout=0.5, accumulation=4, seed=5)
     equal = jnp.asarray(np.repeat(ROWS[:1], 4, 0))
-    together = step(fresh(settings), 0, equal)[1]["loss"]
-    params, key = gpt.init(settings.model, 0), jax.random.fold_in(jax.random.key(0), 0)
-    each = [gpt.nll(settings.model, params, equal[:1], jax.random.fold_in(key, row)).mean() for row in range(4)]
-    assert len({float(x) for x in each}) == 4
-    assert float(together) == pytest.approx(float(np.mean(each)), rel=1e-5)
+    together = compiled(settings, loop.data_mesh())(fresh(settings), 2, equal)[1]["loss"]
+    params, key = gpt.init(settings.model, 5), jax.random.fold_in(jax.random.key(5), 2)
+    row_nll = jax.jit(lambda row: gpt.nll(settings.model, params, equal[:1], jax.random.fold_in(key, row)).mean())
+    each = [float(row_nll(row)) for row in range(4)]
+    assert len(set(each)) == 4
+    assert float(together) == pytest.approx(np.mean(each), rel=1e-5)
 
 
 def test_validation_has_a_standard_error() -> None:
