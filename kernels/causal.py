@@ -13,7 +13,7 @@ def causal_attention(
 ) -> Float[Array, "B T N H"]:
     """Attend from every token to itself and to the tokens before it, scaled by 1/sqrt(H).
 
-    Query head n reads KV head n // (N/K). On a CPU it runs block by block and never holds T x T logits
+    Query head n reads KV head n // (N/K). On a CPU it runs block by block and never holds more than one row's logits
     (FlashAttention, Dao et al. 2022, algorithms 1 and 4); elsewhere it is `jax.nn.dot_product_attention`.
     """
     return lax.platform_dependent(

@@ -96,7 +96,8 @@ class History:
         """The query, key and value of the token at each position, each [B, CONTEXT, heads, H]."""
         normal = np.random.default_rng([self.number, 2, kind]).standard_normal
         shape = lambda heads: (self.B, CONTEXT, heads, self.H)
-        return tuple(normal(shape(heads), np.float32) for heads in (self.K * self.G, self.K, self.K))
+        q, k, v = (normal(shape(heads), np.float32) for heads in (self.K * self.G, self.K, self.K))
+        return q, k, v
 
 
 def at(x_BPNH: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
@@ -552,11 +553,11 @@ def test_the_order_of_slots_does_not_matter(history: History) -> None:
         for tier in cache.slots:
             order_BKS = mix.permuted(np.broadcast_to(np.arange(tier.pos_BKS.shape[2]), tier.pos_BKS.shape), axis=2)
             leaves, kind = jax.tree.flatten(tier)
-            orders = (order_BKS.reshape(order_BKS.shape + (1,) * (leaf.ndim - 3)) for leaf in leaves)
-            mixed = (
-                np.take_along_axis(np.asarray(leaf), *order, 2) for leaf, *order in zip(leaves, orders, strict=True)
-            )
-            slots.append(jax.tree.unflatten(kind, map(jnp.asarray, mixed)))
+            mixed = []
+            for leaf in leaves:
+                order = order_BKS.reshape(order_BKS.shape + (1,) * (leaf.ndim - 3))
+                mixed.append(jnp.asarray(np.take_along_axis(np.asarray(leaf), order, 2)))
+            slots.append(jax.tree.unflatten(kind, mixed))
         return dataclasses.replace(cache, slots=tuple(slots))
 
     results = follow(history, history.calls(), between=shuffled)
@@ -676,7 +677,7 @@ def test_what_is_decoded_is_within_the_bound(codec: Codec, compiled: bool) -> No
     x = jnp.asarray(vectors())
     back, bound = map(np.asarray, (jax.jit(round_trip) if compiled else round_trip)(x))
     rotation = 1e-6 * np.abs(x).max(-1, keepdims=True)  # of float32, which the bound is not about
-    assert (np.abs(codec.turn(back - x)) <= bound + rotation * (codec == int4h)).all()
+    assert (np.abs(codec.turn(jnp.asarray(back - x))) <= bound + rotation * (codec == int4h)).all()
     np.testing.assert_array_equal(back[2], 0)
     if codec == f32:
         np.testing.assert_array_equal(back, x)
