@@ -74,10 +74,9 @@ class Random(Policy):
     def priority(self, pos_BKS, score_BKS, now_B11):
         # A 32-bit integer hash (Wellons' lowbias32): a counter-based draw that costs six operations a slot.
         u32 = jnp.uint32
-        heads_K1 = jnp.arange(1, pos_BKS.shape[1] + 1, dtype=u32)[
-            :, None
-        ]  # from 1: the hash of 0 is 0, the first to go
-        x = pos_BKS.astype(u32) ^ (heads_K1 * u32(0x9E3779B9) + u32(self.seed * 0x85EBCA6B & 0xFFFFFFFF))
+        heads_K1 = jnp.arange(pos_BKS.shape[1], dtype=u32)[:, None]
+        # The digits of pi keep x from 0, whose hash is 0: the first position of the first head would always go first.
+        x = pos_BKS.astype(u32) ^ (heads_K1 * u32(0x9E3779B9) + u32(self.seed * 0x85EBCA6B + 0x243F6A88 & 0xFFFFFFFF))
         x = (x ^ (x >> 16)) * u32(0x7FEB352D)
         x = (x ^ (x >> 15)) * u32(0x846CA68B)
         return (x ^ (x >> 16)).astype(jnp.float32)
