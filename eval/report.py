@@ -97,16 +97,14 @@ def findings(records: list[Record]) -> list[str]:
         )
     if gqa and uptrained:
         reached = next((step for step, loss, *_ in uptrained["curve"] if loss <= gqa["validation_loss"]), None)
-        end = f"it ends at {_change(uptrained, gqa, 'validation_loss')} of that loss after {uptrained['steps']} steps"
-        found.append(
-            "GQA uptrained from MHA's mean-pooled heads "
-            + (
-                f"matches the loss of GQA from scratch at step {reached}, {reached / gqa['steps']:.0%} of its steps"
-                if reached
-                else "comes close to GQA from scratch"
+        if reached:
+            match = f"matches the loss of GQA from scratch at step {reached}, {reached / gqa['steps']:.0%} of its steps"
+        else:
+            match = (
+                f"does not reach the loss of GQA from scratch in {uptrained['steps'] / gqa['steps']:.0%} of its steps"
             )
-            + f"; {end}."
-        )
+        end = f"it ends at {_change(uptrained, gqa, 'validation_loss')} of that loss after {uptrained['steps']} steps"
+        found.append(f"GQA uptrained from MHA's mean-pooled heads {match}; {end}.")
     for model in by_name:
         mine = [r for r in evaluations if r["model"] == model]
         found += [line for saved in (2 / 3, 0.9) if (line := _best_at(mine, saved))]

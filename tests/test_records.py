@@ -37,6 +37,12 @@ def test_a_record_holds_what_the_contract_names():
     json.dumps(one)
 
 
+def test_the_table_has_a_column_for_each_cell():
+    """Each row is as long as the header."""
+    _, columns, rows = records.evaluation_table([record(), record("recent 4", 0.1)])
+    assert {len(row) for row in rows} == {len(columns)}
+
+
 def test_append_adds_whole_lines(tmp_path):
     """Two appends give all lines, in order."""
     path = tmp_path / "deep" / "records.jsonl"
