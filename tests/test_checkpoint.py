@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from kvcascade.cache.errors import BadInput
+from kvcascade.cache.spec import parse
+from kvcascade.eval import perplexity
 from kvcascade.model import tokenizer
 from kvcascade.model.gpt import ModelConfig
 from kvcascade.train import checkpoint, loop, run
@@ -113,6 +115,14 @@ def test_a_run_is_loaded_by_its_best_or_its_latest(pristine: Path, copy: Path) -
     (copy / "checkpoints" / "2" / checkpoint.SUMS).unlink()
     metrics.write_text(json.dumps({"validation_loss": 0.1}))
     assert checkpoint.load_run(copy, BEST).step == 2
+
+
+def test_a_loaded_model_is_compiled_once(pristine: Path) -> None:
+    """A decode step behind a fresh cache is compiled once for a loaded model, not again for the cache that comes out of it."""
+    run, rows = checkpoint.load_run(pristine), np.zeros((2, 8), np.int32)
+    perplexity.score(run.config.model, run.params, parse("recent 3"), rows, batch=2)
+    step = perplexity._compiled(run.config.model, parse("recent 3"), 2, 8)
+    assert step.traces == 1 and step.run._cache_size() == 1
 
 
 def damages(file: Path) -> list[bytes | None]:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import tiktoken
 from orbax.checkpoint import v1 as ocp
 
@@ -267,4 +269,7 @@ def load_run(path: Path, which: str = BEST) -> Run:
         raise BadInput(f"{path} holds no complete checkpoint yet")
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), gpt.graph(config.model)[1])
-    return Run(path, config, checkpoints.load(step, {"params": abstract})["params"], encoding, step)
+    params = checkpoints.load(step, {"params": abstract})["params"]
+    # Orbax commits arrays to a device. A fresh cache is not, its successor would be: the decode step would be compiled for either.
+    params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params)
+    return Run(path, config, params, encoding, step)
