@@ -89,11 +89,19 @@ def quality_against_bytes(evaluations: list[Record], groups: dict[str, str]) -> 
         axes.axhline(full["ppl"], color="#888", linewidth=1, linestyle="--")
         axes.annotate(
             "full cache",
-            (min(r["kv_bytes"] for r in evaluations), full["ppl"]),
-            (0, -13),
+            (full["kv_bytes"], full["ppl"]),
+            (0, -14),
             textcoords="offset points",
             color="#555",
+            ha="right",
         )
+        perplexities = [r["ppl"] for r in evaluations]
+        if max(perplexities) > 1.5 * min(perplexities):  # in a narrower range a logarithmic axis would have no ticks
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 4, 6, 8)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.set_ylim(bottom=0.9 * min(perplexities))
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(LogLocator(2))
         axes.xaxis.set_major_formatter(FuncFormatter(_bytes))
