@@ -33,6 +33,12 @@ def test_int8_uses_all_its_codes() -> None:
     assert set(codes) <= {126, 127}
 
 
+@pytest.mark.parametrize("codec", [int8, int4, int4h], ids=["int8", "int4", "int4h"])
+def test_a_step_is_never_zero(codec: Codec) -> None:
+    """Vectors of zeros and of equal numbers have no width to divide into steps, and no code may come from dividing by it."""
+    assert (codec.encode(jnp.asarray([[0.0] * 8, [3.0] * 8, [-3.0] * 8]))["scale"] > 0).all()
+
+
 def test_int4_packs_channel_j_with_channel_j_plus_half() -> None:
     """The low nibble is the first half's code, the high one the second half's."""
     stored = int4.encode(jnp.arange(16.0)[None])
