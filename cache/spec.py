@@ -11,6 +11,7 @@
 
 import dataclasses
 import difflib
+import math
 import re
 import typing
 
@@ -160,11 +161,13 @@ def _policy(name: str, arguments: str | None) -> Policy:
             raise BadInput(f"{name} {known}; an argument is written NAME=NUMBER")
         try:
             values[key] = fields[key](value)
+            if not math.isfinite(values[key]):
+                raise ValueError
         except ValueError:
             raise BadInput(f"{key} must be a number, not {value!r}") from None
     return POLICIES[name](**values)
 
 
 def _unknown(name: str, known) -> str:
-    close = difflib.get_close_matches(name, [*known, *PRESETS], n=1)
+    close = difflib.get_close_matches(name, {*known, *PRESETS} - {name}, n=1)
     return f"{name!r}; did you mean {close[0]!r}?" if close else f"{name!r}; there are {', '.join(known)}"

@@ -122,7 +122,7 @@ def test_a_loaded_model_is_compiled_once(pristine: Path) -> None:
     run, rows = checkpoint.load_run(pristine), np.zeros((2, 8), np.int32)
     perplexity.score(run.config.model, run.params, parse("recent 3"), rows, batch=2)
     step = perplexity._compiled(run.config.model, parse("recent 3"), 2, 8)
-    assert step.traces == 1 and step.run._cache_size() == 1
+    assert step.traces == 1 and step.run._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def damages(file: Path) -> list[bytes | None]:
