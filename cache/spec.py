@@ -161,7 +161,7 @@ def _policy(name: str, arguments: str | None) -> Policy:
             raise BadInput(f"{name} {known}; an argument is written NAME=NUMBER")
         try:
             values[key] = fields[key](value)
-            if not math.isfinite(values[key]):
+            if isinstance(values[key], float) and not math.isfinite(values[key]):
                 raise ValueError
         except ValueError:
             raise BadInput(f"{key} must be a number, not {value!r}") from None

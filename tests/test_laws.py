@@ -625,7 +625,7 @@ def test_the_gradient_of_an_evicted_entry_is_zero(cascade: Cascade, number: int)
 
 # Law 7: round trips
 
-ANY = {int: st.integers(), float: st.floats(allow_nan=False)}
+ANY = {int: st.integers(), float: st.floats(allow_nan=False, allow_infinity=False)}
 shares = st.floats(0.01, 100).map(lambda share: f"{share:.2f}%")
 any_count = st.one_of(st.integers(1, 10**6), shares)
 any_cascades = cascades(tier=tiers(policies(arguments=ANY), count=any_count), sizes=range(1, 6))
