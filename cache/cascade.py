@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kvcascade.cache.codec import f32
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.policy import Full
-from kvcascade.cache.tier import Entry, Slots, Tier, empty, take_in
-from kvcascade.kernels import partial
+from kvcascade.cache.tier import Tier, empty, take_in
+from kvcascade.kernels.decode import decode
+from kvcascade.kernels.partial import attend_all
+from kvcascade.kernels.slots import Entry, Slots
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -87,34 +90,28 @@ class LayerCache:
         The token at `now` is never forgotten in its own step: the last tier cannot refuse it.
         """
         held = []
-        for index, (tier, slots) in enumerate(zip(self.cascade.tiers, self.slots, strict=True)):
-            slots, entry = take_in(tier, slots, entry, now_B11, keep_now=index == len(self.slots) - 1)
+        for index, (tier, slots) in enumerate(zip(self.cascade.tiers, self.slots, strict=True), 1):
+            slots, left = take_in(tier, slots, entry, now_B11, last=index == len(self.slots))
             held.append(slots)
+            entry = left or entry
         return dataclasses.replace(self, slots=tuple(held))
 
     def attend(
         self, q_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], entry: Entry | None
     ) -> tuple[Float[Array, "B T N H"], "LayerCache", Float[Array, "B K T"] | None]:
-        """Attend to every tier, and to `entry` if given: one partial each, merged.
+        """Attend to every tier, and to `entry` if given.
 
         The attention mass goes to the scores of the tiers that keep them, and is returned for `entry`.
         """
         observed = self.cascade.scored(0)
-        partials, weights = [], []
-        for tier, slots in zip(self.cascade.tiers, self.slots, strict=True):
-            codec = tier.codec
-            # A rotated codec turns the query and the output instead of un-rotating every stored vector.
-            part, w = partial.attend(
-                codec.turn(q_BTNH), codec.read(slots.k), codec.read(slots.v), positions_BT, slots.pos_BKS
-            )
-            partials.append(part._replace(out_BTNH=codec.turn(part.out_BTNH)))
-            weights.append(w)
-        if entry is not None:
-            part, w = partial.attend(q_BTNH, entry.k, entry.v, positions_BT, entry.pos_BKT)
-            partials.append(part)
-            weights.append(w)
-        out_BTNH, factors = partial.merge(partials)
-        mass = [partial.mass(w, f) for w, f in zip(weights, factors, strict=True)] if observed else []
+        held = [(slots, tier.codec) for tier, slots in zip(self.cascade.tiers, self.slots, strict=True)]
+        if entry is None and q_BTNH.shape[1] == 1:
+            out_BNH, mass = decode(q_BTNH[:, 0], positions_BT[:, 0], held, observed)
+            out_BTNH = out_BNH[:, None]
+        else:
+            if entry is not None:
+                held.append((Slots(f32.encode(entry.k), f32.encode(entry.v), entry.pos_BKT, None), f32))
+            out_BTNH, mass = attend_all(q_BTNH, positions_BT, held, observed)
         slots = self.slots
         if observed:
             slots = tuple(

@@ -9,24 +9,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from kvcascade.cache.errors import BadInput
-
-type Stored = dict[str, Array]
-"""The arrays that hold encoded vectors: same leading axes as the vectors, the last one is the codec's own."""
+from kvcascade.kernels.slots import Format, Stored
 
 
 @dataclasses.dataclass(frozen=True)
-class Codec:
+class Codec(Format):
     """Writes vectors of H numbers and reads them back; a subclass says in which bits."""
 
     name: str
-
-    def encode(self, x: Float[Array, "*B H"]) -> Stored:
-        """Quantise each vector by itself."""
-        raise NotImplementedError
-
-    def read(self, stored: Stored) -> Float[Array, "*B H"]:
-        """The stored vectors in the basis that they are stored in, `turn`ed if the codec rotates."""
-        raise NotImplementedError
 
     def bound(self, stored: Stored) -> Float[Array, "*B 1"]:
         """The largest error that `read` may have against the vector given to `encode`, per element of the stored basis."""
@@ -35,14 +25,6 @@ class Codec:
     def nbytes(self, head_dim: int) -> int:
         """Bytes per vector, scales included."""
         raise NotImplementedError
-
-    def turn(self, x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
-        """Between the model's basis and the stored one; its own inverse. Dot products are the same in both."""
-        return x
-
-    def decode(self, stored: Stored) -> Float[Array, "*B H"]:
-        """The stored vectors in the model's basis, float32."""
-        return self.turn(self.read(stored).astype(jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +81,11 @@ class Int4(Codec):
     """Unsigned 4-bit codes with a bf16 scale and a bf16 low end per vector: x ≈ low + scale · code, code in 0…15.
 
     Two codes a byte: channel j in the low nibble, channel j + H/2 in the high one, so that unpacking needs no interleave.
-    With `hadamard` the vector is first turned by a Walsh-Hadamard matrix, which spreads an outlier channel over all
+    A `turned` vector was multiplied by a Walsh-Hadamard matrix, which spreads an outlier channel over all
     (QuaRot, Ashkboos et al. 2024, §4).
     """
 
-    hadamard: bool = False
+    turned: bool = False
 
     def encode(self, x):
         x = self.turn(x.astype(jnp.float32))
@@ -122,14 +104,14 @@ class Int4(Codec):
         return 0.501 * scale + jnp.abs(low) * 2**-8  # the low end is rounded to bf16's eight significant bits
 
     def nbytes(self, head_dim):
-        if head_dim % 2 or (self.hadamard and head_dim & (head_dim - 1)):
+        if head_dim % 2 or (self.turned and head_dim & (head_dim - 1)):
             raise BadInput(
-                f"{self.name} needs a head width that is {'a power of two' if self.hadamard else 'even'}, not {head_dim}"
+                f"{self.name} needs a head width that is {'a power of two' if self.turned else 'even'}, not {head_dim}"
             )
         return head_dim // 2 + 4
 
     def turn(self, x):
-        return x.astype(jnp.float32) @ _hadamard(x.shape[-1]) if self.hadamard else x
+        return x.astype(jnp.float32) @ _hadamard(x.shape[-1]) if self.turned else x
 
 
 @functools.lru_cache
@@ -141,6 +123,6 @@ f32 = Plain("f32", "float32")
 bf16 = Plain("bf16", "bfloat16")
 int8 = Int8("int8")
 int4 = Int4("int4")
-int4h = Int4("int4h", hadamard=True)
+int4h = Int4("int4h", turned=True)
 
 CODECS = {codec.name: codec for codec in (f32, bf16, int8, int4, int4h)}

@@ -54,7 +54,7 @@ def _greedy(config: ModelConfig):
     @functools.partial(jax.jit, donate_argnums=(1, 2, 3))
     def step(params, cache, token_B, position_B):
         logits_BTV, cache = gpt.step(config, params, cache, token_B[:, None], position_B[:, None])
-        return cache, logits_BTV[:, 0].argmax(-1), position_B + 1
+        return cache, generate.sample(logits_BTV[:, 0], jax.random.key(0), 0.0), position_B + 1
 
     return step
 

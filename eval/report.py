@@ -8,9 +8,9 @@ import jinja2
 import markupsafe
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.cache.files import write_whole
 from kvcascade.eval import figures, suite
 from kvcascade.eval.records import Record, paired
+from kvcascade.kernels.files import write_whole
 
 type Table = tuple[list[str], list[list[str]]]
 

@@ -1,10 +1,13 @@
 """Attention over one set of slots, unnormalised, so that results over several sets merge exactly."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
+
+from kvcascade.kernels.slots import Format, Slots
 
 NEVER = -1e30  # the maximum of no logits: finite, so that exp(NEVER - NEVER) is 1 and not NaN
 
@@ -71,3 +74,20 @@ def mass(weights_BKGTS: Float[Array, "B K G T S"], factor_BTN: Float[Array, "B T
     """The attention that each slot received from this call's queries, summed over the query heads of its KV head."""
     B, K, G, T, _ = weights_BKGTS.shape
     return jnp.einsum("BKGTS,BTKG->BKS", weights_BKGTS, factor_BTN.reshape(B, T, K, G))
+
+
+def attend_all(
+    q_BTNH: Float[Array, "B T N H"], q_pos_BT: Int[Array, "B T"], held: Sequence[tuple[Slots, Format]], observed: bool
+) -> tuple[Float[Array, "B T N H"], list[Float[Array, "B K _"]]]:
+    """Softmax attention over several sets of slots together, in float32; with `observed` also the mass that each slot received.
+
+    A query attends to the slots that hold a position at or before its own; one that sees nothing gets zeros.
+    """
+    partials, weights = [], []
+    for slots, form in held:
+        # A turned format turns the query and the output instead of every stored vector.
+        part, w = attend(form.turn(q_BTNH), form.read(slots.k), form.read(slots.v), q_pos_BT, slots.pos_BKS)
+        partials.append(part._replace(out_BTNH=form.turn(part.out_BTNH)))
+        weights.append(w)
+    out_BTNH, factors = merge(partials)
+    return out_BTNH, [mass(w, f) for w, f in zip(weights, factors, strict=True)] if observed else []

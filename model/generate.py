@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 from kvcascade.cache.cascade import Cache
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
+from kvcascade.kernels.write import argmin
 from kvcascade.model import gpt
 from kvcascade.model.gpt import ModelConfig, Params
 
@@ -38,7 +39,7 @@ def decode_step(
 def sample(logits_BV: Float[Array, "B V"], key: Key[Array, ""], temperature: float) -> Int[Array, " B"]:
     """Draw a token per row from softmax(logits / temperature); the likeliest one at temperature 0."""
     if temperature == 0:
-        return logits_BV.argmax(-1)
+        return argmin(-logits_BV)
     return jax.random.categorical(key, logits_BV / temperature)
 
 

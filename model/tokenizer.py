@@ -16,7 +16,7 @@ from jaxtyping import Int32
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.cache.files import write_whole
+from kvcascade.kernels.files import write_whole
 
 NAMES = ("bytes", "bpe", "gpt2")
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from kvcascade.cache.files import write_whole
 from kvcascade.eval import figures, records, report, suite
+from kvcascade.kernels.files import write_whole
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "eval" / "results" / "toy.jsonl"

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcascade.cache.errors import BadInput
+from kvcascade.kernels.files import cache_dir
 from kvcascade.model import tokenizer
 from kvcascade.train import data
 
@@ -273,9 +274,9 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(folder: Path, caplog: pyt
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KVCASCADE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert data.cache_dir() == Path("/x/kvcascade")
+    assert cache_dir() == Path("/x/kvcascade")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert data.cache_dir() == Path.home() / ".cache" / "kvcascade"
+    assert cache_dir() == Path.home() / ".cache" / "kvcascade"
 
 
 # Windows and batches

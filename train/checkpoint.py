@@ -19,7 +19,7 @@ import tiktoken
 from orbax.checkpoint import v1 as ocp
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.cache.files import write_whole
+from kvcascade.kernels.files import write_whole
 from kvcascade.model import gpt, tokenizer
 from kvcascade.train import config as configs
 from kvcascade.train.config import RunConfig

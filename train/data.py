@@ -5,7 +5,6 @@ import difflib
 import functools
 import hashlib
 import logging
-import os
 import re
 import sysconfig
 import tempfile
@@ -22,6 +21,7 @@ import tiktoken
 from jaxtyping import Int32, Integer
 
 from kvcascade.cache.errors import BadInput
+from kvcascade.kernels.files import cache_dir
 from kvcascade.model import tokenizer
 
 HUB = {
@@ -76,13 +76,6 @@ def unseen(source: str) -> datasets.Dataset:
 def encoding_for(text: Text, name: str, vocab: int) -> tiktoken.Encoding:
     """Return the tokeniser that `tokenizer.make` gives for the training split; a trained one is kept in the cache."""
     return tokenizer.make(name, text.train["text"][:], vocab, cache_dir())
-
-
-def cache_dir() -> Path:
-    """Return the folder for tokens and tokenisers: $KVCASCADE_CACHE, or `kvcascade` under the user's cache folder."""
-    if own := os.environ.get("KVCASCADE_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvcascade"
 
 
 def tokenize(dataset: datasets.Dataset, encoding: tiktoken.Encoding) -> Integer[np.ndarray, " T"]:

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Integer
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.cache.files import write_whole
+from kvcascade.kernels.files import write_whole
 from kvcascade.model import gpt
 from kvcascade.train import data
 from kvcascade.train.checkpoint import Saver, State, read_log

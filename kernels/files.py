@@ -1,5 +1,6 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and where those go that can be made again."""
 
+import os
 import secrets
 from pathlib import Path
 
@@ -13,3 +14,10 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cache_dir() -> Path:
+    """Return the folder for tokens, tokenisers and compiled kernels: $KVCASCADE_CACHE, or `kvcascade` under the user's cache folder."""
+    if own := os.environ.get("KVCASCADE_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvcascade"

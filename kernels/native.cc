@@ -1,0 +1,525 @@
+// A decode step's two uses of a cache, for XLA on a CPU: attention over all tiers, and the exchange of one slot.
+//
+// XLA converts a bf16 or int8 operand of a product into a float32 copy. This reads each stored vector once, as it is stored, and
+// skips slots that the query does not see. One task is one row's KV head; its G query heads share every vector that is read.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+// One register of the processor. Slots are worked on in blocks of kLanes, vectors of H padded with zeros to whole registers.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
+
+struct Register {
+  Lanes lanes;
+};
+
+constexpr float kNever = -std::numeric_limits<float>::infinity();
+
+constexpr int64_t RoundUp(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+enum class Format { kFloat32, kBfloat16, kInt8, kInt4 };
+
+// Stored vectors of H numbers: values, or codes with a bf16 scale and, in four bits, a bf16 low end per vector.
+struct Stored {
+  Format format;
+  bool turned;  // in the Walsh-Hadamard basis
+  void* codes;
+  uint16_t* scale;
+  uint16_t* low;
+};
+
+struct Tier {
+  Stored k, v;
+  const int32_t* pos;  // [B, K, S]
+  int64_t slots;       // S
+  float* mass;         // [B, K, S], or null
+};
+
+struct Call {
+  const float* q;              // [B, N, H]
+  const int32_t* query_pos;    // [B]
+  float* out;                  // [B, N, H]
+  int64_t kv_heads, group, H;  // K, G = N / K
+  std::vector<Tier> tiers;
+};
+
+inline float Bfloat16(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float x;
+  std::memcpy(&x, &wide, sizeof x);
+  return x;
+}
+
+// To the nearest, ties to even.
+inline uint16_t ToBfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+// to[i] = part(from[i]) * scale + low, in pieces of one register: a loop over all would be vectorised for the narrower type.
+template <typename T, typename F>
+inline void Widen(const T* from, int64_t n, float scale, float low, float* __restrict to, F part) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) to[i + lane] = part(static_cast<int>(from[i + lane])) * scale + low;
+  }
+  for (; i < n; ++i) to[i] = part(static_cast<int>(from[i])) * scale + low;
+}
+
+// Read consecutive rows into consecutive vectors; several only of a format without scales.
+inline void Read(const Stored& stored, int64_t row, int64_t rows, int64_t H, float* __restrict x) {
+  switch (stored.format) {
+    case Format::kFloat32:
+      std::memcpy(x, static_cast<const float*>(stored.codes) + row * H, rows * H * sizeof(float));
+      return;
+    case Format::kBfloat16: {
+      const auto* values = static_cast<const uint16_t*>(stored.codes) + row * H;
+#pragma omp simd
+      for (int64_t i = 0; i < rows * H; ++i) x[i] = Bfloat16(values[i]);
+      return;
+    }
+    case Format::kInt8: {
+      const auto* codes = static_cast<const int8_t*>(stored.codes) + row * H;
+      Widen(codes, H, Bfloat16(stored.scale[row]), 0, x, [](int code) { return code; });
+      return;
+    }
+    case Format::kInt4: {
+      const auto* codes = static_cast<const uint8_t*>(stored.codes) + row * (H / 2);
+      const float scale = Bfloat16(stored.scale[row]), low = Bfloat16(stored.low[row]);
+      Widen(codes, H / 2, scale, low, x, [](int code) { return code & 15; });
+      Widen(codes, H / 2, scale, low, x + H / 2, [](int code) { return code >> 4; });
+      return;
+    }
+  }
+}
+
+// exp(x) for x <= 0 to about 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2], without a branch.
+inline float Exp(float x) {
+  x = std::max(x, -87.0f);
+  const float n = std::rint(x * 1.44269504f);
+  const float r = std::fma(n, 2.12194440e-4f, std::fma(n, -0.693359375f, x));
+  float p = 1.9875691500e-4f;
+  p = std::fma(p, r, 1.3981999507e-3f);
+  p = std::fma(p, r, 8.3334519073e-3f);
+  p = std::fma(p, r, 4.1665795894e-2f);
+  p = std::fma(p, r, 1.6666665459e-1f);
+  p = std::fma(p, r, 5.0000001201e-1f);
+  p = std::fma(p, r * r, r + 1.0f);
+  const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
+
+// The normalised Walsh-Hadamard transform, in place; H is a power of two.
+void Turn(float* x, int64_t H) {
+  for (int64_t half = 1; half < H; half *= 2) {
+    for (int64_t start = 0; start < H; start += 2 * half) {
+      for (int64_t h = start; h < start + half; ++h) {
+        const float a = x[h], b = x[h + half];
+        x[h] = a + b;
+        x[h + half] = a - b;
+      }
+    }
+  }
+  const float norm = 1.0f / std::sqrt(static_cast<float>(H));
+  for (int64_t h = 0; h < H; ++h) x[h] *= norm;
+}
+
+// Lane i of the result: x[i] + x[i ^ distance] where that bit of i is clear, y's where it is set. Costs a blend, a shuffle, an add.
+template <int distance, int... i>
+inline Lanes Fold(Lanes x, Lanes y, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(x, y, (i & distance ? kLanes + i : i)...) +
+         __builtin_shufflevector(x, y, ((i ^ distance) + (i & distance ? kLanes : 0))...);
+}
+
+// The sum of each of 2 * distance vectors, folded; of kLanes vectors: lane i is the sum of vector i.
+template <int distance = kLanes / 2>
+inline Lanes Sums(Lanes* x) {
+#pragma GCC unroll 16
+  for (int i = 0; i < distance; ++i) {
+    x[i] = Fold<distance>(x[i], x[i + distance], std::make_integer_sequence<int, kLanes>());
+  }
+  if constexpr (distance > 1) return Sums<distance / 2>(x);
+  return x[0];
+}
+
+// kWide registers hold a vector of H (0: known only when run).
+template <int kWide>
+class Head {
+ public:
+  Head(const Call& call, int64_t row_head) : call_(call), H_(call.H), G_(call.group), row_head_(row_head) {
+    now_ = call.query_pos[row_head / call.kv_heads];
+    for (const Tier& tier : call.tiers) slots_ += RoundUp(tier.slots);
+    stride_ = kWide ? kWide * kLanes : RoundUp(H_);
+    thread_local std::vector<Register> memory;
+    memory.assign((G_ * (slots_ + 3 * stride_) + kLanes * stride_) / kLanes, Register{});
+    weights_ = reinterpret_cast<float*>(memory.data());
+    q_ = weights_ + G_ * slots_;
+    q_turned_ = q_ + G_ * stride_;
+    part_ = q_turned_ + G_ * stride_;
+    block_ = part_ + G_ * stride_;
+  }
+
+  void Run() {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(H_));
+    for (int64_t g = 0; g < G_; ++g) {
+      const float* q = call_.q + (row_head_ * G_ + g) * H_;
+      for (int64_t h = 0; h < H_; ++h) q_turned_[g * stride_ + h] = q_[g * stride_ + h] = q[h] * scale;
+    }
+    if (std::any_of(call_.tiers.begin(), call_.tiers.end(), [](const Tier& tier) { return tier.k.turned; })) {
+      for (int64_t g = 0; g < G_; ++g) Turn(q_turned_ + g * stride_, H_);
+    }
+    int64_t offset = 0;
+    for (const Tier& tier : call_.tiers) {
+      Logits(tier, weights_ + offset);
+      offset += RoundUp(tier.slots);
+    }
+    for (int64_t g = 0; g < G_; ++g) Softmax(weights_ + g * slots_);
+    std::fill_n(call_.out + row_head_ * G_ * H_, G_ * H_, 0.0f);
+    offset = 0;
+    for (const Tier& tier : call_.tiers) {
+      Output(tier, weights_ + offset);
+      offset += RoundUp(tier.slots);
+    }
+  }
+
+ private:
+  int64_t wide() const { return kWide ? kWide : stride_ / kLanes; }
+
+  // Read a block of slots, zeros in place of those that are not seen; false if none is.
+  bool ReadBlock(const Tier& tier, const Stored& stored, int64_t first) {
+    const int64_t start = row_head_ * tier.slots + first, slots = std::min<int64_t>(kLanes, tier.slots - first);
+    const int32_t* pos = tier.pos + start;
+    int32_t padded[kLanes];
+    if (slots < kLanes) {
+      std::fill_n(std::copy_n(pos, slots, padded), kLanes - slots, -1);
+      pos = padded;
+    }
+    int count = 0;
+#pragma omp simd reduction(+ : count)
+    for (int j = 0; j < kLanes; ++j) {
+      const bool seen = (pos[j] >= 0) & (pos[j] <= now_);
+      seen_[j] = seen ? 0.0f : kNever;
+      count += seen;
+    }
+    if (count == kLanes && stride_ == H_ && !stored.scale) {
+      Read(stored, start, kLanes, H_, block_);
+    } else if (count > 0) {
+      for (int64_t j = 0; j < kLanes; ++j) {
+        if (seen_[j] == 0) {
+          Read(stored, start + j, 1, H_, block_ + j * stride_);
+        } else {
+          std::fill_n(block_ + j * stride_, H_, 0.0f);
+        }
+      }
+    }
+    return count > 0;
+  }
+
+  void Logits(const Tier& tier, float* logits) {
+    const float* queries = tier.k.turned ? q_turned_ : q_;
+    const auto* block = reinterpret_cast<const Lanes*>(block_);
+    for (int64_t first = 0; first < tier.slots; first += kLanes) {
+      const bool any = ReadBlock(tier, tier.k, first);
+      for (int64_t g = 0; g < G_; ++g) {
+        auto& result = *reinterpret_cast<Lanes*>(logits + g * slots_ + first);
+        if (!any) {
+          result = Lanes{} + kNever;
+          continue;
+        }
+        const auto* q = reinterpret_cast<const Lanes*>(queries + g * stride_);
+        Lanes products[kLanes];
+#pragma GCC unroll 16
+        for (int64_t j = 0; j < kLanes; ++j) {
+          products[j] = q[0] * block[j * wide()];
+          for (int64_t i = 1; i < wide(); ++i) products[j] += q[i] * block[j * wide() + i];
+        }
+        result = Sums(products) + *reinterpret_cast<const Lanes*>(seen_);
+      }
+    }
+  }
+
+  // Logits become weights that sum to one; a query that sees nothing has zeros.
+  void Softmax(float* weights) {
+    auto* w = reinterpret_cast<Lanes*>(weights);
+    const int64_t blocks = slots_ / kLanes;
+    Lanes tops = Lanes{} + kNever, sums = {};
+    for (int64_t s = 0; s < blocks; ++s) tops = w[s] > tops ? w[s] : tops;
+    float top = kNever, sum = 0;
+    for (int j = 0; j < kLanes; ++j) top = std::max(top, tops[j]);
+    if (top == kNever) top = 0;
+    for (int64_t s = 0; s < blocks; ++s) {
+      auto* x = reinterpret_cast<float*>(w + s);
+#pragma omp simd
+      for (int j = 0; j < kLanes; ++j) x[j] = x[j] == kNever ? 0.0f : Exp(x[j] - top);
+      sums += w[s];
+    }
+    for (int j = 0; j < kLanes; ++j) sum += sums[j];
+    const float factor = sum > 0 ? 1.0f / sum : 0.0f;
+    for (int64_t s = 0; s < blocks; ++s) w[s] *= factor;
+  }
+
+  void Output(const Tier& tier, const float* weights) {
+    const auto* block = reinterpret_cast<const Lanes*>(block_);
+    std::fill_n(part_, G_ * stride_, 0.0f);
+    for (int64_t first = 0; first < tier.slots; first += kLanes) {
+      if (!ReadBlock(tier, tier.v, first)) continue;
+      for (int64_t g = 0; g < G_; ++g) {
+        auto* part = reinterpret_cast<Lanes*>(part_ + g * stride_);
+        const float* w = weights + g * slots_ + first;
+        for (int64_t i = 0; i < wide(); ++i) {
+          // Four sums, because one would wait for each addition.
+          Lanes sums[4] = {part[i]};
+#pragma GCC unroll 16
+          for (int64_t j = 0; j < kLanes; ++j) sums[j % 4] += w[j] * block[j * wide() + i];
+          part[i] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        }
+      }
+    }
+    for (int64_t g = 0; g < G_; ++g) {
+      float *part = part_ + g * stride_, *out = call_.out + (row_head_ * G_ + g) * H_;
+      if (tier.k.turned) Turn(part, H_);
+      for (int64_t h = 0; h < H_; ++h) out[h] += part[h];
+    }
+    if (!tier.mass) return;
+    for (int64_t s = 0; s < tier.slots; ++s) {
+      float mass = 0;
+      for (int64_t g = 0; g < G_; ++g) mass += weights[g * slots_ + s];
+      tier.mass[row_head_ * tier.slots + s] = mass;
+    }
+  }
+
+  const Call& call_;
+  const int64_t H_, G_, row_head_;
+  int64_t slots_ = 0;  // of all tiers, each padded to whole blocks
+  int64_t stride_;     // H, padded
+  int32_t now_;
+  float *weights_, *q_, *q_turned_, *part_;  // [G, slots], [G, stride] three times
+  float* block_;                             // [kLanes, stride]
+  alignas(sizeof(Lanes)) float seen_[kLanes];  // 0, or -inf for a slot that is not seen
+};
+
+// The codecs' `_scale`: a bf16 step that spans a width in so many steps, and 1 for a constant vector.
+uint16_t Step(float width, float steps) { return ToBfloat16(width > 0 ? width / steps * (1 + 1 / 256.0f) : 1.0f); }
+
+// Encode a vector of the model's basis into a row; x may be overwritten.
+void Write(const Stored& stored, int64_t row, int64_t H, float* x) {
+  if (stored.turned) Turn(x, H);
+  switch (stored.format) {
+    case Format::kFloat32:
+      std::memcpy(static_cast<float*>(stored.codes) + row * H, x, H * sizeof(float));
+      return;
+    case Format::kBfloat16:
+      std::transform(x, x + H, static_cast<uint16_t*>(stored.codes) + row * H, ToBfloat16);
+      return;
+    case Format::kInt8: {
+      float width = 0;
+      for (int64_t h = 0; h < H; ++h) width = std::max(width, std::abs(x[h]));
+      stored.scale[row] = Step(width, 127);
+      const float scale = Bfloat16(stored.scale[row]);
+      auto* codes = static_cast<int8_t*>(stored.codes) + row * H;
+      for (int64_t h = 0; h < H; ++h) codes[h] = static_cast<int>(std::rint(x[h] / scale));
+      return;
+    }
+    case Format::kInt4: {
+      const auto [least, most] = std::minmax_element(x, x + H);
+      stored.low[row] = ToBfloat16(*least);
+      const float low = Bfloat16(stored.low[row]);
+      stored.scale[row] = Step(*most - low, 15);
+      const float scale = Bfloat16(stored.scale[row]);
+      auto code = [&](float y) { return static_cast<int>(std::clamp(std::rint((y - low) / scale), 0.0f, 15.0f)); };
+      auto* codes = static_cast<uint8_t*>(stored.codes) + row * (H / 2);
+      for (int64_t h = 0; h < H / 2; ++h) codes[h] = code(x[h]) | code(x[h + H / 2]) << 4;
+      return;
+    }
+  }
+}
+
+// Read a row into the model's basis.
+void Decode(const Stored& stored, int64_t row, int64_t H, float* x) {
+  Read(stored, row, 1, H, x);
+  if (stored.turned) Turn(x, H);
+}
+
+// Tasks are claimed one by one, by this thread too, and only claimed ones are waited for: a pool whose threads all wait here
+// for each other cannot hang.
+template <typename F>
+void Parallel(ffi::ThreadPool& pool, int64_t tasks, int64_t threads, F task) {
+  struct Progress {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto progress = std::make_shared<Progress>();
+  auto work = [progress, tasks, &task] {
+    for (int64_t i; (i = progress->next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      task(i);
+      progress->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  for (int64_t t = 1; t < std::min(threads, tasks); ++t) pool.Schedule([work] { work(); });
+  work();
+  while (progress->done.load(std::memory_order_acquire) < tasks) std::this_thread::yield();
+}
+
+constexpr int64_t kWorthAThread = 1 << 22;  // about 100 us of work; less is done before another thread is awake
+
+ffi::ErrorOr<Stored> ReadStored(ffi::RemainingArgs& args, size_t& next, int64_t arrays, bool turned) {
+  auto first = args.get<ffi::AnyBuffer>(next);
+  if (!first.has_value()) return ffi::Unexpected(first.error());
+  Stored stored{};
+  stored.turned = turned;
+  stored.codes = first->untyped_data();
+  switch (first->element_type()) {
+    case ffi::F32: stored.format = Format::kFloat32; break;
+    case ffi::BF16: stored.format = Format::kBfloat16; break;
+    case ffi::S8: stored.format = Format::kInt8; break;
+    case ffi::U8: stored.format = Format::kInt4; break;
+    default: return ffi::Unexpected(ffi::Error::InvalidArgument("unknown storage format"));
+  }
+  if (arrays > 1) stored.scale = static_cast<uint16_t*>(args.get<ffi::AnyBuffer>(next + 1)->untyped_data());
+  if (arrays > 2) stored.low = static_cast<uint16_t*>(args.get<ffi::AnyBuffer>(next + 2)->untyped_data());
+  next += arrays;
+  return stored;
+}
+
+// A row's KV head: the slot of least priority is exchanged for the newcomer if the newcomer's is higher.
+// args: positions, the arrays of K, those of V, the scores if there are any; rets: the same, in place, and what was left over.
+ffi::Error Exchange(int64_t arrays, bool turned, bool forget, ffi::Buffer<ffi::F32> priority, ffi::Buffer<ffi::F32> k,
+                    ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::S32> pos, ffi::Buffer<ffi::F32> score, ffi::RemainingArgs args,
+                    ffi::RemainingRets rets) {
+  size_t next = 0;
+  auto held_pos = args.get<ffi::Buffer<ffi::S32>>(next++);
+  if (!held_pos.has_value()) return held_pos.error();
+  auto held_k = ReadStored(args, next, arrays, turned);
+  if (!held_k.has_value()) return held_k.error();
+  auto held_v = ReadStored(args, next, arrays, turned);
+  if (!held_v.has_value()) return held_v.error();
+  int32_t* held_positions = held_pos->typed_data();
+  float* held_scores = next < args.size() ? args.get<ffi::Buffer<ffi::F32>>(next++)->typed_data() : nullptr;
+  for (size_t i = 0; i < next; ++i) {
+    if (args.get<ffi::AnyBuffer>(i)->untyped_data() != (*rets.get<ffi::AnyBuffer>(i))->untyped_data()) {
+      return ffi::Error::Internal("slots are not exchanged in place");
+    }
+  }
+  auto left = [&](size_t i) { return static_cast<float*>((*rets.get<ffi::AnyBuffer>(next + i))->untyped_data()); };
+  float *left_k = nullptr, *left_v = nullptr, *left_score = nullptr;
+  int32_t* left_pos = nullptr;
+  if (!forget) left_k = left(0), left_v = left(1), left_pos = reinterpret_cast<int32_t*>(left(2)), left_score = left(3);
+
+  const int64_t S = held_pos->dimensions()[2], H = k.dimensions()[3];
+  std::vector<float> x(H);
+  for (int64_t row_head = 0; row_head < held_pos->dimensions()[0] * held_pos->dimensions()[1]; ++row_head) {
+    const float* ranks = priority.typed_data() + row_head * (S + 1);
+    float least = ranks[0];
+#pragma omp simd reduction(min : least)
+    for (int64_t s = 0; s < S; ++s) least = std::min(least, ranks[s]);
+    const bool swap = ranks[S] > least;
+    const int64_t slot = row_head * S + (std::find(ranks, ranks + S, least) - ranks);
+    auto exchange = [&](const Stored& held, const float* coming, float* left) {
+      if (!forget && swap) Decode(held, slot, H, left);
+      if (!forget && !swap) std::copy_n(coming, H, left);
+      if (!swap) return;
+      std::copy_n(coming, H, x.data());
+      Write(held, slot, H, x.data());
+    };
+    exchange(*held_k, k.typed_data() + row_head * H, left_k + row_head * H);
+    exchange(*held_v, v.typed_data() + row_head * H, left_v + row_head * H);
+    if (!forget) {
+      left_pos[row_head] = swap ? held_positions[slot] : pos.typed_data()[row_head];
+      left_score[row_head] = swap && held_scores ? held_scores[slot] : score.typed_data()[row_head];
+    }
+    if (!swap) continue;
+    held_positions[slot] = pos.typed_data()[row_head];
+    if (held_scores) held_scores[slot] = score.typed_data()[row_head];
+  }
+  return ffi::Error::Success();
+}
+
+template <int kWide>
+void RunHead(const Call& call, int64_t row_head) { Head<kWide>(call, row_head).Run(); }
+
+// args: per tier its positions, the arrays of K, the arrays of V; rets: per tier its mass, or none at all.
+ffi::Error Attend(ffi::ThreadPool pool, ffi::Span<const int64_t> arrays, ffi::Span<const int64_t> turned,
+                  ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::S32> query_pos, ffi::RemainingArgs args,
+                  ffi::ResultBuffer<ffi::F32> out, ffi::RemainingRets masses) {
+  const auto dims = q.dimensions();
+  Call call{q.typed_data(), query_pos.typed_data(), out->typed_data(), 0, 0, dims[2], {}};
+  int64_t slots = 0;
+  size_t next = 0;
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    auto pos = args.get<ffi::Buffer<ffi::S32>>(next++);
+    if (!pos.has_value()) return pos.error();
+    auto k = ReadStored(args, next, arrays[i], turned[i]);
+    if (!k.has_value()) return k.error();
+    auto v = ReadStored(args, next, arrays[i], turned[i]);
+    if (!v.has_value()) return v.error();
+    float* mass = masses.size() ? (*masses.get<ffi::Buffer<ffi::F32>>(i))->typed_data() : nullptr;
+    call.kv_heads = pos->dimensions()[1];
+    call.tiers.push_back({*k, *v, pos->typed_data(), pos->dimensions()[2], mass});
+    slots += pos->dimensions()[2];
+  }
+  call.group = dims[1] / call.kv_heads;
+  void (*run)(const Call&, int64_t) = RunHead<0>;
+  switch (RoundUp(call.H) / kLanes) {
+    case 1: run = RunHead<1>; break;
+    case 2: run = RunHead<2>; break;
+    case 4: run = RunHead<4>; break;
+    case 5: run = RunHead<5>; break;
+    case 6: run = RunHead<6>; break;
+    case 8: run = RunHead<8>; break;
+  }
+  // A stored number is read at the price of four products.
+  const int64_t work = 2 * dims[0] * call.kv_heads * slots * call.H * (call.group + 4);
+  const int64_t threads = std::min<int64_t>(pool.num_threads(), work / kWorthAThread);
+  Parallel(pool, dims[0] * call.kv_heads, threads, [&](int64_t row_head) { run(call, row_head); });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_decode, Attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<ffi::Span<const int64_t>>("arrays")
+                                  .Attr<ffi::Span<const int64_t>>("turned")
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_exchange, Exchange,
+                              ffi::Ffi::Bind()
+                                  .Attr<int64_t>("arrays")
+                                  .Attr<bool>("turned")
+                                  .Attr<bool>("forget")
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .RemainingArgs()
+                                  .RemainingRets());

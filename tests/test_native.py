@@ -1,0 +1,187 @@
+"""The C++ kernels: attention against float64, the exchange against the reference, bit for bit where nothing is summed."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcascade.cache.codec import CODECS
+from kvcascade.cache.tier import empty, heavy, recent
+from kvcascade.kernels import native
+from kvcascade.kernels.decode import decode
+from kvcascade.kernels.slots import Entry, Slots
+from kvcascade.kernels.write import exchange
+
+needs_compiler = pytest.mark.skipif(not native.ready(), reason="no C++ compiler")
+
+
+def held(rng: np.random.Generator, codec_name: str, batch: int, kv_heads: int, slots: int, head_dim: int) -> Slots:
+    """Slots in random order with random positions, some of them empty, an outlier among the vectors."""
+    codec = CODECS[codec_name]
+    vectors = lambda: codec.encode(jnp.asarray(rng.normal(size=(batch, kv_heads, slots, head_dim)) * 3, jnp.float32))
+    pos = rng.permuted(np.broadcast_to(np.arange(slots) - slots // 4, (batch, kv_heads, slots)), axis=-1).clip(-1)
+    score = rng.random((batch, kv_heads, slots))
+    return Slots(vectors(), vectors(), jnp.asarray(pos, jnp.int32), jnp.asarray(score, jnp.float32))
+
+
+def dense(q_BNH, now_B, slots):
+    """The same attention in float64, over all slots at once."""
+    B, N, H = q_BNH.shape
+    read = lambda stored, codec: np.asarray(codec.decode(stored), np.float64)
+    k = np.concatenate([read(s.k, codec) for s, codec in slots], 2)
+    v = np.concatenate([read(s.v, codec) for s, codec in slots], 2)
+    pos = np.concatenate([s.pos_BKS for s, _ in slots], 2)
+    K = k.shape[1]
+    q = np.asarray(q_BNH, np.float64).reshape(B, K, N // K, H) / H**0.5
+    seen = (pos >= 0) & (pos <= np.asarray(now_B)[:, None, None])
+    logits = np.where(seen[:, :, None], np.einsum("bkgh,bksh->bkgs", q, k), -np.inf)
+    top = np.where(seen.any(-1), logits.max((-2, -1), initial=-1e9, where=seen[:, :, None]), 0)
+    weights = np.exp(logits - top[..., None, None])
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    out = np.einsum("bkgs,bksh->bkgh", weights, v).reshape(B, N, H)
+    return out, np.split(weights.sum(2), np.cumsum([s.pos_BKS.shape[-1] for s, _ in slots])[:-1], -1)
+
+
+def check_decode(q, now, slots):
+    results = decode(q, now, slots, True, implementation="native")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), results, dense(q, now, slots))
+
+
+@needs_compiler
+@given(
+    tiers=st.lists(st.tuples(st.sampled_from(sorted(CODECS)), st.integers(1, 70)), min_size=1, max_size=3),
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 8),
+    head_dim=st.sampled_from([2, 8, 16, 32, 64, 128]),
+    seed=st.integers(0, 2**16),
+)
+def test_decode_equals_float64(tiers, batch, kv_heads, group, head_dim, seed):
+    rng = np.random.default_rng(seed)
+    slots = [(held(rng, name, batch, kv_heads, count, head_dim), CODECS[name]) for name, count in tiers]
+    q = jnp.asarray(rng.normal(size=(batch, kv_heads * group, head_dim)), jnp.float32)
+    # Some queries see nothing, some only a part, some everything.
+    now = jnp.asarray(rng.integers(-1, 60, batch), jnp.int32)
+    check_decode(q, now, slots)
+    out, _ = decode(q, now, slots, observed=True, implementation="native")
+    only_out, none = decode(q, now, slots, observed=False, implementation="native")
+    np.testing.assert_array_equal(only_out, out)
+    assert none == []
+
+
+@needs_compiler
+@pytest.mark.parametrize("head_dim", [80, 96])
+@pytest.mark.parametrize("codec_name", ["bf16", "int8", "int4"])
+def test_decode_at_head_widths_that_are_no_power_of_two(codec_name, head_dim):
+    rng = np.random.default_rng(0)
+    slots = [(held(rng, codec_name, 2, 2, 33, head_dim), CODECS[codec_name])]
+    q, now = jnp.asarray(rng.normal(size=(2, 6, head_dim)), jnp.float32), jnp.asarray([40, 3], jnp.int32)
+    check_decode(q, now, slots)
+
+
+@needs_compiler
+def test_decode_in_many_threads():
+    rng = np.random.default_rng(0)
+    slots = [(held(rng, "bf16", 8, 8, 1024, 64), CODECS["bf16"])]
+    q, now = jnp.asarray(rng.normal(size=(8, 8, 64)), jnp.float32), jnp.full(8, 2000, jnp.int32)
+    check_decode(q, now, slots)
+
+
+@needs_compiler
+def test_what_a_query_does_not_see_is_not_read():
+    slots = empty(recent(20), 1, 1, 8, 32, scored=False)
+    poison = lambda stored: {name: jnp.full_like(x, jnp.nan) for name, x in stored.items()}
+    slots = Slots(poison(slots.k), poison(slots.v), slots.pos_BKS.at[..., 5].set(7), None)
+    unseen, _ = decode(jnp.ones((1, 2, 8)), jnp.asarray([3]), [(slots, CODECS["bf16"])], False, "native")
+    np.testing.assert_array_equal(unseen, 0)
+
+
+@needs_compiler
+@given(
+    codec_name=st.sampled_from(sorted(CODECS)),
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    slots=st.integers(1, 40),
+    head_dim=st.sampled_from([2, 16, 64]),
+    scored=st.booleans(),
+    forget=st.booleans(),
+    constant=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_exchange_equals_the_reference(codec_name, batch, kv_heads, slots, head_dim, scored, forget, constant, seed):
+    rng = np.random.default_rng(seed)
+    codec = CODECS[codec_name]
+    before = held(rng, codec_name, batch, kv_heads, slots, head_dim)
+    if not scored:
+        before = Slots(before.k, before.v, before.pos_BKS, None)
+    shape = (batch, kv_heads, 1)
+    vectors = lambda: jnp.asarray(rng.normal(size=(*shape, head_dim)) * (0 if constant else 5), jnp.float32)
+    pos = jnp.asarray(rng.integers(0, 99, shape), jnp.int32)
+    entry = Entry(vectors(), vectors(), pos, jnp.asarray(rng.random(shape), jnp.float32))
+    # Few distinct priorities, so that ties are common, and empty slots.
+    priority = jnp.asarray(rng.choice([-np.inf, 0, 1, 2, np.inf], (batch, kv_heads, slots + 1)), jnp.float32)
+    ours, ours_left = exchange(before, entry, priority, codec, forget, "native")
+    theirs, theirs_left = exchange(before, entry, priority, codec, forget, "xla")
+    # Turning sums in another order, so a code may differ by one there.
+    turned = {"codes": 17, "values": 0, "scale": 0.02, "low": 0.05}
+    for a, b in ((ours.k, theirs.k), (ours.v, theirs.v)):
+        for name in a:
+            tolerance = turned[name] if codec.turned else 0
+            np.testing.assert_allclose(a[name].astype("float32"), b[name].astype("float32"), atol=tolerance)
+    np.testing.assert_array_equal(ours.pos_BKS, theirs.pos_BKS)
+    assert (ours.score_BKS is None) == (not scored)
+    assert (ours_left is None) == forget
+    if scored:
+        np.testing.assert_array_equal(ours.score_BKS, theirs.score_BKS)
+    for a, b in zip(jax.tree.leaves(ours_left), jax.tree.leaves(theirs_left), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@needs_compiler
+def test_gradients_are_those_of_the_reference():
+    rng = np.random.default_rng(0)
+    slots = [(held(rng, "f32", 2, 2, 9, 8), CODECS["f32"])]
+    q, now = jnp.asarray(rng.normal(size=(2, 4, 8)), jnp.float32), jnp.asarray([5, 20], jnp.int32)
+    loss = lambda q, each: (decode(q, now, slots, True, each)[0] ** 2).sum()
+    np.testing.assert_allclose(jax.grad(loss)(q, "native"), jax.grad(loss)(q, "xla"), atol=1e-5)
+
+
+@needs_compiler
+def test_slots_are_written_in_place():
+    tier = heavy(64)
+    slots = empty(tier, 2, 2, 8, 64, scored=True)
+    entry = Entry(jnp.ones((2, 2, 1, 8)), jnp.ones((2, 2, 1, 8)), jnp.zeros((2, 2, 1), jnp.int32), jnp.zeros((2, 2, 1)))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2, 3))
+    def step(k, v, pos, score):
+        slots, _ = exchange(Slots(k, v, pos, score), entry, jnp.zeros((2, 2, 65)), tier.codec, True, "native")
+        return slots.k, slots.v, slots.pos_BKS, slots.score_BKS
+
+    compiled = step.lower(slots.k, slots.v, slots.pos_BKS, slots.score_BKS).compile()
+    memory, program = compiled.memory_analysis(), compiled.as_text()
+    assert memory and memory.alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(slots))
+    assert program and " copy(" not in program
+
+
+@pytest.mark.parametrize("compiler", ["/no/such/compiler", "false"])
+def test_without_a_compiler_xla_does_the_work(compiler, tmp_path):
+    program = (
+        "import jax.numpy as jnp; from kvcascade.kernels.decode import decode; from kvcascade.cache.codec import bf16;"
+        "from kvcascade.cache.tier import empty, recent;"
+        "held = [(empty(recent(4), 1, 1, 8, 4, False), bf16)];"
+        "print(decode(jnp.ones((1, 1, 8)), jnp.zeros(1, int), held, False)[0].sum());"
+        "decode(jnp.ones((1, 1, 8)), jnp.zeros(1, int), held, False, 'native')"
+    )
+    environment = os.environ | {"CXX": compiler, "KVCASCADE_CACHE": str(tmp_path)}
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert found.stdout == "0.0\n"
+    assert found.stderr.startswith("no C++ kernels, decoding goes through XLA and is slower: ")
+    assert "NotImplementedError: the C++ kernels could not be compiled on this machine" in found.stderr
+    assert not list(tmp_path.iterdir())
