@@ -64,8 +64,9 @@ class LayerCache:
         k_BTKH: Float[Array, "B T K H"],
         v_BTKH: Float[Array, "B T K H"],
         positions_BT: Int[Array, "B T"],
+        window: int = 0,
     ) -> tuple[Float[Array, "B T N H"], "LayerCache"]:
-        """Put this call's tokens into the cascade and attend from them; position -1 is padding.
+        """Put this call's tokens into the cascade and attend from them; position -1 is padding, a `window` limits what they see.
 
         T = 1 (decode): the token enters, then attends to what the cascade holds.
         T > 1 (prefill): the tokens attend to what the cascade held and causally to each other, then enter all at once.
@@ -78,9 +79,9 @@ class LayerCache:
         now_B11 = positions_BT.max(-1)[:, None, None]
         if T == 1:
             cache = self.append(entry, now_B11)
-            out_BTNH, cache, _ = cache.attend(q_BTNH, positions_BT, None)
+            out_BTNH, cache, _ = cache.attend(q_BTNH, positions_BT, None, window)
         else:
-            out_BTNH, cache, mass_BKT = self.attend(q_BTNH, positions_BT, entry)
+            out_BTNH, cache, mass_BKT = self.attend(q_BTNH, positions_BT, entry, window)
             cache = cache.append(dataclasses.replace(entry, score_BKT=mass_BKT), now_B11)
         return out_BTNH.astype(q_BTNH.dtype), cache
 
@@ -97,7 +98,7 @@ class LayerCache:
         return dataclasses.replace(self, slots=tuple(held))
 
     def attend(
-        self, q_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], entry: Entry | None
+        self, q_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], entry: Entry | None, window: int = 0
     ) -> tuple[Float[Array, "B T N H"], "LayerCache", Float[Array, "B K T"] | None]:
         """Attend to every tier, and to `entry` if given.
 
@@ -106,12 +107,12 @@ class LayerCache:
         observed = self.cascade.scored(0)
         held = [(slots, tier.codec) for tier, slots in zip(self.cascade.tiers, self.slots, strict=True)]
         if entry is None and q_BTNH.shape[1] == 1:
-            out_BNH, mass = decode(q_BTNH[:, 0], positions_BT[:, 0], held, observed)
+            out_BNH, mass = decode(q_BTNH[:, 0], positions_BT[:, 0], held, observed, window)
             out_BTNH = out_BNH[:, None]
         else:
             if entry is not None:
                 held.append((Slots(f32.encode(entry.k), f32.encode(entry.v), entry.pos_BKT, None), f32))
-            out_BTNH, mass = attend_all(q_BTNH, positions_BT, held, observed)
+            out_BTNH, mass = attend_all(q_BTNH, positions_BT, held, observed, window)
         slots = self.slots
         if observed:
             slots = tuple(

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.model import generate, gpt
-from kvcascade.model.gpt import ModelConfig, Params
+from kvcascade.model.config import ModelConfig
+from kvcascade.model.gpt import Params
 
 STEPS = 60  # per timed stretch: many milliseconds, so that dispatch and the clock do not count
 
@@ -77,7 +78,8 @@ def _products(config: ModelConfig, params: Params, x_BM):
         if "gate" in layer:
             hidden = hidden + x_BM @ kernel(layer["gate"])
         x_BM = hidden @ kernel(layer["down"])
-    return x_BM @ params["embed"]["embedding"].astype(dtype).T, kept
+    head_MV = params["embed"]["embedding"].astype(dtype).T if config.tied else kernel(params["head"])
+    return x_BM @ head_MV, kept
 
 
 def _stretch(call: Callable, steps: int) -> float:

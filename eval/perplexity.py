@@ -14,7 +14,8 @@ from kvcascade.cache.cascade import nbytes
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.model import generate, gpt
-from kvcascade.model.gpt import ModelConfig, Params
+from kvcascade.model.config import ModelConfig
+from kvcascade.model.gpt import Params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,24 +13,17 @@ import numpy as np
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.eval.perplexity import Scores
-from kvcascade.model.gpt import ModelConfig
+from kvcascade.model.config import ModelConfig
+from kvcascade.model.pretrained import Model
 
 type Record = dict
 
 
 def evaluation(
-    model: str,
-    config: ModelConfig,
-    spec: CacheSpec,
-    data: str,
-    rows,
-    prefix: int,
-    lengths,
-    seed: int,
-    scores: Scores,
-    batch: int,
+    model: Model, spec: CacheSpec, data: str, rows, prefix: int, lengths, scores: Scores, batch: int
 ) -> Record:
     """The record of one cache on one text; `nll_windows` lets two records of the same text be compared window by window."""
+    config = model.config
     first = max(prefix, 1)
     windows, context = rows.shape
     nll = float(scores.nll_BT.mean())
@@ -38,7 +31,7 @@ def evaluation(
     full = full_bytes(config, context)
     return {
         "kind": "evaluate",
-        "model": model,
+        "model": model.name,
         "cache": str(spec),
         "data": data,
         "context": context,
@@ -59,7 +52,7 @@ def evaluation(
         "tokens_per_second": round(scores.tokens_per_second, 1),
         "traces": scores.traces,
         "compile_seconds": round(scores.compile_seconds, 2),
-        "seed": seed,
+        "seed": model.seed,
     }
 
 

@@ -13,7 +13,7 @@ from kvcascade.cache.codec import CODECS
 from kvcascade.cache.spec import CacheSpec, parse
 from kvcascade.eval.records import Record, full_bytes
 from kvcascade.model import generate, gpt
-from kvcascade.model.gpt import ModelConfig
+from kvcascade.model.config import ModelConfig
 from kvcascade.train import checkpoint
 
 # Grouped by what they are compared with: a method stands next to random eviction of the same bytes, and all next to `full`.

@@ -21,6 +21,7 @@ def decode(
     q_pos_B: Int[Array, " B"],
     held: Sequence[tuple[Slots, Format]],
     observed: bool,
+    window: int = 0,
     implementation: Literal["xla", "native"] | None = None,
 ) -> Result:
     """`partial.attend_all` for one query per row: normalised attention in float32, and each slot's mass if `observed`.
@@ -30,19 +31,19 @@ def decode(
     if implementation is None:
         implementation = "native" if native.ready() else "xla"
     slots, formats = zip(*held, strict=True)
-    reference = functools.partial(_xla, formats, observed)
+    reference = functools.partial(_xla, formats, observed, window)
     if implementation == "xla":
         return reference(q_BNH, q_pos_B, slots)
-    return native.run(functools.partial(_native, formats, observed), reference, q_BNH, q_pos_B, slots)
+    return native.run(functools.partial(_native, formats, observed, window), reference, q_BNH, q_pos_B, slots)
 
 
-def _xla(formats, observed, q_BNH, q_pos_B, slots) -> Result:
+def _xla(formats, observed, window, q_BNH, q_pos_B, slots) -> Result:
     held = list(zip(slots, formats, strict=True))
-    out_BTNH, masses = attend_all(q_BNH[:, None], q_pos_B[:, None], held, observed)
+    out_BTNH, masses = attend_all(q_BNH[:, None], q_pos_B[:, None], held, observed, window)
     return out_BTNH[:, 0], masses
 
 
-def _native(formats, observed, q_BNH, q_pos_B, slots) -> Result:
+def _native(formats, observed, window, q_BNH, q_pos_B, slots) -> Result:
     flat = [x for tier in slots for x in (tier.pos_BKS, *native.arrays(tier.k), *native.arrays(tier.v))]
     like = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32)
     call = jax.ffi.ffi_call("kvcascade_decode", [like(q_BNH), *(like(tier.pos_BKS) for tier in slots if observed)])
@@ -52,5 +53,6 @@ def _native(formats, observed, q_BNH, q_pos_B, slots) -> Result:
         *flat,
         arrays=np.array([len(tier.k) for tier in slots], np.int64),
         turned=np.array([form.turned for form in formats], np.int64),
+        window=np.int64(window),
     )
     return out_BNH, masses

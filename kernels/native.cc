@@ -61,6 +61,7 @@ struct Call {
   const int32_t* query_pos;    // [B]
   float* out;                  // [B, N, H]
   int64_t kv_heads, group, H;  // K, G = N / K
+  int64_t window;              // positions that a query sees, 0: all
   std::vector<Tier> tiers;
 };
 
@@ -173,6 +174,7 @@ class Head {
  public:
   Head(const Call& call, int64_t row_head) : call_(call), H_(call.H), G_(call.group), row_head_(row_head) {
     now_ = call.query_pos[row_head / call.kv_heads];
+    oldest_ = call.window ? std::max<int64_t>(0, now_ - call.window + 1) : 0;
     for (const Tier& tier : call.tiers) slots_ += RoundUp(tier.slots);
     stride_ = kWide ? kWide * kLanes : RoundUp(H_);
     thread_local std::vector<Register> memory;
@@ -222,7 +224,7 @@ class Head {
     int count = 0;
 #pragma omp simd reduction(+ : count)
     for (int j = 0; j < kLanes; ++j) {
-      const bool seen = (pos[j] >= 0) & (pos[j] <= now_);
+      const bool seen = (pos[j] >= oldest_) & (pos[j] <= now_);
       seen_[j] = seen ? 0.0f : kNever;
       count += seen;
     }
@@ -317,7 +319,7 @@ class Head {
   const int64_t H_, G_, row_head_;
   int64_t slots_ = 0;  // of all tiers, each padded to whole blocks
   int64_t stride_;     // H, padded
-  int32_t now_;
+  int32_t now_, oldest_;  // the positions that are seen
   float *weights_, *q_, *q_turned_, *part_;  // [G, slots], [G, stride] three times
   float* block_;                             // [kLanes, stride]
   alignas(sizeof(Lanes)) float seen_[kLanes];  // 0, or -inf for a slot that is not seen
@@ -463,10 +465,10 @@ void RunHead(const Call& call, int64_t row_head) { Head<kWide>(call, row_head).R
 
 // args: per tier its positions, the arrays of K, the arrays of V; rets: per tier its mass, or none at all.
 ffi::Error Attend(ffi::ThreadPool pool, ffi::Span<const int64_t> arrays, ffi::Span<const int64_t> turned,
-                  ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::S32> query_pos, ffi::RemainingArgs args,
+                  int64_t window, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::S32> query_pos, ffi::RemainingArgs args,
                   ffi::ResultBuffer<ffi::F32> out, ffi::RemainingRets masses) {
   const auto dims = q.dimensions();
-  Call call{q.typed_data(), query_pos.typed_data(), out->typed_data(), 0, 0, dims[2], {}};
+  Call call{q.typed_data(), query_pos.typed_data(), out->typed_data(), 0, 0, dims[2], window, {}};
   int64_t slots = 0;
   size_t next = 0;
   for (size_t i = 0; i < arrays.size(); ++i) {
@@ -505,6 +507,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_decode, Attend,
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<ffi::Span<const int64_t>>("arrays")
                                   .Attr<ffi::Span<const int64_t>>("turned")
+                                  .Attr<int64_t>("window")
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .RemainingArgs()

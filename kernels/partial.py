@@ -26,15 +26,20 @@ def attend(
     v_BKSH: Float[Array, "B K S H"],
     q_pos_BT: Int[Array, "B T"],
     pos_BKS: Int[Array, "B K S"],
+    window: int = 0,
 ) -> tuple[Partial, Float[Array, "B K G T S"]]:
     """Attend from queries to the slots that hold a position at or before theirs; position -1 is an empty slot or a padded query.
 
+    Of a `window` only the last positions are seen, the query's own included; 0 is no window.
     Logits are scaled by 1/sqrt(H). Also returns the unnormalised weights exp(logit - max), from which `mass` is made.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BKSH.shape[1]
     q_BKGTH = (q_BTNH.astype(jnp.float32) * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    seen_BKTS = (pos_BKS[:, :, None] >= 0) & (pos_BKS[:, :, None] <= q_pos_BT[:, None, :, None])
+    age_BKTS = q_pos_BT[:, None, :, None] - pos_BKS[:, :, None]
+    seen_BKTS = (pos_BKS[:, :, None] >= 0) & (age_BKTS >= 0)
+    if window:
+        seen_BKTS &= age_BKTS < window
     logits = _product("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH)
     logits = jnp.where(seen_BKTS[:, :, None], logits, -jnp.inf)
     max_BKGT = jnp.maximum(logits.max(-1), NEVER)
@@ -77,7 +82,11 @@ def mass(weights_BKGTS: Float[Array, "B K G T S"], factor_BTN: Float[Array, "B T
 
 
 def attend_all(
-    q_BTNH: Float[Array, "B T N H"], q_pos_BT: Int[Array, "B T"], held: Sequence[tuple[Slots, Format]], observed: bool
+    q_BTNH: Float[Array, "B T N H"],
+    q_pos_BT: Int[Array, "B T"],
+    held: Sequence[tuple[Slots, Format]],
+    observed: bool,
+    window: int = 0,
 ) -> tuple[Float[Array, "B T N H"], list[Float[Array, "B K _"]]]:
     """Softmax attention over several sets of slots together, in float32; with `observed` also the mass that each slot received.
 
@@ -86,7 +95,7 @@ def attend_all(
     partials, weights = [], []
     for slots, form in held:
         # A turned format turns the query and the output instead of every stored vector.
-        part, w = attend(form.turn(q_BTNH), form.read(slots.k), form.read(slots.v), q_pos_BT, slots.pos_BKS)
+        part, w = attend(form.turn(q_BTNH), form.read(slots.k), form.read(slots.v), q_pos_BT, slots.pos_BKS, window)
         partials.append(part._replace(out_BTNH=form.turn(part.out_BTNH)))
         weights.append(w)
     out_BTNH, factors = merge(partials)

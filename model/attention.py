@@ -3,17 +3,23 @@
 import functools
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kvcascade.cache.cascade import LayerCache
 from kvcascade.kernels.causal import causal_attention
+from kvcascade.model.config import ModelConfig
 
 
-def rope(x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], base: float) -> Float[Array, "B T N H"]:
-    """Turn each pair (h, h + H/2) of a vector by its token's position times base^(-2h/H) radians (RoFormer, Su et al. 2021, eq. 34)."""
+def rope(
+    x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], base: float, factors: tuple[float, ...] = ()
+) -> Float[Array, "B T N H"]:
+    """Turn each pair (h, h + H/2) of a vector by its token's position times base^(-2h/H) / factors[h] radians (RoFormer, Su et al. 2021, eq. 34)."""
     H = x_BTNH.shape[-1]
-    angle = positions_BT[:, :, None, None, None] * base ** (-jnp.arange(0, H, 2) / H)
+    # In float64 on the host: at position 8,000 a frequency that is off in its last float32 digit turns by 0.001 radians.
+    frequency = base ** (-np.arange(0, H, 2) / H) / np.asarray(factors or 1.0)
+    angle = positions_BT[:, :, None, None, None] * jnp.asarray(frequency, jnp.float32)
     # Both halves in one expression, the other one reached by reversing: XLA makes a single loop of it, with no concatenation.
     halves = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], 2, H // 2)
     sign = jnp.asarray([[-1.0], [1.0]])
@@ -24,35 +30,37 @@ def rope(x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], base:
 class Attention(nnx.Module):
     """Projections, RoPE, and attention over this call's tokens or through one layer of a cache."""
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        rope_base: float,
-        dtype: str,
-        out_init,
-        rngs: nnx.Rngs,
-    ):
-        linear = functools.partial(nnx.Linear, use_bias=False, dtype=jnp.dtype(dtype), rngs=rngs)
-        init = nnx.initializers.normal(0.02)
-        self.q = linear(width, heads * head_dim, kernel_init=init)
-        self.k = linear(width, kv_heads * head_dim, kernel_init=init)
-        self.v = linear(width, kv_heads * head_dim, kernel_init=init)
-        self.o = linear(heads * head_dim, width, kernel_init=out_init)
-        self.head_dim = head_dim
-        self.rope_base = rope_base
+    def __init__(self, config: ModelConfig, out_init, rngs: nnx.Rngs):
+        width, head_dim = config.width, config.head_dim
+        linear = functools.partial(nnx.Linear, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        project = functools.partial(linear, kernel_init=nnx.initializers.normal(0.02), use_bias=config.biases != "none")
+        self.q = project(width, config.heads * head_dim)
+        self.k = project(width, config.kv_heads * head_dim)
+        self.v = project(width, config.kv_heads * head_dim)
+        self.o = linear(config.heads * head_dim, width, kernel_init=out_init, use_bias=config.biases == "all")
+        if config.qk_norm:
+            norm = functools.partial(nnx.RMSNorm, head_dim, epsilon=config.norm_eps, dtype=jnp.float32, rngs=rngs)
+            self.q_norm, self.k_norm = norm(), norm()
+        self.config = config
 
     def __call__(
         self, x_BTM: Float[Array, "B T M"], positions_BT: Int[Array, "B T"], cache: LayerCache | None
     ) -> tuple[Float[Array, "B T M"], LayerCache | None]:
         """RoPE is applied before a key is stored, so positions stay true after eviction."""
         B, T, _ = x_BTM.shape
-        q_BTNH, k_BTKH, v_BTKH = (linear(x_BTM).reshape(B, T, -1, self.head_dim) for linear in (self.q, self.k, self.v))
-        q_BTNH, k_BTKH = rope(q_BTNH, positions_BT, self.rope_base), rope(k_BTKH, positions_BT, self.rope_base)
+        config = self.config
+        q_BTNH, k_BTKH, v_BTKH = (
+            linear(x_BTM).reshape(B, T, -1, config.head_dim) for linear in (self.q, self.k, self.v)
+        )
+        if config.qk_norm:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH).astype(q_BTNH.dtype), self.k_norm(k_BTKH).astype(k_BTKH.dtype)
+        if config.positions == "rope":
+            turn = functools.partial(
+                rope, positions_BT=positions_BT, base=config.rope_base, factors=config.rope_factors
+            )
+            q_BTNH, k_BTKH = turn(q_BTNH), turn(k_BTKH)
         if cache is None:
-            out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH)
+            out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, config.window)
         else:
-            out_BTNH, cache = cache.step(q_BTNH, k_BTKH, v_BTKH, positions_BT)
+            out_BTNH, cache = cache.step(q_BTNH, k_BTKH, v_BTKH, positions_BT, config.window)
         return self.o(out_BTNH.reshape(B, T, -1)), cache

@@ -6,7 +6,8 @@ import jax
 from jaxtyping import Array, Float
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.model.gpt import ModelConfig, Params
+from kvcascade.model.config import ModelConfig
+from kvcascade.model.gpt import Params
 
 METHODS = ("mean", "first", "random")
 
@@ -27,21 +28,22 @@ def convert(
     if kv_heads == config.kv_heads:
         return config, params
 
-    def pool(kernel: Float[Array, "M KH"], key) -> Float[Array, "M kH"]:
-        groups = kernel.reshape(config.width, kv_heads, -1, config.head_dim)
+    def pool(weight: Float[Array, "*M KH"], key) -> Float[Array, "*M kH"]:
+        groups = weight.reshape(*weight.shape[:-1], kv_heads, -1, config.head_dim)
+        first = groups[..., 0, :]
         if method == "mean":  # around the first, so that equal heads stay exactly as they are
-            pooled = groups[:, :, 0] + (groups - groups[:, :, :1]).mean(2)
+            pooled = first + (groups - groups[..., :1, :]).mean(-2)
         elif method == "first":
-            pooled = groups[:, :, 0]
+            pooled = first
         else:
-            pooled = jax.random.normal(key, groups[:, :, 0].shape) * kernel.std()
-        return pooled.reshape(config.width, -1)
+            pooled = jax.random.normal(key, first.shape) * weight.std()
+        return pooled.reshape(*weight.shape[:-1], -1)
 
     layers = {}
     for index, layer in params["layers"].items():
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
         pooled = {
-            name: {"kernel": pool(layer["attention"][name]["kernel"], key)}
+            name: {part: pool(weight, key) for part, weight in layer["attention"][name].items()}
             for name, key in zip("kv", keys, strict=True)
         }
         layers[index] = layer | {"attention": layer["attention"] | pooled}

@@ -13,7 +13,8 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.kernels.write import argmin
 from kvcascade.model import gpt
-from kvcascade.model.gpt import ModelConfig, Params
+from kvcascade.model.config import ModelConfig
+from kvcascade.model.gpt import Params
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")

@@ -1,6 +1,5 @@
-"""The GPT: RMSNorm before each block, RoPE, grouped-query attention, an MLP, tied embeddings."""
+"""The GPT: a norm before each block, positions, grouped-query attention, an MLP; one class for every architecture, told apart by data."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -10,58 +9,18 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from kvcascade.cache.cascade import Cache
-from kvcascade.cache.errors import BadInput
-from kvcascade.kernels.activation import ACTIVATIONS, activate
+from kvcascade.kernels.activation import activate
 from kvcascade.kernels.loss import token_nll
 from kvcascade.model.attention import Attention
+from kvcascade.model.config import ModelConfig
 
 type Params = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a GPT; every array of the model follows from it.
-
-    Parameters are float32. Matrices and embeddings start from N(0, 0.02²), the two projections that write into the
-    residual stream from N(0, 0.02²/(2·layers)) (GPT-2, Radford et al. 2019), norms from one. Norms, RoPE, softmax and
-    the loss are computed in float32 whatever `dtype` says.
-    """
-
-    layers: int = 4
-    width: int = 256
-    heads: int = 8
-    kv_heads: int = 8
-    """KV heads: = heads is MHA, 1 is MQA, between them GQA."""
-    mlp: int = 1024
-    vocab: int = 4096
-    context: int = 512
-    """Tokens that the model is trained on and may be asked for."""
-    activation: str = "gelu"
-    """relu, gelu or swiglu."""
-    dropout: float = 0.0
-    """Share of MLP activations dropped in training."""
-    rope_base: float = 10_000.0
-    dtype: str = "float32"
-    """What the matrix products are computed in: float32 or bfloat16."""
-
-    def __post_init__(self):
-        for name in ("layers", "width", "heads", "kv_heads", "mlp", "vocab", "context"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.width % self.heads or (self.width // self.heads) % 2:
-            raise BadInput(f"model.width {self.width} must be an even multiple of model.heads {self.heads}")
-        if self.heads % self.kv_heads:
-            raise BadInput(f"model.kv-heads {self.kv_heads} must divide model.heads {self.heads}")
-        if self.activation not in ACTIVATIONS:
-            raise BadInput(f"model.activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise BadInput(f"model.dtype {self.dtype!r} is not one of float32, bfloat16")
-        if not 0 <= self.dropout < 1:
-            raise BadInput(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
+def make_norm(config: ModelConfig, rngs: nnx.Rngs):
+    """The norm before a block or the head; computed in float32."""
+    norm = {"rms": nnx.RMSNorm, "layer": nnx.LayerNorm}[config.norm]
+    return norm(config.width, epsilon=config.norm_eps, dtype=jnp.float32, rngs=rngs)
 
 
 class Block(nnx.Module):
@@ -70,12 +29,9 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
         out_init = nnx.initializers.normal(0.02 / (2 * config.layers) ** 0.5)
-        linear = functools.partial(nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs)
-        norm = functools.partial(nnx.RMSNorm, config.width, dtype=jnp.float32, rngs=rngs)
-        self.attention_norm, self.mlp_norm = norm(), norm()
-        self.attention = Attention(
-            config.width, config.heads, config.kv_heads, config.head_dim, config.rope_base, config.dtype, out_init, rngs
-        )
+        linear = functools.partial(nnx.Linear, use_bias=config.biases == "all", dtype=dtype, rngs=rngs)
+        self.attention_norm, self.mlp_norm = make_norm(config, rngs), make_norm(config, rngs)
+        self.attention = Attention(config, out_init, rngs)
         self.up = linear(config.width, config.mlp, kernel_init=nnx.initializers.normal(0.02))
         if config.activation == "swiglu":
             self.gate = linear(config.width, config.mlp, kernel_init=nnx.initializers.normal(0.02))
@@ -101,12 +57,24 @@ class GPT(nnx.Module):
             embedding_init=nnx.initializers.normal(0.02),
             rngs=rngs,
         )
+        if config.positions == "learned":
+            self.position = nnx.Embed(
+                config.context, config.width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs
+            )
         self.layers = nnx.List([Block(config, rngs) for _ in range(config.layers)])
-        self.norm = nnx.RMSNorm(config.width, dtype=jnp.float32, rngs=rngs)
+        self.norm = make_norm(config, rngs)
+        if not config.tied:
+            init = nnx.initializers.normal(0.02)
+            self.head = nnx.Linear(
+                config.width, config.vocab, use_bias=False, dtype=jnp.dtype(config.dtype), kernel_init=init, rngs=rngs
+            )
+        self.config = config
 
     def hidden(self, tokens_BT, positions_BT, cache, dropout_key):
         """What the head is applied to, and the cache that has seen the tokens."""
         x_BTM = self.embed(tokens_BT)
+        if self.config.positions == "learned":
+            x_BTM = x_BTM + self.position(jnp.maximum(positions_BT, 0)).astype(x_BTM.dtype)
         caches = []
         for index, block in enumerate(self.layers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
@@ -115,8 +83,14 @@ class GPT(nnx.Module):
         return self.norm(x_BTM), tuple(caches)
 
     def logits(self, x_BTM):
-        """The head: products with the embeddings."""
-        return self.embed.attend(x_BTM)
+        """The head: products with its matrix, or with the embeddings."""
+        return self.embed.attend(x_BTM) if self.config.tied else self.head(x_BTM)
+
+    @property
+    def head_VM(self):
+        """The head's matrix, in the dtype that products are computed in."""
+        matrix = self.embed.embedding[...] if self.config.tied else self.head.kernel[...].T
+        return matrix.astype(jnp.dtype(self.config.dtype))
 
 
 def init(config: ModelConfig, seed: int) -> Params:
@@ -146,11 +120,9 @@ def nll(
     model = nnx.merge(graph(config)[0], params)
     inputs_BT, targets_BT = rows_BT[:, :-1], rows_BT[:, 1:]
     x_BTM, _ = model.hidden(inputs_BT, _from_zero(inputs_BT), None, dropout_key)
-    dtype = jnp.dtype(config.dtype)
-    head_VM = model.embed.embedding[...].astype(dtype)
-    return token_nll(x_BTM.reshape(-1, config.width).astype(dtype), head_VM, targets_BT.reshape(-1)).reshape(
-        targets_BT.shape
-    )
+    head_VM = model.head_VM
+    x = x_BTM.reshape(-1, config.width).astype(head_VM.dtype)
+    return token_nll(x, head_VM, targets_BT.reshape(-1)).reshape(targets_BT.shape)
 
 
 def _from_zero(tokens_BT):

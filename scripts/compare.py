@@ -12,17 +12,19 @@ from kvcascade.cache.spec import parse
 from kvcascade.eval import latency, perplexity, records
 from kvcascade.model import tokenizer
 from kvcascade.scripts import console
-from kvcascade.train import checkpoint, data, run
+from kvcascade.train import data, run
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Compare runs on the text that the first one was validated on; the full cache and random eviction are always among the caches."""
+    """Compare models on the first one's text; the full cache and random eviction are always among the caches."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders of runs that share a tokenizer."""
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Folders of runs, or pretrained models as `evaluate` takes them, that share a tokenizer."""
     cache: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """A cache in one line, or a preset's name; may be given several times."""
+    context: int | None = None
+    """Tokens per window; by default 512, or what the shortest model takes."""
     sequences: int = 8
     """Windows to score."""
     batch: int = 8
@@ -36,50 +38,38 @@ def main(arguments: list[str]) -> None:
     args = tyro.cli(Args, prog="kvcascade compare", args=arguments)
     if not args.runs:
         raise BadInput("name at least one run to compare")
-    loaded = [checkpoint.load_run(path) for path in args.runs]
+    loaded = [console.open_model(name) for name in args.runs]
     first = loaded[0]
     for other in loaded[1:]:
         if tokenizer.fingerprint(other.encoding) != tokenizer.fingerprint(first.encoding):
             raise BadInput(
-                f"{other.path} was trained with another tokenizer than {first.path}: their losses per token do not compare"
+                f"{other.name} was trained with another tokenizer than {first.name}: their losses per token do not compare"
             )
-    context = min(trained.config.model.context for trained in loaded)
+    context = args.context or min(512, *(model.config.context for model in loaded))
     texts = list(dict.fromkeys(["full", *args.cache, f"random {context // 4}"]))
     specs = [parse(text) for text in texts]
-    for trained in loaded:
-        perplexity.check(trained.config.model, specs, context, 0)
+    for model in loaded:
+        perplexity.check(model.config, specs, context, 0)
     records.check_writable(args.out)
     rows = data.windows(run.evaluation_tokens(first, None), context, args.sequences)
     lengths = tokenizer.token_bytes(first.encoding)
     found, shown = [], []
     with console.progress("compare", len(loaded) * len(specs)) as show:
-        for trained in loaded:
-            settings = trained.config
+        for model in loaded:
             for spec in specs:
                 start = time.monotonic()
-                scores = perplexity.score(settings.model, trained.params, spec, rows, args.batch)
-                timed = latency.decode_step(settings.model, trained.params, [spec], args.batch)[0]
-                record = records.evaluation(
-                    str(trained.path),
-                    settings.model,
-                    spec,
-                    first.config.data.source,
-                    rows,
-                    0,
-                    lengths,
-                    settings.train.seed,
-                    scores,
-                    args.batch,
-                )
+                scores = perplexity.score(model.config, model.params, spec, rows, args.batch)
+                timed = latency.decode_step(model.config, model.params, [spec], args.batch)[0]
+                record = records.evaluation(model, spec, first.data, rows, 0, lengths, scores, args.batch)
                 record |= {key: timed[key] for key in ("step_ms", "products_ms")}
                 found.append(records.stamp(record, time.monotonic() - start))
                 shown.append([
-                    str(trained.path), str(settings.model.kv_heads), str(spec), f"{record['nll']:.4f}", f"{record['ppl']:.3f}",
+                    model.name, str(model.config.kv_heads), str(spec), f"{record['nll']:.4f}", f"{record['ppl']:.3f}",
                     f"{record['bits_per_byte']:.4f}", f"{record['kv_bytes']:,}", f"{timed['step_ms']:.2f}", f"{timed['products_ms']:.2f}",
                 ])  # fmt: skip
-                show(len(found), f"{trained.path}: {spec}")
+                show(len(found), f"{model.name}: {spec}")
     if args.out:
         records.append(args.out, found)
-    title = f"{args.sequences} windows of {context} tokens of {first.config.data.source}; a decode step of {args.batch} rows"
+    title = f"{args.sequences} windows of {context} tokens of {first.data}; a decode step of {args.batch} rows"
     columns = ["run", "KV heads", "cache", "loss", "PPL", "bits/byte", "KV bytes", "step, ms", "its products, ms"]
     console.table(title, columns, shown)

@@ -8,11 +8,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from kvcascade.model import pretrained
+from kvcascade.model.pretrained import Model
+from kvcascade.train import run
+
 err = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
 
 
 @contextlib.contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+def progress(title: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
     """A progress bar on stderr; yields a function that takes how far the work is and a few words."""
     columns = (
         TextColumn("{task.description}"),
@@ -40,6 +44,14 @@ def training(title: str, steps: int) -> Iterator[Callable[[int, dict], None]]:
             show(step, "  ".join(words.values()))
 
         yield report
+
+
+def open_model(name: str) -> Model:
+    """A model by its name, with a progress bar while it loads."""
+    if not pretrained.is_pretrained(name):
+        return run.open_model(name)
+    with progress(f"load {name}", None) as show:
+        return run.open_model(name, lambda done, of: show(done, f"of {of} tensors"))
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -11,19 +11,19 @@ from kvcascade.cache.spec import parse
 from kvcascade.eval import perplexity, records
 from kvcascade.model import tokenizer
 from kvcascade.scripts import console
-from kvcascade.train import checkpoint, data, run
+from kvcascade.train import data, run
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     """Score windows of a text, teacher-forced, one token at a time through each cache."""
 
-    model: Path
-    """A run's folder."""
+    model: str
+    """A run's folder, smollm2, gguf:FILE, or a Hugging Face directory or name."""
     cache: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
     """A cache in one line, or a preset's name: streaming, h2o, neurokv. Give it several times to compare."""
     data: str | None = None
-    """stdlib, file:PATH or a hub data set; by default the text that the run was validated on."""
+    """stdlib, file:PATH or a hub data set; by default the text that a run was validated on, and stdlib for others."""
     context: int = 512
     """Tokens per window."""
     sequences: int = 8
@@ -40,30 +40,18 @@ def main(arguments: list[str]) -> None:
     """Evaluate each cache, print a table, append the records."""
     args = tyro.cli(Args, prog="kvcascade evaluate", args=arguments)
     specs = [parse(text) for text in args.cache or ("full",)]
-    trained = checkpoint.load_run(args.model)
-    model = trained.config.model
-    perplexity.check(model, specs, args.context, args.prefix)
+    model = console.open_model(args.model)
+    perplexity.check(model.config, specs, args.context, args.prefix)
     records.check_writable(args.out)
-    rows = data.windows(run.evaluation_tokens(trained, args.data), args.context, args.sequences)
-    lengths = tokenizer.token_bytes(trained.encoding)
+    rows = data.windows(run.evaluation_tokens(model, args.data), args.context, args.sequences)
+    lengths = tokenizer.token_bytes(model.encoding)
     found = []
     with console.progress("evaluate", len(specs)) as show:
         for index, spec in enumerate(specs):
             start = time.monotonic()
-            scores = perplexity.score(model, trained.params, spec, rows, args.batch, args.prefix)
-            source = args.data or trained.config.data.source
-            record = records.evaluation(
-                str(args.model),
-                model,
-                spec,
-                source,
-                rows,
-                args.prefix,
-                lengths,
-                trained.config.train.seed,
-                scores,
-                args.batch,
-            )
+            scores = perplexity.score(model.config, model.params, spec, rows, args.batch, args.prefix)
+            data_name = args.data or model.data
+            record = records.evaluation(model, spec, data_name, rows, args.prefix, lengths, scores, args.batch)
             found.append(records.stamp(record, time.monotonic() - start))
             show(index + 1, str(spec))
     if args.out:

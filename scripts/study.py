@@ -85,40 +85,26 @@ def main(arguments: list[str]) -> None:
 
 
 def _measure(folder: Path, names: list[str], scale: Scale) -> list[records.Record]:
-    runs = {name: checkpoint.load_run(folder / name) for name in names}
-    first = runs[names[0]]
-    corpus = run.load_corpus(first.config, first.encoding)
+    models = {name: dataclasses.replace(run.open_model(str(folder / name)), name=name) for name in names}
+    first, last = models[names[0]], models[names[-1]]
+    corpus = run.load_corpus(*checkpoint.open_run(folder / names[0]))
     unigram = data.unigram_bits_per_byte(corpus.train, corpus.validation, corpus.token_bytes)
-    context = first.config.model.context
+    context = first.config.context
     rows = data.windows(corpus.validation, context, scale.windows)
     specs = suite.caches(context)[:: scale.every]
     found = [records.stamp(suite.training(name, folder / name, unigram), 0) for name in names]
     with console.progress("evaluate caches", len(names) * len(specs)) as show:
-        for name, trained in runs.items():
-            settings = trained.config
+        for name, model in models.items():
             for spec in specs:
                 start = time.monotonic()
-                scores = perplexity.score(settings.model, trained.params, spec, rows, batch=8)
-                one = records.evaluation(
-                    name,
-                    settings.model,
-                    spec,
-                    settings.data.source,
-                    rows,
-                    0,
-                    corpus.token_bytes,
-                    settings.train.seed,
-                    scores,
-                    8,
-                )
+                scores = perplexity.score(model.config, model.params, spec, rows, batch=8)
+                one = records.evaluation(model, spec, model.data, rows, 0, corpus.token_bytes, scores, 8)
                 found.append(records.stamp(one, time.monotonic() - start))
                 show(len(report.of_kind(found, "evaluate")), f"{name}: {spec}")
-    for name in (names[0], names[-1]):
-        model = runs[name].config.model
-        for one in latency.decode_step(
-            model, runs[name].params, suite.scaled(suite.TIMED[:: scale.every], context), batch=8
-        ):
-            found.append(records.stamp({"model": name} | one, 0))
-    model = runs[names[-1]].config.model
-    measured = [{"model": names[-1]} | one for one in suite.growth(model, suite.scaled(suite.GROWING, context))]
-    return found + [records.stamp(one, 0) for one in measured + suite.layer_kinds(first.config.model)]
+    timed = suite.scaled(suite.TIMED[:: scale.every], context)
+    for model in (first, last):
+        for one in latency.decode_step(model.config, model.params, timed, batch=8):
+            found.append(records.stamp({"model": model.name} | one, 0))
+    grown = suite.growth(last.config, suite.scaled(suite.GROWING, context))
+    measured = [{"model": last.name} | one for one in grown]
+    return found + [records.stamp(one, 0) for one in measured + suite.layer_kinds(first.config)]

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import Phase, settings
 
 from kvcascade.model import gpt
-from kvcascade.model.gpt import ModelConfig, Params
+from kvcascade.model.config import ModelConfig
+from kvcascade.model.gpt import Params
 
 # An example costs seconds of compilation, so a failing one is shown as it was drawn; only the thorough profile shrinks it.
 settings.register_profile("thorough", derandomize=True, deadline=None, max_examples=100, database=None)

@@ -1,5 +1,7 @@
 """Causal attention against a reference in float64 numpy, forward and backward."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +12,14 @@ from kvcascade.kernels.causal import causal_attention
 H = 8
 
 
-def reference(q_BTNH, k_BTKH, v_BTKH, dout_BTNH):
+def reference(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, *, window: int = 0):
     """Output and gradients by the formulas of softmax attention, every logit held at once."""
     T, N, K = q_BTNH.shape[1], q_BTNH.shape[2], k_BTKH.shape[2]
     G = N // K
     k_BSNH, v_BSNH = np.repeat(k_BTKH, G, 2), np.repeat(v_BTKH, G, 2)
     logits = np.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / np.sqrt(H)
-    logits = np.where(np.tri(T, dtype=bool), logits, -np.inf)
+    seen = np.tri(T, dtype=bool) & (np.tri(T, k=-window, dtype=bool) == 0 if window else True)
+    logits = np.where(seen, logits, -np.inf)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     out = np.einsum("BNTS,BSNH->BTNH", weights, v_BSNH)
@@ -35,9 +38,9 @@ def draw(T: int, N: int, K: int, B: int = 2, scale: float = 3.0) -> list[np.ndar
     return [scale * rng.standard_normal((B, T, heads, H)) for heads in (N, K, K, N)]
 
 
-@jax.jit
-def forward_and_backward(q, k, v, dout):
-    out, pull = jax.vjp(causal_attention, q, k, v)
+@functools.partial(jax.jit, static_argnames="window")
+def forward_and_backward(q, k, v, dout, window=0):
+    out, pull = jax.vjp(functools.partial(causal_attention, window=window), q, k, v)
     return out, *pull(dout)
 
 
@@ -50,6 +53,15 @@ def test_equals_the_reference(T: int, N: int, K: int) -> None:
     found = forward_and_backward(*(jnp.asarray(x, jnp.float32) for x in arrays))
     for name, ours, exact in zip(("out", "dq", "dk", "dv"), found, reference(*arrays), strict=True):
         np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("window", [1, 5, 64, 100])
+def test_a_window_hides_what_is_older(window: int) -> None:
+    """A query sees itself and the window - 1 positions before it."""
+    arrays = draw(130, 4, 2)
+    found = forward_and_backward(*(jnp.asarray(x, jnp.float32) for x in arrays), window=window)
+    for ours, exact in zip(found, reference(*arrays, window=window), strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=1e-4)
 
 
 def test_blocks_grow_with_the_text() -> None:

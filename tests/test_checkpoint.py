@@ -16,7 +16,7 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.eval import perplexity
 from kvcascade.model import tokenizer
-from kvcascade.model.gpt import ModelConfig
+from kvcascade.model.config import ModelConfig
 from kvcascade.train import checkpoint, loop, run
 from kvcascade.train.checkpoint import BEST, LATEST, Checkpoints, Saver
 from kvcascade.train.config import DataConfig, RunConfig, TrainConfig

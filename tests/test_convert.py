@@ -9,8 +9,8 @@ import pytest
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.model import gpt
+from kvcascade.model.config import ModelConfig
 from kvcascade.model.convert import METHODS, convert
-from kvcascade.model.gpt import ModelConfig
 
 MHA = ModelConfig(layers=2, width=48, heads=6, kv_heads=6, mlp=64, vocab=64, context=32)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 16)))

@@ -14,7 +14,7 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.kernels.activation import activate
 from kvcascade.model import gpt
 from kvcascade.model.attention import rope
-from kvcascade.model.gpt import ModelConfig
+from kvcascade.model.config import ModelConfig
 from kvcascade.train import config
 
 TINY = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=64, vocab=64, context=32)

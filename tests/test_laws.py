@@ -24,7 +24,8 @@ from kvcascade.cache.spec import PRESETS, CacheSpec, everywhere, parse
 from kvcascade.cache.tier import Tier, full, recent
 from kvcascade.eval import perplexity
 from kvcascade.model import generate, gpt
-from kvcascade.model.gpt import ModelConfig, Params
+from kvcascade.model.config import ModelConfig
+from kvcascade.model.gpt import Params
 
 CONTEXT = 24
 QUICK = {"xla_backend_optimization_level": 0}

@@ -99,7 +99,7 @@ def test_what_a_query_does_not_see_is_not_read():
     slots = empty(recent(20), 1, 1, 8, 32, scored=False)
     poison = lambda stored: {name: jnp.full_like(x, jnp.nan) for name, x in stored.items()}
     slots = Slots(poison(slots.k), poison(slots.v), slots.pos_BKS.at[..., 5].set(7), None)
-    unseen, _ = decode(jnp.ones((1, 2, 8)), jnp.asarray([3]), [(slots, CODECS["bf16"])], False, "native")
+    unseen, _ = decode(jnp.ones((1, 2, 8)), jnp.asarray([3]), [(slots, CODECS["bf16"])], False, implementation="native")
     np.testing.assert_array_equal(unseen, 0)
 
 
@@ -149,7 +149,7 @@ def test_gradients_are_those_of_the_reference():
     rng = np.random.default_rng(0)
     slots = [(held(rng, "f32", 2, 2, 9, 8), CODECS["f32"])]
     q, now = jnp.asarray(rng.normal(size=(2, 4, 8)), jnp.float32), jnp.asarray([5, 20], jnp.int32)
-    loss = lambda q, each: (decode(q, now, slots, True, each)[0] ** 2).sum()
+    loss = lambda q, each: (decode(q, now, slots, True, implementation=each)[0] ** 2).sum()
     np.testing.assert_allclose(jax.grad(loss)(q, "native"), jax.grad(loss)(q, "xla"), atol=1e-5)
 
 
@@ -177,7 +177,7 @@ def test_without_a_compiler_xla_does_the_work(compiler, tmp_path):
         "from kvcascade.cache.tier import empty, recent;"
         "held = [(empty(recent(4), 1, 1, 8, 4, False), bf16)];"
         "print(decode(jnp.ones((1, 1, 8)), jnp.zeros(1, int), held, False)[0].sum());"
-        "decode(jnp.ones((1, 1, 8)), jnp.zeros(1, int), held, False, 'native')"
+        "decode(jnp.ones((1, 1, 8)), jnp.zeros(1, int), held, False, implementation='native')"
     )
     environment = os.environ | {"CXX": compiler, "KVCASCADE_CACHE": str(tmp_path)}
     found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)

@@ -9,7 +9,7 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.eval.perplexity import score
 from kvcascade.model import attention, gpt
-from kvcascade.model.gpt import ModelConfig
+from kvcascade.model.config import ModelConfig
 
 CONFIG = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=64, vocab=61, context=24)
 
@@ -38,7 +38,7 @@ def test_sinks_and_window_equal_a_masked_forward_pass(params, rows, monkeypatch,
     """`sink s | recent w` sees the first s positions and the last w, itself included: dense attention under that mask."""
     i, j = np.arange(23)[:, None], np.arange(23)
     mask = (j <= i) & ((j < sinks) | (j > i - window))
-    masked = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(mask)[None, None])
+    masked = lambda q, k, v, window: jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(mask)[None, None])
     monkeypatch.setattr(attention, "causal_attention", masked)
     expected = np.asarray(gpt.nll(CONFIG, params, jnp.asarray(rows)))
     monkeypatch.undo()

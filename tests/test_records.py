@@ -9,9 +9,12 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.eval import records
 from kvcascade.eval.perplexity import Scores
-from kvcascade.model.gpt import ModelConfig
+from kvcascade.model import tokenizer
+from kvcascade.model.config import ModelConfig
+from kvcascade.model.pretrained import Model
 
 CONFIG = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=64, vocab=61, context=16)
+MODEL = Model("runs/x", CONFIG, {}, tokenizer.bytes_encoding())
 CONTRACT = """model cache data context sequences tokens nll ppl bits_per_byte kv_bytes kv_bytes_predicted kv_bytes_full compression
 tokens_per_second traces device seed commit seconds""".split()
 
@@ -22,7 +25,7 @@ def record(cache: str = "full", shift: float = 0.0) -> records.Record:
     nll_BT = np.random.default_rng(1).random((4, 15)) + shift
     scores = Scores(nll_BT, spec.nbytes(2, 2, 8, 16), 100.0, 1, 0.5)
     lengths = np.full(61, 2)
-    one = records.evaluation("runs/x", CONFIG, spec, "stdlib", np.zeros((4, 16), np.int32), 0, lengths, 0, scores, 8)
+    one = records.evaluation(MODEL, spec, "stdlib", np.zeros((4, 16), np.int32), 0, lengths, scores, 8)
     return records.stamp(one, 1.5)
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.model import gpt
-from kvcascade.model.gpt import ModelConfig
+from kvcascade.model.config import ModelConfig
 from kvcascade.train import checkpoint, config, loop
 from kvcascade.train.config import RunConfig, TrainConfig
 

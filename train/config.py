@@ -6,11 +6,12 @@ import difflib
 import math
 import typing
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.model.gpt import ModelConfig
+from kvcascade.model.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,12 +124,14 @@ def from_dict(content: object, source: Path | str) -> RunConfig:
     return RunConfig(**{name: cls(**settings[name]) for name, cls in parts.items()})
 
 
-def _typed(value: object, wanted: type, place: str) -> object:
+def _typed(value: object, wanted: Any, place: str) -> object:
     """The value, or BadInput naming the place if it is not of the type wanted."""
+    if typing.get_origin(wanted) is tuple and isinstance(value, list):
+        return tuple(_typed(each, typing.get_args(wanted)[0], place) for each in value)
     if wanted is float and isinstance(value, int | str):  # YAML 1.1 takes 1e-3, without a dot, for a string
         with contextlib.suppress(ValueError, OverflowError):
             value = float(value)
-    if not isinstance(value, wanted) or isinstance(value, bool):
+    if not isinstance(value, typing.get_origin(wanted) or wanted) or isinstance(value, bool) is not (wanted is bool):
         raise BadInput(f"{place} must be {wanted.__name__}, not {value!r}")
     return value
 

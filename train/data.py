@@ -78,7 +78,7 @@ def encoding_for(text: Text, name: str, vocab: int) -> tiktoken.Encoding:
     return tokenizer.make(name, text.train["text"][:], vocab, cache_dir())
 
 
-def tokenize(dataset: datasets.Dataset, encoding: tiktoken.Encoding) -> Integer[np.ndarray, " T"]:
+def tokenize(dataset: datasets.Dataset, encoding: tokenizer.Tokenizer) -> Integer[np.ndarray, " T"]:
     """Return the tokens of all documents in order, each document ending in a newline.
 
     The array is read-only, uint16 for up to 65536 tokens and uint32 above. It is kept in `cache_dir()`
@@ -98,13 +98,13 @@ def tokenize(dataset: datasets.Dataset, encoding: tiktoken.Encoding) -> Integer[
 
 
 def _parts(text: str) -> Iterator[str]:
-    """The text in parts of at most LONGEST characters, cut where a line starts with a letter: no token spans that place."""
+    """The text in parts of at most LONGEST characters, cut between two words: every tokeniser starts one with the space before it."""
     start = 0
     while len(text) - start > LONGEST:
-        end = text.rfind("\n", start, start + LONGEST)
-        while end > start and not text[end + 1].isalpha():
-            end = text.rfind("\n", start, end)
-        end = end + 1 if end > start else start + LONGEST
+        end = start + LONGEST
+        # From the end of the part backwards, for the last place where a letter is followed by a space and a letter.
+        back = re.search(r"[^\W\d_] (?=[^\W\d_])", text[end:start:-1])
+        end = end - back.end() + 1 if back else end
         yield text[start:end]
         start = end
     yield text[start:]

@@ -8,7 +8,8 @@ import tiktoken
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.model import convert as pooling
-from kvcascade.model import gpt, tokenizer
+from kvcascade.model import gpt, pretrained, tokenizer
+from kvcascade.model.pretrained import Model
 from kvcascade.train import checkpoint, config, data, loop
 from kvcascade.train.config import RunConfig
 
@@ -50,12 +51,22 @@ def load_corpus(settings: RunConfig, encoding: tiktoken.Encoding) -> loop.Corpus
     return loop.Corpus(data.tokenize(text.train, encoding), data.tokenize(text.validation, encoding), lengths)
 
 
-def evaluation_tokens(run: checkpoint.Run, source: str | None):
-    """Tokens to evaluate a run on, none of which it was trained on if the source is its own: the validation split, or a file as a whole."""
-    settings, encoding = run.config, run.encoding
-    if source is None or source == settings.data.source:
-        return data.tokenize(data.load(settings.data.source).validation, encoding)
-    return data.tokenize(data.unseen(source), encoding)
+def open_model(name: str, report: pretrained.Report = lambda done, of: None) -> Model:
+    """A model by its name: a run's folder, or what `pretrained.load` takes; BadInput where there is none."""
+    if pretrained.is_pretrained(name):
+        return pretrained.load(name, report)
+    trained = checkpoint.load_run(Path(name))
+    settings = trained.config
+    return Model(
+        name, settings.model, trained.params, trained.encoding, data=settings.data.source, seed=settings.train.seed
+    )
+
+
+def evaluation_tokens(model: Model, source: str | None):
+    """Tokens to evaluate a model on: of its own text the validation split, which a run was not trained on; of another file all."""
+    if source is None or source == model.data:
+        return data.tokenize(data.load(model.data).validation, model.encoding)
+    return data.tokenize(data.unseen(source), model.encoding)
 
 
 def convert(source: Path, path: Path, kv_heads: int, method: str, share: float) -> int:

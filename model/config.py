@@ -1,0 +1,85 @@
+"""The shape of a model, as data."""
+
+import dataclasses
+import math
+
+from kvcascade.cache.errors import BadInput
+from kvcascade.kernels.activation import ACTIVATIONS
+
+CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "positions": ("rope", "learned"),
+    "norm": ("rms", "layer"),
+    "biases": ("none", "qkv", "all"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a GPT; every array of the model follows from it.
+
+    Parameters are float32. Matrices and embeddings start from N(0, 0.02²), the two projections that write into the
+    residual stream from N(0, 0.02²/(2·layers)) (GPT-2, Radford et al. 2019), norms from one. Norms, RoPE, softmax and
+    the loss are computed in float32 whatever `dtype` says.
+    """
+
+    layers: int = 4
+    width: int = 256
+    heads: int = 8
+    kv_heads: int = 8
+    """KV heads: = heads is MHA, 1 is MQA, between them GQA."""
+    mlp: int = 1024
+    vocab: int = 4096
+    context: int = 512
+    """Tokens that the model is trained on and may be asked for."""
+    activation: str = "gelu"
+    """relu, gelu or swiglu."""
+    dropout: float = 0.0
+    """Share of MLP activations dropped in training."""
+    positions: str = "rope"
+    """rope, or learned: an embedding of each position is added to the token's."""
+    rope_base: float = 10_000.0
+    rope_factors: tuple[float, ...] = ()
+    """What each pair's frequency is divided by, head_dim / 2 numbers (Llama 3's way to longer contexts); empty: 1."""
+    head_width: int = 0
+    """Width of a head; 0: width / heads."""
+    norm: str = "rms"
+    """rms or layer, the second with a bias."""
+    norm_eps: float = 1e-6
+    qk_norm: bool = False
+    """RMSNorm of every head's query and key before RoPE (Qwen3)."""
+    biases: str = "none"
+    """Which projections have a bias: none, qkv or all."""
+    tied: bool = True
+    """Whether the head is the embedding, or a matrix of its own."""
+    window: int = 0
+    """Positions that a query sees, its own included (Mistral's sliding window); 0: all."""
+    dtype: str = "float32"
+    """What the matrix products are computed in: float32 or bfloat16."""
+
+    def __post_init__(self):
+        for name in ("layers", "width", "heads", "kv_heads", "mlp", "vocab", "context"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("window", "head_width"):
+            if getattr(self, name) < 0:
+                raise BadInput(f"model.{name} is {getattr(self, name)}; it must be at least 0")
+        if not self.head_width and self.width % self.heads or self.head_dim % 2:
+            raise BadInput(f"model.width {self.width} must be an even multiple of model.heads {self.heads}")
+        if self.heads % self.kv_heads:
+            raise BadInput(f"model.kv-heads {self.kv_heads} must divide model.heads {self.heads}")
+        if self.activation not in ACTIVATIONS:
+            raise BadInput(f"model.activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        for name, values in CHOICES.items():
+            if getattr(self, name) not in values:
+                raise BadInput(f"model.{name} {getattr(self, name)!r} is not one of {', '.join(values)}")
+        if not 0 < self.rope_base < math.inf:
+            raise BadInput(f"model.rope_base is {self.rope_base}; it must be above 0 and finite")
+        if len(self.rope_factors) not in (0, self.head_dim // 2):
+            raise BadInput(f"model.rope_factors has {len(self.rope_factors)} numbers, not {self.head_dim // 2}")
+        if not 0 <= self.dropout < 1:
+            raise BadInput(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
+
+    @property
+    def head_dim(self) -> int:
+        return self.head_width or self.width // self.heads

@@ -1,0 +1,106 @@
+"""Tiny models of every architecture as Hugging Face writes them, with weights from a seed; needs neither torch nor transformers."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+VOCAB, WIDTH, MLP, LAYERS, HEADS, KV_HEADS = 270, 32, 48, 2, 4, 2
+
+COMMON = {
+    "vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": MLP, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "hidden_act": "silu", "torch_dtype": "float32",
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
+CONFIGS = {
+    "llama": COMMON | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rope_theta": 500.0, "tie_word_embeddings": True},
+    "llama3": COMMON
+    | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rope_theta": 10000.0, "rope_scaling": LLAMA3, "tie_word_embeddings": False},
+    "mistral": COMMON
+    | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "rope_theta": 10000.0, "sliding_window": 6, "tie_word_embeddings": False},
+    "qwen2": COMMON
+    | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rope_theta": 10000.0, "use_sliding_window": False, "tie_word_embeddings": True},
+    "qwen3": COMMON
+    | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "rope_theta": 10000.0, "head_dim": 16, "tie_word_embeddings": False},
+    "gpt2": {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS,
+        "n_positions": 64, "n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+POSITIONS = [0, 5, 7, 15, 23]  # whose logits are kept: before and after mistral's window of 6
+PROMPTS = np.random.default_rng(7).integers(0, VOCAB, (2, 24))
+
+
+def weights(name: str) -> dict[str, np.ndarray]:
+    """Weights of an architecture, large enough for attention to be peaked."""
+    config, rng, found = CONFIGS[name], np.random.default_rng(sum(map(ord, name))), {}
+
+    def put(tensor: str, *shape: int) -> None:
+        norm = "norm" in tensor or "ln_" in tensor
+        found[tensor] = (rng.normal(size=shape) * (0.3 if norm else 0.25) + (norm and "bias" not in tensor)).astype(
+            np.float32
+        )
+
+    if name == "gpt2":
+        put("transformer.wte.weight", VOCAB, WIDTH)
+        put("transformer.wpe.weight", 64, WIDTH)
+        for layer in range(LAYERS):
+            for part, shape in (
+                ("ln_1", (WIDTH,)), ("attn.c_attn", (WIDTH, 3 * WIDTH)), ("attn.c_proj", (WIDTH, WIDTH)),
+                ("ln_2", (WIDTH,)), ("mlp.c_fc", (WIDTH, 4 * WIDTH)), ("mlp.c_proj", (4 * WIDTH, WIDTH)),
+            ):  # fmt: skip
+                put(f"transformer.h.{layer}.{part}.weight", *shape)
+                put(f"transformer.h.{layer}.{part}.bias", shape[-1])
+        put("transformer.ln_f.weight", WIDTH)
+        put("transformer.ln_f.bias", WIDTH)
+        return found
+    head_dim = config.get("head_dim", WIDTH // HEADS)
+    put("model.embed_tokens.weight", VOCAB, WIDTH)
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}"
+        for part, rows, columns in (
+            ("self_attn.q_proj", HEADS * head_dim, WIDTH), ("self_attn.k_proj", KV_HEADS * head_dim, WIDTH),
+            ("self_attn.v_proj", KV_HEADS * head_dim, WIDTH), ("self_attn.o_proj", WIDTH, HEADS * head_dim),
+            ("mlp.gate_proj", MLP, WIDTH), ("mlp.up_proj", MLP, WIDTH), ("mlp.down_proj", WIDTH, MLP),
+        ):  # fmt: skip
+            put(f"{prefix}.{part}.weight", rows, columns)
+            if name == "qwen2" and part[10] in "qkv":
+                put(f"{prefix}.{part}.bias", rows)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            put(f"{prefix}.{norm}.weight", WIDTH)
+        if name == "qwen3":
+            for norm in ("q_norm", "k_norm"):
+                put(f"{prefix}.self_attn.{norm}.weight", head_dim)
+    put("model.norm.weight", WIDTH)
+    if not config["tie_word_embeddings"]:
+        put("lm_head.weight", VOCAB, WIDTH)
+    return found
+
+
+def write(name: str, folder: Path, shards: int = 1) -> Path:
+    """Write config.json, tokenizer.json (one token per byte) and the weights, in one file or several, as `save_pretrained` does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tensors = weights(name)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return folder
+    where = {}
+    for index in range(shards):
+        file = f"model-{index + 1:05}-of-{shards:05}.safetensors"
+        part = {each: tensors[each] for each in sorted(tensors)[index::shards]}
+        save_file(part, folder / file, {"format": "pt"})
+        where |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
