@@ -11,9 +11,10 @@ from kvcascade.cache.codec import f32
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.policy import Full
 from kvcascade.cache.tier import Tier, empty, take_in
+from kvcascade.kernels.causal import causal_attention
 from kvcascade.kernels.decode import decode
 from kvcascade.kernels.partial import attend_all
-from kvcascade.kernels.slots import Entry, Slots
+from kvcascade.kernels.slots import Entry, Format, Slots
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -65,11 +66,13 @@ class LayerCache:
         v_BTKH: Float[Array, "B T K H"],
         positions_BT: Int[Array, "B T"],
         window: int = 0,
+        fresh: bool = False,
     ) -> tuple[Float[Array, "B T N H"], "LayerCache"]:
         """Put this call's tokens into the cascade and attend from them; position -1 is padding, a `window` limits what they see.
 
         T = 1 (decode): the token enters, then attends to what the cascade holds.
         T > 1 (prefill): the tokens attend to what the cascade held and causally to each other, then enter all at once.
+        `fresh` says that it holds nothing yet, and that padding is on the right.
         """
         B, T, K, H = k_BTKH.shape
         pos_BKT = jnp.broadcast_to(positions_BT[:, None], (B, K, T))
@@ -79,11 +82,37 @@ class LayerCache:
         now_B11 = positions_BT.max(-1)[:, None, None]
         if T == 1:
             cache = self.append(entry, now_B11)
-            out_BTNH, cache, _ = cache.attend(q_BTNH, positions_BT, None, window)
-        else:
-            out_BTNH, cache, mass_BKT = self.attend(q_BTNH, positions_BT, entry, window)
-            cache = cache.append(dataclasses.replace(entry, score_BKT=mass_BKT), now_B11)
-        return out_BTNH.astype(q_BTNH.dtype), cache
+            out_BNH, mass = decode(q_BTNH[:, 0], positions_BT[:, 0], cache.held, cache.observed, window)
+            return out_BNH[:, None].astype(q_BTNH.dtype), cache.observe(mass)
+        if fresh and not self.observed:
+            out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, window)
+            return out_BTNH, self.append(entry, now_B11)
+        held = [] if fresh else self.held
+        among = (Slots(f32.encode(entry.k), f32.encode(entry.v), pos_BKT, None), f32)
+        out_BTNH, mass = attend_all(q_BTNH, positions_BT, [*held, among], self.observed, window)
+        cache = self if fresh else self.observe(mass[:-1])
+        entry = dataclasses.replace(entry, score_BKT=mass[-1]) if self.observed else entry
+        return out_BTNH.astype(q_BTNH.dtype), cache.append(entry, now_B11)
+
+    @property
+    def observed(self) -> bool:
+        """Whether some tier keeps scores, so that attention mass is collected."""
+        return self.cascade.scored(0)
+
+    @property
+    def held(self) -> list[tuple[Slots, Format]]:
+        """Every tier's slots, and how they are stored."""
+        return [(slots, tier.codec) for tier, slots in zip(self.cascade.tiers, self.slots, strict=True)]
+
+    def observe(self, mass: list[Float[Array, "B K _"]]) -> "LayerCache":
+        """Add the attention mass that each tier's slots received to their scores, where those are kept."""
+        if not self.observed:
+            return self
+        slots = (
+            s if s.score_BKS is None else dataclasses.replace(s, score_BKS=s.score_BKS + m)
+            for s, m in zip(self.slots, mass, strict=True)
+        )
+        return dataclasses.replace(self, slots=tuple(slots))
 
     def append(self, entry: Entry, now_B11: Int[Array, "B 1 1"]) -> "LayerCache":
         """Tier 0 takes the tokens in, its victims go to tier 1, and so on; what the last tier does not keep is forgotten.
@@ -96,31 +125,6 @@ class LayerCache:
             held.append(slots)
             entry = left or entry
         return dataclasses.replace(self, slots=tuple(held))
-
-    def attend(
-        self, q_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], entry: Entry | None, window: int = 0
-    ) -> tuple[Float[Array, "B T N H"], "LayerCache", Float[Array, "B K T"] | None]:
-        """Attend to every tier, and to `entry` if given.
-
-        The attention mass goes to the scores of the tiers that keep them, and is returned for `entry`.
-        """
-        observed = self.cascade.scored(0)
-        held = [(slots, tier.codec) for tier, slots in zip(self.cascade.tiers, self.slots, strict=True)]
-        if entry is None and q_BTNH.shape[1] == 1:
-            out_BNH, mass = decode(q_BTNH[:, 0], positions_BT[:, 0], held, observed, window)
-            out_BTNH = out_BNH[:, None]
-        else:
-            if entry is not None:
-                held.append((Slots(f32.encode(entry.k), f32.encode(entry.v), entry.pos_BKT, None), f32))
-            out_BTNH, mass = attend_all(q_BTNH, positions_BT, held, observed, window)
-        slots = self.slots
-        if observed:
-            slots = tuple(
-                s if s.score_BKS is None else dataclasses.replace(s, score_BKS=s.score_BKS + m)
-                for s, m in zip(self.slots, mass, strict=False)
-            )
-        mass_BKT = None if entry is None else mass[-1] if observed else jnp.zeros_like(entry.score_BKT)
-        return out_BTNH, dataclasses.replace(self, slots=slots), mass_BKT
 
 
 type Cache = tuple[LayerCache, ...]

@@ -2,6 +2,7 @@
 
 import io
 import re
+import textwrap
 from typing import Any
 
 import matplotlib
@@ -169,4 +170,42 @@ def latency(records: list[Record]) -> str:
         axes.set_yticks(range(len(records)), [f"{r['model']}: {r['cache']}" for r in reversed(records)])
         axes.set_xlabel("milliseconds per decode step of the batch")
         axes.grid(axis="y", visible=False)
+        return _svg(figure)
+
+
+def retrieval(records: list[Record]) -> str:
+    """A heat map per cache: the share of turns answered by depth and length, over all tasks."""
+    caches = list(dict.fromkeys(r["cache"] for r in records))
+    lengths, depths = sorted({r["length"] for r in records}), sorted({r["depth"] for r in records})
+    columns = min(4, len(caches))
+    rows = -(-len(caches) // columns)
+    style: dict[Any, Any] = STYLE | {"axes.grid": False, "font.size": 9}
+    with plt.rc_context(style):
+        figure, panels = plt.subplots(
+            rows, columns, figsize=(2.1 * columns + 0.6, 2.1 * rows + 0.3), squeeze=False, sharex=True, sharey=True
+        )
+        for index, panel in enumerate(panels.flat):
+            if index >= len(caches):
+                panel.set_axis_off()
+                continue
+            share = []
+            for depth in depths:
+                share.append([])
+                for length in lengths:
+                    cell = [
+                        r for r in records if (r["cache"], r["depth"], r["length"]) == (caches[index], depth, length)
+                    ]
+                    share[-1].append(sum(r["answered"] for r in cell) / max(1, sum(r["turns"] for r in cell)))
+            panel.imshow(share, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+            for y, line in enumerate(share):
+                for x, value in enumerate(line):
+                    panel.text(
+                        x, y, f"{value:.0%}", ha="center", va="center", color="black" if value > 0.6 else "white"
+                    )
+            panel.set_title("\n".join(textwrap.wrap(caches[index], 26)), fontsize=8, family="monospace")
+            panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+            panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        figure.supxlabel("tokens of context", fontsize=10)
+        figure.supylabel("depth of the answer", fontsize=10)
+        figure.tight_layout()
         return _svg(figure)

@@ -12,6 +12,7 @@ import numpy as np
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
+from kvcascade.eval.fidelity import Fidelity
 from kvcascade.eval.perplexity import Scores
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.pretrained import Model
@@ -54,6 +55,77 @@ def evaluation(
         "compile_seconds": round(scores.compile_seconds, 2),
         "seed": model.seed,
     }
+
+
+def fidelity(found: Fidelity) -> Record:
+    """What fidelity adds to the record of the same cache on the same windows: means over tokens, and per window for intervals."""
+    kl, same = found.kl_BT.mean(-1), found.same_BT.mean(-1)
+    return {
+        "kl": float(kl.mean()),
+        "kl_windows": [round(float(x), 8) for x in kl],
+        "same_top": float(same.mean()),
+        "same_top_windows": [round(float(x), 6) for x in same],
+    }
+
+
+def retrieval(
+    model: Model,
+    spec: CacheSpec,
+    task: str,
+    length: int,
+    depth: float,
+    seed: int,
+    answered: list[list[bool]],
+    size: int,
+) -> Record:
+    """The record of one task behind one cache; `score` is the share of turns answered, with its 95 % Wilson interval."""
+    turns = [turn for each in answered for turn in each]
+    low, high = wilson(sum(turns), len(turns))
+    full = full_bytes(model.config, length)
+    return {
+        "kind": "retrieve",
+        "model": model.name,
+        "cache": str(spec),
+        "task": task,
+        "length": length,
+        "depth": depth,
+        "samples": len(answered),
+        "turns": len(turns),
+        "answered": sum(turns),
+        "score": sum(turns) / len(turns),
+        "score_low": low,
+        "score_high": high,
+        "kv_bytes": size,
+        "kv_bytes_full": full,
+        "compression": 1 - size / full,
+        "seed": seed,
+    }
+
+
+def wilson(hits: int, of: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927): unlike the normal one it is right for few samples and shares near 0 and 1."""
+    z = 1.959964
+    centre, spread = hits + z * z / 2, z * math.sqrt(hits * (of - hits) / of + z * z / 4)
+    return max(0.0, (centre - spread) / (of + z * z)), min(1.0, (centre + spread) / (of + z * z))
+
+
+def retrieval_table(found: list[Record]) -> tuple[str, list[str], list[list[str]]]:
+    """Title, columns and rows: a row per cache, a column per task with the share answered over all lengths and depths, bytes at the longest."""
+    tasks = list(dict.fromkeys(r["task"] for r in found))
+    longest = max(r["length"] for r in found)
+    rows = []
+    for cache in dict.fromkeys(r["cache"] for r in found):
+        mine = [r for r in found if r["cache"] == cache]
+        size = next(r for r in mine if r["length"] == longest)
+        cells = []
+        for part in (*([r for r in mine if r["task"] == task] for task in tasks), mine):
+            hits, of = sum(r["answered"] for r in part), sum(r["turns"] for r in part)
+            low, high = wilson(hits, of)
+            cells.append(f"{hits / of:.0%} ({low:.0%}…{high:.0%})")
+        rows.append([cache, f"{size['kv_bytes']:,}", f"{size['compression']:.1%}", *cells])
+    lengths, depths = sorted({r["length"] for r in found}), sorted({r["depth"] for r in found})
+    title = f"{found[0]['model']}: share answered, contexts of {lengths} tokens, depths {depths}, {found[0]['samples']} samples each"
+    return title, ["cache", f"KV bytes at {longest}", "saved", *tasks, "all (95 %)"], rows
 
 
 def full_bytes(config: ModelConfig, context: int) -> int:
@@ -112,6 +184,8 @@ def evaluation_table(found: list[Record]) -> tuple[str, list[str], list[list[str
         "tokens/s",
         "traces",
     ]
+    compared = "kl" in first
+    columns += ["KL, nats", "same top-1"] if compared else []
     rows = []
     for r in found:
         low, high = paired(r, baseline)
@@ -119,6 +193,7 @@ def evaluation_table(found: list[Record]) -> tuple[str, list[str], list[list[str
         rows.append([
             r["cache"], str(r["kept"]), f"{r['ppl']:.3f}", *change, f"{r['bits_per_byte']:.4f}", f"{r['kv_bytes']:,}",
             f"{r['compression']:.1%}", f"{r['tokens_per_second']:,.0f}", str(r["traces"]),
+            *([f"{r['kl']:.5f}", f"{r['same_top']:.1%}"] if compared else []),
         ])  # fmt: skip
     return title, columns, rows
 
@@ -152,12 +227,17 @@ def read(path: Path) -> list[Record]:
         raise BadInput(f"{path} is not a file of records: {error}") from error
 
 
-def paired(record: Record, baseline: Record, draws: int = 2000) -> tuple[float, float]:
-    """95 % interval of the difference in mean nats per token between two records of the same windows: bootstrap over windows.
+def paired(record: Record, baseline: Record) -> tuple[float, float]:
+    """95 % interval of the difference in mean nats per token between two records of the same windows.
 
     Comparing window by window takes out the spread between windows, which is far larger than that between caches.
     """
-    difference = np.asarray(record["nll_windows"]) - np.asarray(baseline["nll_windows"])
-    picks = np.random.default_rng(0).integers(0, len(difference), (draws, len(difference)))
-    low, high = np.quantile(difference[picks].mean(-1), [0.025, 0.975])
+    return interval(np.asarray(record["nll_windows"]) - np.asarray(baseline["nll_windows"]))
+
+
+def interval(windows, draws: int = 2000) -> tuple[float, float]:
+    """95 % interval of the mean over windows, by bootstrap."""
+    windows = np.asarray(windows)
+    picks = np.random.default_rng(0).integers(0, len(windows), (draws, len(windows)))
+    low, high = np.quantile(windows[picks].mean(-1), [0.025, 0.975])
     return float(low), float(high)

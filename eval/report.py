@@ -9,7 +9,7 @@ import markupsafe
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.eval import figures, suite
-from kvcascade.eval.records import Record, paired
+from kvcascade.eval.records import Record, interval, paired, retrieval_table
 from kvcascade.kernels.files import write_whole
 
 type Table = tuple[list[str], list[list[str]]]
@@ -34,47 +34,55 @@ def of_kind(records: list[Record], kind: str) -> list[Record]:
 
 
 def sections(records: list[Record]) -> dict:
-    """What the page shows: figures, the table behind each, the findings in words, the protocol."""
-    trainings, evaluations, latencies = (of_kind(records, kind) for kind in ("train", "evaluate", "latency"))
-    if not trainings or not evaluations:
-        raise BadInput("a report needs records of trainings and of evaluations")
-    first = evaluations[0]
+    """What the page shows of what there is: figures, the table behind each, the findings in words, the protocol."""
+    kinds = ("train", "evaluate", "retrieve", "layer", "growth", "latency")
+    trainings, evaluations, retrievals, layers, grown, latencies = (of_kind(records, kind) for kind in kinds)
+    if not evaluations and not retrievals:
+        raise BadInput("a report needs records of evaluations or of retrieval")
+    first = (evaluations or retrievals)[0]
     groups = {r["cache"]: suite.group_of(r["cache"], r["context"]) for r in evaluations}
-    quality = [
-        {
-            "model": run["model"],
-            "figure": markupsafe.Markup(figures.quality_against_bytes(mine, groups)),
-            "table": quality_table(mine, groups),
-        }
-        for run in trainings
-        if (mine := [r for r in evaluations if r["model"] == run["model"]])
-    ]
+    figure = lambda draw, *arguments: markupsafe.Markup(draw(*arguments))
+    quality = []
+    for name in dict.fromkeys(r["model"] for r in evaluations):
+        mine = [r for r in evaluations if r["model"] == name]
+        quality.append({
+            "model": name, "figure": figure(figures.quality_against_bytes, mine, groups), "table": quality_table(mine, groups),
+        })  # fmt: skip
+    seconds = sum(t["train_seconds"] for t in trainings), sum(r["seconds"] for r in (*evaluations, *retrievals))
+    own = trainings and trainings[0]["model"] == first["model"]
     return {
         "findings": findings(records),
-        "trainings": {"figure": markupsafe.Markup(figures.loss_curves(trainings)), "table": models_table(trainings)},
+        "trainings": trainings and {"figure": figure(figures.loss_curves, trainings), "table": models_table(trainings)},
         "quality": quality,
-        "layers": {
-            "figure": markupsafe.Markup(figures.bytes_by_kind(of_kind(records, "layer"))),
-            "table": _layers_table(of_kind(records, "layer")),
-        },
-        "growth": {
-            "figure": markupsafe.Markup(figures.growth(of_kind(records, "growth"))),
-            "table": _growth_table(of_kind(records, "growth")),
-            "model": of_kind(records, "growth")[0]["model"],
-        },
-        "latency": {
-            "figure": markupsafe.Markup(figures.latency(latencies)),
+        "fidelity": [
+            {"model": each["model"], "table": fidelity_table(mine)}
+            for each in quality
+            if (mine := [r for r in evaluations if r["model"] == each["model"] and "kl" in r])
+        ],
+        "retrieval": retrievals
+        and {"figure": figure(figures.retrieval, retrievals), "table": retrieval_table(retrievals)[1:]},
+        "layers": layers and {"figure": figure(figures.bytes_by_kind, layers), "table": _layers_table(layers)},
+        "growth": grown
+        and {"figure": figure(figures.growth, grown), "table": _growth_table(grown), "model": grown[0]["model"]},
+        "latency": latencies
+        and {
+            "figure": figure(figures.latency, latencies),
             "table": latency_table(latencies),
             "batch": latencies[0]["batch"],
         },
         "protocol": {
-            "text": f"{first['data']}, validation files only",
-            "windows": f"{first['sequences']} consecutive windows of {first['context']} tokens, {first['tokens']:,} tokens scored per cache",
+            "model": ", ".join(dict.fromkeys(r["model"] for r in (*evaluations, *retrievals))),
+            "text": (
+                f"{first['data']}{', validation files only' if own else ''}" if evaluations else "made from the seed"
+            ),
+            "windows": f"{first['sequences']} consecutive windows of {first['context']} tokens, {first['tokens']:,} tokens scored per cache"
+            if evaluations
+            else f"{first['samples']} samples per task, length and depth",
             "seed": first["seed"],
             "device": first["device"],
             "versions": ", ".join(f"{name} {version}" for name, version in first["versions"].items()),
             "commit": first["commit"],
-            "seconds": f"{sum(t['train_seconds'] for t in trainings):,.0f} training, {sum(e['seconds'] for e in evaluations):,.0f} evaluating",
+            "seconds": f"{seconds[0]:,.0f} training, {seconds[1]:,.0f} evaluating",
         },
     }
 
@@ -105,9 +113,11 @@ def findings(records: list[Record]) -> list[str]:
             )
         end = f"it ends at {_change(uptrained, gqa, 'validation_loss')} of that loss after {uptrained['steps']} steps"
         found.append(f"GQA uptrained from MHA's mean-pooled heads {match}; {end}.")
-    for model in by_name:
+    for model in dict.fromkeys(r["model"] for r in evaluations):
         mine = [r for r in evaluations if r["model"] == model]
         found += [line for saved in (2 / 3, 0.9) if (line := _best_at(mine, saved))]
+    if not evaluations:
+        return found
     wrong = [r for r in evaluations if r["kv_bytes"] != r["kv_bytes_predicted"]]
     traced = max(r["traces"] for r in evaluations)
     found.append(
@@ -123,7 +133,7 @@ def _change(record: Record, baseline: Record, key: str) -> str:
 
 def _best_at(evaluations: list[Record], saved: float) -> str | None:
     """The cache with the lowest perplexity of those that save so many bytes, next to the best random eviction there."""
-    full = next(r for r in evaluations if r["cache"] == "full")
+    full = next((r for r in evaluations if r["cache"] == "full"), evaluations[0])
     fits = sorted((r for r in evaluations if r["compression"] >= saved), key=lambda r: r["ppl"])
     if not fits:
         return None
@@ -157,7 +167,7 @@ def models_table(trainings: list[Record]) -> Table:
 
 def quality_table(evaluations: list[Record], groups: dict[str, str]) -> Table:
     """The caches of one model: tokens kept, bytes, perplexity against the full cache with a paired interval, speed."""
-    full = next(r for r in evaluations if r["cache"] == "full")
+    full = next((r for r in evaluations if r["cache"] == "full"), evaluations[0])
     columns = [
         "cache",
         "compared within",
@@ -177,6 +187,19 @@ def quality_table(evaluations: list[Record], groups: dict[str, str]) -> Table:
         rows.append([
             r["cache"], groups[r["cache"]], str(r["kept"]), f"{r['kv_bytes']:,}", f"{r['compression']:.1%}", f"{r['ppl']:.3f}",
             *change, f"{r['bits_per_byte']:.4f}", f"{r['tokens_per_second']:,.0f}",
+        ])  # fmt: skip
+    return columns, rows
+
+
+def fidelity_table(evaluations: list[Record]) -> Table:
+    """How far each cache's next-token distributions are from the full cache's, with 95 % intervals by bootstrap over windows."""
+    columns = ["cache", "saved", "PPL", "KL, nats", "95 % of KL", "same top-1", "95 % of same"]
+    rows = []
+    for r in evaluations:
+        kl, same = interval(r["kl_windows"]), interval(r["same_top_windows"])
+        rows.append([
+            r["cache"], f"{r['compression']:.1%}", f"{r['ppl']:.3f}", f"{r['kl']:.5f}", f"{kl[0]:.5f} … {kl[1]:.5f}",
+            f"{r['same_top']:.2%}", f"{same[0]:.2%} … {same[1]:.2%}",
         ])  # fmt: skip
     return columns, rows
 

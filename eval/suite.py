@@ -47,9 +47,9 @@ def scaled(texts: Iterable[str], context: int) -> list[CacheSpec]:
 
 
 def group_of(spec: str, context: int) -> str:
-    """The group of CACHES that a cache of `caches(context)` is in."""
+    """The group of CACHES that a cache of `caches(context)` is in, or `other caches`."""
     names = [name for name, group in CACHES.items() for _ in group]
-    return names[[str(known) for known in caches(context)].index(spec)]
+    return dict(zip(map(str, caches(context)), names, strict=True)).get(spec, "other caches")
 
 
 def _shrink(spec: CacheSpec, share: float) -> CacheSpec:

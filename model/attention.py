@@ -44,9 +44,13 @@ class Attention(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x_BTM: Float[Array, "B T M"], positions_BT: Int[Array, "B T"], cache: LayerCache | None
+        self,
+        x_BTM: Float[Array, "B T M"],
+        positions_BT: Int[Array, "B T"],
+        cache: LayerCache | None,
+        fresh: bool = False,
     ) -> tuple[Float[Array, "B T M"], LayerCache | None]:
-        """RoPE is applied before a key is stored, so positions stay true after eviction."""
+        """RoPE is applied before a key is stored, so positions stay true after eviction; `fresh` says that the cache is empty."""
         B, T, _ = x_BTM.shape
         config = self.config
         q_BTNH, k_BTKH, v_BTKH = (
@@ -62,5 +66,5 @@ class Attention(nnx.Module):
         if cache is None:
             out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, config.window)
         else:
-            out_BTNH, cache = cache.step(q_BTNH, k_BTKH, v_BTKH, positions_BT, config.window)
+            out_BTNH, cache = cache.step(q_BTNH, k_BTKH, v_BTKH, positions_BT, config.window, fresh)
         return self.o(out_BTNH.reshape(B, T, -1)), cache

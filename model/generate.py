@@ -21,10 +21,8 @@ from kvcascade.model.gpt import Params
 def prefill(
     config: ModelConfig, params: Params, cache: Cache, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Put whole prompts into a cache, which is donated; return the logits after each row's last token (position -1 is padding)."""
-    logits_BTV, cache = gpt.step(config, params, cache, tokens_BT, positions_BT)
-    last_B = positions_BT.argmax(-1)
-    return jnp.take_along_axis(logits_BTV, last_B[:, None, None], 1)[:, 0], cache
+    """Put whole prompts into an empty cache, which is donated; return the logits after each row's last token (position -1 is padding)."""
+    return gpt.first_step(config, params, cache, tokens_BT, positions_BT)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")

@@ -38,8 +38,8 @@ class Block(nnx.Module):
         self.down = linear(config.mlp, config.width, kernel_init=out_init)
         self.activation, self.dropout = config.activation, config.dropout
 
-    def __call__(self, x_BTM, positions_BT, cache, dropout_key):
-        out, cache = self.attention(self.attention_norm(x_BTM), positions_BT, cache)
+    def __call__(self, x_BTM, positions_BT, cache, dropout_key, fresh):
+        out, cache = self.attention(self.attention_norm(x_BTM), positions_BT, cache, fresh)
         x_BTM = x_BTM + out
         h = self.mlp_norm(x_BTM)
         gate = self.gate(h) if self.activation == "swiglu" else None
@@ -70,7 +70,7 @@ class GPT(nnx.Module):
             )
         self.config = config
 
-    def hidden(self, tokens_BT, positions_BT, cache, dropout_key):
+    def hidden(self, tokens_BT, positions_BT, cache, dropout_key=None, fresh=False):
         """What the head is applied to, and the cache that has seen the tokens."""
         x_BTM = self.embed(tokens_BT)
         if self.config.positions == "learned":
@@ -78,7 +78,7 @@ class GPT(nnx.Module):
         caches = []
         for index, block in enumerate(self.layers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            x_BTM, layer = block(x_BTM, positions_BT, None if cache is None else cache[index], key)
+            x_BTM, layer = block(x_BTM, positions_BT, None if cache is None else cache[index], key, fresh)
             caches.append(layer)
         return self.norm(x_BTM), tuple(caches)
 
@@ -137,5 +137,15 @@ def step(
     `positions_BT` says where each token stands (-1: padding). T = 1 is a decode step, T > 1 a prefill of that many tokens.
     """
     model = nnx.merge(graph(config)[0], params)
-    x_BTM, cache = model.hidden(tokens_BT, positions_BT, cache, None)
+    x_BTM, cache = model.hidden(tokens_BT, positions_BT, cache)
     return model.logits(x_BTM), cache
+
+
+def first_step(
+    config: ModelConfig, params: Params, cache: Cache, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"]
+) -> tuple[Float[Array, "B V"], Cache]:
+    """`step` on rows whose cache is still empty, padded on the right, with the logits after each row's last token alone."""
+    model = nnx.merge(graph(config)[0], params)
+    x_BTM, cache = model.hidden(tokens_BT, positions_BT, cache, fresh=True)
+    last_B = positions_BT.argmax(-1)
+    return model.logits(jnp.take_along_axis(x_BTM, last_B[:, None, None], 1))[:, 0], cache

@@ -12,6 +12,8 @@ COMMANDS = {
     "convert": "pool a run's KV heads, ready for uptraining",
     "evaluate": "perplexity, bytes and speed of a model behind caches",
     "compare": "runs side by side: loss, perplexity, bytes, latency",
+    "retrieve": "what a cache still lets a model find: needles, copying, arithmetic, several questions",
+    "report": "a page of what was recorded",
     "generate": "continue a prompt through a cache",
 }
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from kvcascade.cache.spec import parse
-from kvcascade.eval import perplexity, records
+from kvcascade.eval import fidelity, perplexity, records
 from kvcascade.model import tokenizer
 from kvcascade.scripts import console
 from kvcascade.train import data, run
@@ -32,6 +32,8 @@ class Args:
     """Windows at once."""
     prefix: int = 0
     """Tokens of each window that enter in one prefill and are not scored."""
+    fidelity: bool = False
+    """Also compare every next-token distribution with the full cache's: KL divergence and the same likeliest token; doubles the time."""
     out: Path | None = None
     """File that one JSON object per cache is appended to."""
 
@@ -54,6 +56,11 @@ def main(arguments: list[str]) -> None:
             record = records.evaluation(model, spec, data_name, rows, args.prefix, lengths, scores, args.batch)
             found.append(records.stamp(record, time.monotonic() - start))
             show(index + 1, str(spec))
+    if args.fidelity:
+        with console.progress("fidelity", None) as show:
+            tell = lambda done, of: show(done, f"of {of} steps")
+            compared = fidelity.fidelity(model.config, model.params, specs, rows, args.batch, tell)
+        found = [record | records.fidelity(each) for record, each in zip(found, compared, strict=True)]
     if args.out:
         records.append(args.out, found)
     console.table(*records.evaluation_table(found))

@@ -1,0 +1,31 @@
+"""A page of what was recorded: `kvcascade report records.jsonl --page report.html`; seconds."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from kvcascade.cache.errors import BadInput
+from kvcascade.eval import records, report
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Write one self-contained page of the records in some files: evaluations, retrieval, trainings, latencies."""
+
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Files that `evaluate`, `retrieve`, `compare` or `study` wrote."""
+    page: Path = Path("report.html")
+    """The page to write."""
+
+
+def main(arguments: list[str]) -> None:
+    """Read the records, write the page, say where it is."""
+    args = tyro.cli(Args, prog="kvcascade report", args=arguments)
+    if not args.files:
+        raise BadInput("name at least one file of records")
+    found = [record for file in args.files for record in records.read(file)]
+    report.write(args.page, found, shlex.join(["kvcascade", "report", *arguments]))
+    print(args.page)
