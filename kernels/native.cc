@@ -34,6 +34,8 @@ struct Register {
   Lanes lanes;
 };
 
+constexpr int64_t kAhead = 6;  // blocks of slots
+
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
 constexpr int64_t RoundUp(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
@@ -64,6 +66,10 @@ struct Call {
   int64_t window;              // positions that a query sees, 0: all
   std::vector<Tier> tiers;
 };
+
+constexpr int64_t RowBytes(Format format, int64_t H) {
+  return format == Format::kFloat32 ? 4 * H : format == Format::kBfloat16 ? 2 * H : format == Format::kInt8 ? H : H / 2;
+}
 
 inline float Bfloat16(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
@@ -228,6 +234,10 @@ class Head {
       seen_[j] = seen ? 0.0f : kNever;
       count += seen;
     }
+    // Between two steps the weights pass through the processor's caches, so slots come from memory: ask for them some blocks ahead.
+    const int64_t bytes = RowBytes(stored.format, H_);
+    const char* ahead = static_cast<const char*>(stored.codes) + (start + kAhead * kLanes) * bytes;
+    for (int64_t i = 0; count > 0 && i < kLanes * bytes; i += 64) __builtin_prefetch(ahead + i);
     if (count == kLanes && stride_ == H_ && !stored.scale) {
       Read(stored, start, kLanes, H_, block_);
     } else if (count > 0) {
