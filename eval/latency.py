@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kvcascade.cache.spec import CacheSpec
+from kvcascade.kernels.write import argmin
 from kvcascade.model import generate, gpt
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
@@ -55,7 +56,7 @@ def _greedy(config: ModelConfig):
     @functools.partial(jax.jit, donate_argnums=(1, 2, 3))
     def step(params, cache, token_B, position_B):
         logits_BTV, cache = gpt.step(config, params, cache, token_B[:, None], position_B[:, None])
-        return cache, generate.sample(logits_BTV[:, 0], jax.random.key(0), 0.0), position_B + 1
+        return cache, argmin(-logits_BTV[:, 0]), position_B + 1
 
     return step
 

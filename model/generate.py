@@ -1,12 +1,15 @@
 """From a prompt's tokens to new tokens, through a cache: one prefill, then one compiled decode step again and again."""
 
+import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from kvcascade.cache.cascade import Cache
 from kvcascade.cache.errors import BadInput
@@ -34,12 +37,52 @@ def decode_step(
     return logits_BTV[:, 0], cache
 
 
-@functools.partial(jax.jit, static_argnames="temperature")
-def sample(logits_BV: Float[Array, "B V"], key: Key[Array, ""], temperature: float) -> Int[Array, " B"]:
-    """Draw a token per row from softmax(logits / temperature); the likeliest one at temperature 0."""
-    if temperature == 0:
-        return argmin(-logits_BV)
-    return jax.random.categorical(key, logits_BV / temperature)
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn; every limit leaves the likeliest token in."""
+
+    temperature: float = 0.0
+    """0 takes the likeliest token; 1 samples as the model says."""
+    top_k: int = 0
+    """Only the so many likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together reach this probability (nucleus sampling, Holtzman et al. 2020)."""
+    min_p: float = 0.0
+    """Only tokens with at least this share of the likeliest one's probability (Nguyen et al. 2024)."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens that were there before (CTRL, Keskar et al. 2019)."""
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < math.inf or not 0 < self.repetition_penalty < math.inf:
+            raise BadInput("temperature must be at least 0, repetition-penalty above 0, and both finite")
+        if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
+            raise BadInput("top-k must be at least 0, top-p above 0 and at most 1, min-p between 0 and 1")
+
+
+@functools.partial(jax.jit, static_argnames="sampling")
+def sample(
+    logits_BV: Float[Array, "B V"], key: Key[Array, ""], sampling: Sampling, seen_BV: Bool[Array, "B _"]
+) -> Int[Array, " B"]:
+    """Draw a token per row: temperature, then top-k, top-p, min-p. `seen` are the tokens that a repetition penalty holds for, else empty."""
+    logits = logits_BV.astype(jnp.float32)
+    if (penalty := sampling.repetition_penalty) != 1:
+        logits = jnp.where(seen_BV, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if sampling.temperature == 0:
+        return argmin(-logits)
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least_B1 = lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits < least_B1, -jnp.inf, logits)
+    if sampling.top_p < 1:
+        ordered = -jnp.sort(-jax.nn.softmax(logits))
+        # A token is in as long as those before it do not reach the share.
+        inside = jnp.cumsum(ordered, -1) - ordered < sampling.top_p
+        least_B1 = jnp.where(inside, ordered, jnp.inf).min(-1, keepdims=True)
+        logits = jnp.where(jax.nn.softmax(logits) < least_B1, -jnp.inf, logits)
+    if sampling.min_p > 0:
+        likely = logits >= logits.max(-1, keepdims=True) + jnp.log(sampling.min_p)
+        logits = jnp.where(likely, logits, -jnp.inf)
+    return jax.random.categorical(key, logits)
 
 
 def empty_cache(config: ModelConfig, spec: CacheSpec, batch: int, context: int) -> Cache:
@@ -69,7 +112,7 @@ def generate(
     cache: Cache,
     prompts: list[list[int]],
     count: int,
-    temperature: float = 0.0,
+    sampling: Sampling = Sampling(),
     seed: int = 0,
 ) -> Iterator[tuple[Int[Array, " B"], Cache]]:
     """Continue each prompt by `count` tokens; yields a token per row as it comes, with the cache that has seen those before it.
@@ -79,12 +122,17 @@ def generate(
     if not all(prompts):
         raise BadInput("the prompt is empty")
     tokens_BT, positions_BT = pad(prompts)
-    keys = jax.random.split(jax.random.key(seed), count)
+    rows_B, keys = jnp.arange(len(prompts)), jax.random.split(jax.random.key(seed), count)
+    seen = np.zeros((len(prompts), config.vocab if sampling.repetition_penalty != 1 else 0), bool)
+    for row, prompt in enumerate(prompts):
+        seen[row, prompt if seen.size else []] = True
+    seen_BV = jnp.asarray(seen)
     logits_BV, cache = prefill(config, params, cache, jnp.asarray(tokens_BT), jnp.asarray(positions_BT))
     position_B = jnp.asarray(positions_BT.max(-1))
     for index in range(count):
-        token_B = sample(logits_BV, keys[index], temperature)
+        token_B = sample(logits_BV, keys[index], sampling, seen_BV)
         yield token_B, cache
         if index + 1 < count:
             position_B = position_B + 1
+            seen_BV = seen_BV.at[rows_B, token_B].set(True) if seen.size else seen_BV
             logits_BV, cache = decode_step(config, params, cache, token_B, position_B)

@@ -39,6 +39,8 @@ class Model:
     encoding: Tokenizer
     chat_template: str | None = None
     """jinja2 source of the text that a list of messages becomes."""
+    end: frozenset[int] = frozenset()
+    """Tokens that end a text or an answer."""
     data: str = "stdlib"
     """The text that it is evaluated on where none is named."""
     seed: int = 0
@@ -330,7 +332,9 @@ def _load_gguf(name: str, path: Path, report: Report) -> Model:
     names = GGUF_GPT2 if config.positions == "learned" else GGUF
     paired = file.fields["general.architecture"] == "llama"
     params = load_params(config, file, names, str(path), paired, report)
-    return Model(name, config, params, encoding, file.fields.get("tokenizer.chat_template"))
+    ends = (file.fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot"))
+    end = frozenset(token for token in ends if token is not None)
+    return Model(name, config, params, encoding, file.fields.get("tokenizer.chat_template"), end)
 
 
 def _check_vocabulary(config: ModelConfig, encoding: Tokenizer, name: str) -> None:
@@ -396,7 +400,9 @@ def _load_directory(name: str, folder: Path, report: Report) -> Model:
     params = load_params(config, Safetensors(folder), names, name, False, report)
     template = _json(folder / "tokenizer_config.json", missing={}).get("chat_template")
     file = folder / "chat_template.jinja"
-    return Model(name, config, params, encoding, file.read_text() if file.is_file() else template)
+    template = file.read_text() if file.is_file() else template
+    end = _json(folder / "generation_config.json", missing={}).get("eos_token_id") or []
+    return Model(name, config, params, encoding, template, frozenset([end] if isinstance(end, int) else end))
 
 
 def _fetch(name: str) -> Path:

@@ -1,8 +1,9 @@
 """What the scripts show a person: progress on stderr, tables on stdout."""
 
+import codecs
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -52,6 +53,34 @@ def open_model(name: str) -> Model:
         return run.open_model(name)
     with progress(f"load {name}", None) as show:
         return run.open_model(name, lambda done, of: show(done, f"of {of} tensors"))
+
+
+class Answer:
+    """The text of one row as its tokens come, up to a stop text or an end token."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes], end: frozenset[int], stop: tuple[str, ...]):
+        self._bytes, self._end, self._stop = token_bytes, end, stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span tokens
+        self.text, self.count, self.done = "", 0, False
+
+    def add(self, token: int) -> str:
+        """Take a token; return the text that it completed, nothing once the answer is done."""
+        if self.done:
+            return ""
+        self.count += 1
+        if token in self._end:
+            self.done = True
+            return ""
+        new = self._decoder.decode(self._bytes(token))
+        self.text += new
+        self.done = any(stop in self.text for stop in self._stop)
+        return new
+
+
+def answers(prompts: Sequence[str], texts: Sequence[str]) -> None:
+    """Print prompts and what came after them, one below the other."""
+    for prompt, text in zip(prompts, texts, strict=True):
+        print(f"── {prompt}\n{text}\n")
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -1,7 +1,8 @@
-"""Continue a prompt: `kvcascade generate --model runs/toy --cache "sink 4 | recent 60" --prompt "def " --tokens 64`; seconds."""
+"""Continue prompts: `kvcascade generate --model smollm2 --cache "sink 4 | recent 60" --prompt "The capital of France is" --tokens 64`; seconds."""
 
 import dataclasses
 import sys
+from typing import Annotated
 
 import tyro
 
@@ -9,54 +10,69 @@ from kvcascade.cache.cascade import nbytes
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.eval.records import full_bytes
-from kvcascade.model import generate
+from kvcascade.model import chat, generate
+from kvcascade.model.generate import Sampling
 from kvcascade.scripts import console
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Continue a prompt through a cache, and say what the cache held."""
+    """Continue a prompt through a cache, streaming, or several side by side; say what the cache held."""
 
     model: str
     """A run's folder, smollm2, gguf:FILE, or a Hugging Face directory or name."""
-    prompt: str
-    """The text to continue."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+    """The text to continue; given several times, a batch of texts."""
     cache: str = "full"
     """A cache in one line, or a preset's name."""
     tokens: int = 64
-    """Tokens to generate."""
-    temperature: float = 0.0
-    """0 takes the likeliest token; 1 samples as the model says."""
+    """The most tokens to generate."""
+    chat: bool = False
+    """Take the prompt as a user's message to a model that was taught to chat."""
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A text to stop after; may be given several times."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
     seed: int = 0
     """Of the sampling."""
 
 
 def main(arguments: list[str]) -> None:
-    """Generate, streaming to stdout, then one line about the cache on stderr."""
+    """Generate to stdout, then one line about the cache on stderr."""
     args = tyro.cli(Args, prog="kvcascade generate", args=arguments)
     spec = parse(args.cache)
-    if args.tokens < 1 or args.temperature < 0:
-        raise BadInput("--tokens must be at least 1 and --temperature at least 0")
+    if args.tokens < 1 or not args.prompt:
+        raise BadInput("--tokens must be at least 1, and there must be a --prompt")
     model = console.open_model(args.model)
-    prompt = model.encoding.encode(args.prompt, disallowed_special=())
-    context = len(prompt) + args.tokens
+    if args.chat:
+        prompts = [chat.encode(model, [{"role": "user", "content": text}]) for text in args.prompt]
+    else:
+        prompts = [list(model.encoding.encode(text, disallowed_special=())) for text in args.prompt]
+    longest = max(map(len, prompts))
+    context = longest + args.tokens
     if context > model.config.context:
         raise BadInput(
-            f"{len(prompt)} tokens of prompt and {args.tokens} new ones are more than the model's context of {model.config.context}"
+            f"{longest} tokens of prompt and {args.tokens} new ones are more than the model's context of {model.config.context}"
         )
-    cache = generate.empty_cache(model.config, spec, 1, context)
-    size = nbytes(cache)
-    decoder = model.encoding.decode_single_token_bytes
-    sys.stdout.buffer.write(args.prompt.encode())
-    stream = generate.generate(model.config, model.params, cache, [prompt], args.tokens, args.temperature, args.seed)
-    for token_B, seen in stream:
+    cache = generate.empty_cache(model.config, spec, len(prompts), context)
+    size = nbytes(cache) // len(prompts)
+    rows = [console.Answer(model.encoding.decode_single_token_bytes, model.end, args.stop) for _ in prompts]
+    alone = len(prompts) == 1
+    if alone and not args.chat:
+        print(args.prompt[0], end="", flush=True)
+    steps = generate.generate(model.config, model.params, cache, prompts, args.tokens, args.sampling, args.seed)
+    for token_B, seen in steps:
         cache = seen
-        sys.stdout.buffer.write(decoder(int(token_B[0])))
-        sys.stdout.buffer.flush()
-    held = sum(int((slots.pos_BKS[0, 0] >= 0).sum()) for slots in cache[0].slots)
-    print()
+        for row, token in zip(rows, token_B.tolist(), strict=True):
+            text = row.add(token)
+            if alone:
+                print(text, end="", flush=True)
+        if all(row.done for row in rows):
+            break
+    print() if alone else console.answers(args.prompt, [row.text for row in rows])
+    held = max(sum(int((slots.pos_BKS[row, 0] >= 0).sum()) for slots in cache[0].slots) for row in range(len(prompts)))
+    seen_tokens = longest + max(row.count for row in rows) - 1
     full = full_bytes(model.config, context)
     print(
-        f"\n{spec}: holds {held} of {context - 1} tokens in {size:,} bytes; a full bf16 cache takes {full:,}",
+        f"\n{spec}: holds {held} of {seen_tokens} tokens in {size:,} bytes; a full bf16 cache takes {full:,}",
         file=sys.stderr,
     )
