@@ -9,7 +9,7 @@ import markupsafe
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.eval import figures, suite
-from kvcascade.eval.records import Record, interval, paired, retrieval_table
+from kvcascade.eval.records import Record, interval, paired, retrieval_table, wilson
 from kvcascade.kernels.files import write_whole
 
 type Table = tuple[list[str], list[list[str]]]
@@ -273,6 +273,32 @@ def readme_tables(records: list[Record]) -> dict[str, str]:
         "latency": markdown(latency_table(of_kind(records, "latency"))),
         "findings": "\n".join(f"- {line}" for line in findings(records)),
     }
+
+
+def pretrained_table(records: list[Record]) -> str:
+    """A pretrained model's caches in one table: bytes, perplexity, fidelity, and what was found; and the protocol."""
+    evaluations, retrievals = of_kind(records, "evaluate"), of_kind(records, "retrieve")
+    full = next(r for r in evaluations if r["cache"] == "full")
+    columns = ["cache", "bytes saved", "PPL", "Δ PPL (95 %)", "KL, nats", "same top-1", "answered (95 %)"]
+    rows = []
+    for r in evaluations:
+        low, high = (math.expm1(x) for x in paired(r, full))
+        change = "" if r is full else f"{r['ppl'] / full['ppl'] - 1:+.2%} ({low:+.2%} … {high:+.2%})"
+        mine = [one for one in retrievals if one["cache"] == r["cache"]]
+        hits, turns = sum(one["answered"] for one in mine), sum(one["turns"] for one in mine)
+        found = "{:.0%} ({:.0%} … {:.0%})".format(hits / turns, *wilson(hits, turns)) if turns else ""
+        kl = [f"{r['kl']:.4f}", f"{r['same_top']:.1%}"] if "kl" in r else ["", ""]
+        rows.append([f"`{r['cache']}`", f"{r['compression']:.1%}", f"{r['ppl']:.3f}", change, *kl, found])
+    first, asked = full, retrievals[0]
+    tasks, lengths = (", ".join(map(str, dict.fromkeys(r[key] for r in retrievals))) for key in ("task", "length"))
+    depths = len({r["depth"] for r in retrievals})
+    protocol = (
+        f"PPL, KL(full ‖ cache) and same top-1: {first['sequences']} windows of {first['context']} tokens of "
+        f"{first['data'].removeprefix('file:')}; intervals by bootstrap over windows. "
+        f"Answered: {tasks} in contexts of {lengths} tokens, {asked['samples']} samples at each of {depths} depths; Wilson intervals. "
+        f"Seed {first['seed']}, {first['device']}, commit {first['commit']}."
+    )
+    return markdown((columns, rows)) + f"\n\n{protocol}"
 
 
 def fill(readme: str, parts: dict[str, str]) -> str:

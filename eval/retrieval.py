@@ -8,7 +8,7 @@ followed by its answer as the model is asked to give it. An answer counts if gre
 import dataclasses
 import functools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -181,16 +181,21 @@ def sample(task: str, encoding: Tokenizer, length: int, depth: float, seed: int)
     return Sample(context, turns)
 
 
+def asked(samples: Iterable[Sample]) -> int:
+    """The most tokens that the turns of a sample have."""
+    return max(sum(len(q) + len(a) for q, a in each.turns) for each in samples)
+
+
 def score(
-    config: ModelConfig, params: Params, spec: CacheSpec, samples: list[Sample], batch: int
+    config: ModelConfig, params: Params, spec: CacheSpec, samples: list[Sample], room: int, batch: int
 ) -> tuple[list[list[bool]], int]:
     """Whether each turn of each sample is answered, turn after turn over one cache, and the bytes of a row's cache.
 
-    Samples have contexts of one length. Raises BadInput if context and turns are longer than the model's context.
+    Samples have contexts of one length; `room` is for the turns of any of them, and the same for all tasks, so that each
+    length is compiled once. Raises BadInput if context and turns are longer than the model's context.
     """
     length = len(samples[0].context)
-    asked = max(sum(len(q) + len(a) for q, a in each.turns) for each in samples)
-    whole = length + (-(-asked // 16) * 16)  # rounded, so that few shapes are compiled
+    whole = length + room
     generate.check_context(config, whole)
     spec.nbytes(config.layers, config.kv_heads, config.head_dim, whole)
     step = _compiled(config)

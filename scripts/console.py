@@ -2,9 +2,11 @@
 
 import codecs
 import contextlib
+import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -52,7 +54,12 @@ def open_model(name: str) -> Model:
     if not pretrained.is_pretrained(name):
         return run.open_model(name)
     with progress(f"load {name}", None) as show:
-        return run.open_model(name, lambda done, of: show(done, f"of {of} tensors"))
+        model = run.open_model(name, lambda done, of: show(done, f"of {of} tensors"))
+        count = len(jax.tree.leaves(model.params))
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        show(count, f"{size / 2**20:,.0f} MiB of parameters; the process took {peak / 2**20:,.0f} MiB at most")
+    return model
 
 
 class Answer:

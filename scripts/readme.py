@@ -7,6 +7,7 @@ from kvcascade.kernels.files import write_whole
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "eval" / "results" / "toy.jsonl"
+PRETRAINED = RESULTS.with_name("smollm2.jsonl")
 
 
 def generated() -> dict[Path, str]:
@@ -16,7 +17,9 @@ def generated() -> dict[Path, str]:
     evaluations = [r for r in report.of_kind(found, "evaluate") if r["model"] == "mha"]
     groups = {r["cache"]: suite.group_of(r["cache"], r["context"]) for r in evaluations}
     return {
-        ROOT / "README.md": report.fill(readme, report.readme_tables(found)),
+        ROOT / "README.md": report.fill(
+            readme, report.readme_tables(found) | {"pretrained": report.pretrained_table(records.read(PRETRAINED))}
+        ),
         RESULTS.with_suffix(".svg"): figures.quality_against_bytes(evaluations, groups),
     }
 

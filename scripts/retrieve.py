@@ -50,6 +50,7 @@ def main(arguments: list[str]) -> None:
         retrieval.sample(task, model.encoding, length, depth, args.seed + i) for i in range(args.samples)
     ]
     made = {(task, length): [make(task, length, d) for d in args.depth] for task in args.task for length in args.length}
+    room = retrieval.asked(each for by_depth in made.values() for samples in by_depth for each in samples)
     records.check_writable(args.out)
     found: list[records.Record] = []
     with console.progress("retrieve", len(specs) * len(made)) as show:
@@ -57,7 +58,7 @@ def main(arguments: list[str]) -> None:
             for (task, length), by_depth in made.items():
                 start = time.monotonic()
                 flat = [each for samples in by_depth for each in samples]
-                answered, size = retrieval.score(model.config, model.params, spec, flat, args.batch)
+                answered, size = retrieval.score(model.config, model.params, spec, flat, room, args.batch)
                 seconds = (time.monotonic() - start) / len(args.depth)
                 for index, depth in enumerate(args.depth):
                     mine = answered[index * args.samples : (index + 1) * args.samples]

@@ -83,12 +83,13 @@ def test_a_penalty_keeps_a_text_from_repeating(nano) -> None:
 def test_few_prompt_lengths_are_compiled(nano) -> None:
     """Prompts of 5 to 8 tokens share one prefill."""
     lengths = range(5, 9)
-    before = generate.prefill._cache_size()
+    before = generate.prefill._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
     for length in lengths:
         cache = generate.empty_cache(nano.config, parse("sink 1 | recent 8"), 1, 32)
         tokens, positions = generate.pad([list(range(length))])
         generate.prefill(nano.config, nano.params, cache, jnp.asarray(tokens), jnp.asarray(positions))
-    assert generate.prefill._cache_size() == before + 1
+    after = generate.prefill._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+    assert after == before + 1
 
 
 TEMPLATE = (

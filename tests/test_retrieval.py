@@ -83,9 +83,9 @@ def test_an_answer_counts_if_greedy_decoding_gives_it(cache):
             told.append((index + turn) % 2 == 0)
         samples.append(retrieval.Sample(context, turns))
         wanted.append(told)
-    found, size = retrieval.score(CONFIG, PARAMS, parse(cache), samples, batch=2)
+    found, size = retrieval.score(CONFIG, PARAMS, parse(cache), samples, retrieval.asked(samples), batch=2)
     assert found == wanted
-    assert size == parse(cache).nbytes(2, 2, 8, 64 + 32)
+    assert size == parse(cache).nbytes(2, 2, 8, 64 + 2 * (7 + 3))
 
 
 def test_wilson_is_between_0_and_1_and_around_the_share():
