@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.kernels.write import argmin
@@ -68,19 +69,16 @@ def _fresh(config: ModelConfig, spec: CacheSpec, batch: int):
 
 def _products(config: ModelConfig, params: Params, x_BM):
     """Each of the model's matrices times one vector per row, in the order of a decode step and with nothing between them."""
-    dtype = jnp.dtype(config.dtype)
-    kernel = lambda layer: layer["kernel"].astype(dtype)
-    kept = []
-    for layer in params["layers"].values():
-        attention = layer["attention"]
-        kept += [x_BM @ kernel(attention["k"]), x_BM @ kernel(attention["v"])]
-        x_BM = x_BM @ kernel(attention["q"]) @ kernel(attention["o"])
-        hidden = x_BM @ kernel(layer["up"])
-        if "gate" in layer:
-            hidden = hidden + x_BM @ kernel(layer["gate"])
-        x_BM = hidden @ kernel(layer["down"])
-    head_MV = params["embed"]["embedding"].astype(dtype).T if config.tied else kernel(params["head"])
-    return x_BM @ head_MV, kept
+    model, kept = nnx.merge(gpt.graph(config)[0], params), []
+    for block in model.layers:
+        attention = block.attention
+        kept += [attention.k(x_BM), attention.v(x_BM)]
+        x_BM = attention.o(attention.q(x_BM))
+        hidden = block.up(x_BM)
+        if config.activation == "swiglu":
+            hidden = hidden + block.gate(x_BM)
+        x_BM = block.down(hidden)
+    return model.logits(x_BM), kept
 
 
 def _stretch(call: Callable, steps: int) -> float:

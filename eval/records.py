@@ -33,6 +33,7 @@ def evaluation(
     return {
         "kind": "evaluate",
         "model": model.name,
+        "weights": model.config.weights,
         "cache": str(spec),
         "data": data,
         "context": context,
@@ -85,6 +86,7 @@ def retrieval(
     return {
         "kind": "retrieve",
         "model": model.name,
+        "weights": model.config.weights,
         "cache": str(spec),
         "task": task,
         "length": length,

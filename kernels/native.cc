@@ -1,4 +1,5 @@
-// A decode step's two uses of a cache, for XLA on a CPU: attention over all tiers, and the exchange of one slot.
+// What a decode step spends its time on, for XLA on a CPU: attention over all tiers, the exchange of one slot, products with
+// matrices in bf16 or int8.
 //
 // XLA converts a bf16 or int8 operand of a product into a float32 copy. This reads each stored vector once, as it is stored, and
 // skips slots that the query does not see. One task is one row's KV head; its G query heads share every vector that is read.
@@ -11,6 +12,7 @@
 #include <limits>
 #include <memory>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -396,6 +398,61 @@ void Parallel(ffi::ThreadPool& pool, int64_t tasks, int64_t threads, F task) {
   while (progress->done.load(std::memory_order_acquire) < tasks) std::this_thread::yield();
 }
 
+template <typename T>
+inline Lanes Widened(const T* from) {
+  Lanes to;
+  auto* x = reinterpret_cast<float*>(&to);
+#pragma omp simd
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if constexpr (std::is_same_v<T, uint16_t>) {
+      x[lane] = Bfloat16(from[lane]);
+    } else {
+      x[lane] = static_cast<int>(from[lane]);
+    }
+  }
+  return to;
+}
+
+// y[r, n] = scale[n] * sum over i of x[r, i] w[n, i], for kRows rows of x and kLanes / kRows outputs n: kLanes sums at once.
+template <typename T, int kRows>
+void ProductBlock(const float* x, const T* w, const float* scale, float* y, int64_t I, int64_t O, int64_t rows, int64_t first) {
+  constexpr int kOutputs = kLanes / kRows;
+  const int64_t outputs = std::min<int64_t>(kOutputs, O - first);
+  // Past the last row or output the last one is computed again, and not written.
+  const float* xs[kRows];
+  const T* ws[kOutputs];
+  for (int r = 0; r < kRows; ++r) xs[r] = x + std::min<int64_t>(r, rows - 1) * I;
+  for (int n = 0; n < kOutputs; ++n) ws[n] = w + (first + std::min<int64_t>(n, outputs - 1)) * I;
+  Lanes sums[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= I; i += kLanes) {
+    Lanes row[kRows];
+    for (int r = 0; r < kRows; ++r) std::memcpy(&row[r], xs[r] + i, sizeof(Lanes));
+#pragma GCC unroll 16
+    for (int n = 0; n < kOutputs; ++n) {
+      const Lanes weight = Widened(ws[n] + i);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sums[r * kOutputs + n] += row[r] * weight;
+    }
+  }
+  const Lanes whole = Sums(sums);
+  for (int64_t r = 0; r < std::min<int64_t>(kRows, rows); ++r) {
+    for (int64_t n = 0; n < outputs; ++n) {
+      float sum = whole[r * kOutputs + n];
+      for (int64_t rest = i; rest < I; ++rest) {
+        float weight;
+        if constexpr (std::is_same_v<T, uint16_t>) {
+          weight = Bfloat16(ws[n][rest]);
+        } else {
+          weight = ws[n][rest];
+        }
+        sum += xs[r][rest] * weight;
+      }
+      y[r * O + first + n] = scale ? sum * scale[first + n] : sum;
+    }
+  }
+}
+
 constexpr int64_t kWorthAThread = 1 << 22;  // about 100 us of work; less is done before another thread is awake
 
 ffi::ErrorOr<Stored> ReadStored(ffi::RemainingArgs& args, size_t& next, int64_t arrays, bool turned) {
@@ -510,6 +567,49 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Span<const int64_t> arrays, ffi::Sp
   return ffi::Error::Success();
 }
 
+template <typename T, int kRows>
+void Products(ffi::ThreadPool& pool, const float* x, const T* w, const float* scale, float* y, int64_t I, int64_t O, int64_t rows) {
+  constexpr int64_t kBlock = 64;  // outputs of a task
+  const int64_t threads = std::min<int64_t>(pool.num_threads(), O * I * static_cast<int64_t>(sizeof(T)) / (1 << 20));
+  Parallel(pool, (O + kBlock - 1) / kBlock, threads, [&](int64_t task) {
+    for (int64_t n = task * kBlock; n < std::min(O, (task + 1) * kBlock); n += kLanes / kRows) {
+      ProductBlock<T, kRows>(x, w, scale, y, I, O, rows, n);
+    }
+  });
+}
+
+template <typename T>
+void AllProducts(ffi::ThreadPool& pool, const float* x, const T* w, const float* scale, float* y, int64_t I, int64_t O, int64_t rows) {
+  // The most rows at once: a weight is then converted least often.
+  constexpr int kMost = std::min(8, kLanes);
+  for (; rows > 0; rows -= kMost, x += kMost * I, y += kMost * O) {
+    if (rows > 4) {
+      Products<T, kMost>(pool, x, w, scale, y, I, O, rows);
+    } else if (rows > 2) {
+      Products<T, 4>(pool, x, w, scale, y, I, O, rows);
+    } else if (rows == 2) {
+      Products<T, 2>(pool, x, w, scale, y, I, O, rows);
+    } else {
+      Products<T, 1>(pool, x, w, scale, y, I, O, rows);
+    }
+  }
+}
+
+// x [R, I] times the transpose of a matrix [O, I] in bf16, or in int8 with a scale per output.
+ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::RemainingArgs scales,
+                   ffi::ResultBuffer<ffi::F32> y) {
+  const int64_t rows = x.dimensions()[0], I = x.dimensions()[1], O = w.dimensions()[0];
+  const float* scale = scales.size() ? scales.get<ffi::Buffer<ffi::F32>>(0)->typed_data() : nullptr;
+  if (w.element_type() == ffi::BF16) {
+    AllProducts(pool, x.typed_data(), static_cast<const uint16_t*>(w.untyped_data()), scale, y->typed_data(), I, O, rows);
+  } else if (w.element_type() == ffi::S8) {
+    AllProducts(pool, x.typed_data(), static_cast<const int8_t*>(w.untyped_data()), scale, y->typed_data(), I, O, rows);
+  } else {
+    return ffi::Error::InvalidArgument("unknown format of weights");
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_decode, Attend,
@@ -536,3 +636,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_exchange, Exchange,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .RemainingArgs()
                                   .RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_product, Product,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::Buffer<ffi::F32>>());

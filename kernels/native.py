@@ -35,7 +35,7 @@ def ready() -> bool:
         why = next((line for line in lines if "error" in line), lines[-1])
         logging.getLogger(__name__).warning("no C++ kernels, decoding goes through XLA and is slower: %s", why)
         return False
-    for name in ("kvcascade_decode", "kvcascade_exchange"):
+    for name in ("kvcascade_decode", "kvcascade_exchange", "kvcascade_product"):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return True
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from kvcascade.cache.cascade import LayerCache
 from kvcascade.kernels.causal import causal_attention
 from kvcascade.model.config import ModelConfig
+from kvcascade.model.linear import Linear
 
 
 def rope(
@@ -32,7 +33,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, out_init, rngs: nnx.Rngs):
         width, head_dim = config.width, config.head_dim
-        linear = functools.partial(nnx.Linear, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        linear = functools.partial(Linear, config=config, rngs=rngs)
         project = functools.partial(linear, kernel_init=nnx.initializers.normal(0.02), use_bias=config.biases != "none")
         self.q = project(width, config.heads * head_dim)
         self.k = project(width, config.kv_heads * head_dim)

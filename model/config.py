@@ -5,8 +5,10 @@ import math
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.kernels.activation import ACTIVATIONS
+from kvcascade.kernels.linear import WEIGHTS
 
 CHOICES = {
+    "weights": WEIGHTS,
     "dtype": ("float32", "bfloat16"),
     "positions": ("rope", "learned"),
     "norm": ("rms", "layer"),
@@ -54,6 +56,8 @@ class ModelConfig:
     """Whether the head is the embedding, or a matrix of its own."""
     window: int = 0
     """Positions that a query sees, its own included (Mistral's sliding window); 0: all."""
+    weights: str = "float32"
+    """What matrices and embeddings are kept in: float32, or, not to be trained any more, bfloat16 or int8."""
     dtype: str = "float32"
     """What the matrix products are computed in: float32 or bfloat16."""
 

@@ -13,6 +13,7 @@ from kvcascade.kernels.activation import activate
 from kvcascade.kernels.loss import token_nll
 from kvcascade.model.attention import Attention
 from kvcascade.model.config import ModelConfig
+from kvcascade.model.linear import Embedding, Linear
 
 type Params = dict[str, Any]
 
@@ -27,9 +28,8 @@ class Block(nnx.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        dtype = jnp.dtype(config.dtype)
         out_init = nnx.initializers.normal(0.02 / (2 * config.layers) ** 0.5)
-        linear = functools.partial(nnx.Linear, use_bias=config.biases == "all", dtype=dtype, rngs=rngs)
+        linear = functools.partial(Linear, config=config, use_bias=config.biases == "all", rngs=rngs)
         self.attention_norm, self.mlp_norm = make_norm(config, rngs), make_norm(config, rngs)
         self.attention = Attention(config, out_init, rngs)
         self.up = linear(config.width, config.mlp, kernel_init=nnx.initializers.normal(0.02))
@@ -50,13 +50,7 @@ class GPT(nnx.Module):
     """Embeddings, `layers` blocks, a last norm, and logits against the same embeddings."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(
-            config.vocab,
-            config.width,
-            dtype=jnp.dtype(config.dtype),
-            embedding_init=nnx.initializers.normal(0.02),
-            rngs=rngs,
-        )
+        self.embed = Embedding(config, rngs)
         if config.positions == "learned":
             self.position = nnx.Embed(
                 config.context, config.width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs
@@ -65,9 +59,7 @@ class GPT(nnx.Module):
         self.norm = make_norm(config, rngs)
         if not config.tied:
             init = nnx.initializers.normal(0.02)
-            self.head = nnx.Linear(
-                config.width, config.vocab, use_bias=False, dtype=jnp.dtype(config.dtype), kernel_init=init, rngs=rngs
-            )
+            self.head = Linear(config.width, config.vocab, config, False, init, rngs)
         self.config = config
 
     def hidden(self, tokens_BT, positions_BT, cache, dropout_key=None, fresh=False):
@@ -89,8 +81,7 @@ class GPT(nnx.Module):
     @property
     def head_VM(self):
         """The head's matrix, in the dtype that products are computed in."""
-        matrix = self.embed.embedding[...] if self.config.tied else self.head.kernel[...].T
-        return matrix.astype(jnp.dtype(self.config.dtype))
+        return (self.embed if self.config.tied else self.head).rows.astype(jnp.dtype(self.config.dtype))
 
 
 def init(config: ModelConfig, seed: int) -> Params:

@@ -20,6 +20,7 @@ import numpy as np
 import safetensors
 
 from kvcascade.cache.errors import BadInput
+from kvcascade.kernels import linear
 from kvcascade.kernels.files import cache_dir
 from kvcascade.model import gpt, tokenizer
 from kvcascade.model.config import ModelConfig
@@ -50,18 +51,19 @@ type Report = Callable[[int, int], None]
 """Called with the number of tensors loaded and how many there are."""
 
 
-def load(name: str, report: Report = lambda done, of: None) -> Model:
+def load(name: str, report: Report = lambda done, of: None, weights: str = "float32") -> Model:
     """Load `smollm2`, `gguf:FILE`, a directory with config.json and *.safetensors, or such a repository of the Hugging Face hub.
 
-    Architectures: llama (SmolLM2, Llama 2 and 3), mistral, qwen2, qwen3, gpt2. Weights become float32. Raises BadInput where there is no such
+    Architectures: llama (SmolLM2, Llama 2 and 3), mistral, qwen2, qwen3, gpt2. `weights` says what matrices
+    are kept in: float32, bfloat16 or int8. Raises BadInput where there is no such
     model, or its files are incomplete, damaged or of another architecture.
     """
     if name == "smollm2":
-        return _load_gguf(name, _smollm2(), report)
+        return _load_gguf(name, _smollm2(), weights, report)
     if name.startswith("gguf:"):
-        return _load_gguf(name, Path(name.removeprefix("gguf:")), report)
+        return _load_gguf(name, Path(name.removeprefix("gguf:")), weights, report)
     folder = Path(name)
-    return _load_directory(name, folder if folder.is_dir() else _fetch(name), report)
+    return _load_directory(name, folder if folder.is_dir() else _fetch(name), weights, report)
 
 
 def is_pretrained(name: str) -> bool:
@@ -237,6 +239,7 @@ def load_params(
     names: dict[str, str],
     name: str,
     paired_rope: bool,
+    weights: str,
     report: Report,
 ) -> Params:
     """Read every parameter of a model, one tensor at a time; BadInput that names what is missing, unexpected or of another shape.
@@ -272,7 +275,13 @@ def load_params(
             heads = array.reshape(*array.shape[:-1], -1, config.head_dim // 2, 2)
             array = heads.swapaxes(-1, -2).reshape(array.shape)
         used.add(theirs)
-        _put(params, path, jnp.asarray(array, leaf.dtype))
+        array = jnp.asarray(array, leaf.dtype)
+        if weights != "float32" and path.endswith(("kernel", "embed.embedding")):
+            stored = linear.store(array.T if path.endswith("kernel") else array, weights)
+            for part, each in stored.items():
+                _put(params, f"{path.rsplit('.', 1)[0]}.stored.{part}", each)
+        else:
+            _put(params, path, array)
         report(index + 1, len(wanted))
     return params
 
@@ -320,7 +329,7 @@ class GGUFFile:
             raise BadInput(f"{self.path}: {name} is of the type {tensor.tensor_type.name}: {error}") from error
 
 
-def _load_gguf(name: str, path: Path, report: Report) -> Model:
+def _load_gguf(name: str, path: Path, weights: str, report: Report) -> Model:
     file = GGUFFile(path)
     config = config_from_gguf(file.fields, file.shapes(), str(path))
     if "rope_freqs.weight" in file.tensors:
@@ -331,10 +340,11 @@ def _load_gguf(name: str, path: Path, report: Report) -> Model:
     _check_vocabulary(config, encoding, str(path))
     names = GGUF_GPT2 if config.positions == "learned" else GGUF
     paired = file.fields["general.architecture"] == "llama"
-    params = load_params(config, file, names, str(path), paired, report)
+    kept = dataclasses.replace(config, weights=weights)
+    params = load_params(config, file, names, str(path), paired, weights, report)
     ends = (file.fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot"))
     end = frozenset(token for token in ends if token is not None)
-    return Model(name, config, params, encoding, file.fields.get("tokenizer.chat_template"), end)
+    return Model(name, kept, params, encoding, file.fields.get("tokenizer.chat_template"), end)
 
 
 def _check_vocabulary(config: ModelConfig, encoding: Tokenizer, name: str) -> None:
@@ -392,17 +402,18 @@ class Safetensors:
             return np.asarray(tensors.get_tensor(name).astype(jnp.float32))
 
 
-def _load_directory(name: str, folder: Path, report: Report) -> Model:
+def _load_directory(name: str, folder: Path, weights: str, report: Report) -> Model:
     config = config_from_hub(_json(folder / "config.json"), name)
     encoding = tokenizer.from_json(folder / "tokenizer.json")
     _check_vocabulary(config, encoding, name)
     names = HUB_GPT2 if config.positions == "learned" else HUB_LLAMA
-    params = load_params(config, Safetensors(folder), names, name, False, report)
+    kept = dataclasses.replace(config, weights=weights)
+    params = load_params(config, Safetensors(folder), names, name, False, weights, report)
     template = _json(folder / "tokenizer_config.json", missing={}).get("chat_template")
     file = folder / "chat_template.jinja"
     template = file.read_text() if file.is_file() else template
     end = _json(folder / "generation_config.json", missing={}).get("eos_token_id") or []
-    return Model(name, config, params, encoding, template, frozenset([end] if isinstance(end, int) else end))
+    return Model(name, kept, params, encoding, template, frozenset([end] if isinstance(end, int) else end))
 
 
 def _fetch(name: str) -> Path:

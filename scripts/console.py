@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from kvcascade.cache.errors import BadInput
 from kvcascade.model import pretrained
 from kvcascade.model.pretrained import Model
 from kvcascade.train import run
@@ -49,12 +50,14 @@ def training(title: str, steps: int) -> Iterator[Callable[[int, dict], None]]:
         yield report
 
 
-def open_model(name: str) -> Model:
-    """A model by its name, with a progress bar while it loads."""
+def open_model(name: str, weights: str = "float32") -> Model:
+    """A model by its name, with a progress bar while it loads; BadInput for a run whose weights are to be other than float32."""
     if not pretrained.is_pretrained(name):
+        if weights != "float32":
+            raise BadInput(f"{name} is a run, whose weights are float32; --weights {weights} is for pretrained models")
         return run.open_model(name)
     with progress(f"load {name}", None) as show:
-        model = run.open_model(name, lambda done, of: show(done, f"of {of} tensors"))
+        model = run.open_model(name, lambda done, of: show(done, f"of {of} tensors"), weights)
         count = len(jax.tree.leaves(model.params))
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

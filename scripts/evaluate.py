@@ -34,6 +34,8 @@ class Args:
     """Tokens of each window that enter in one prefill and are not scored."""
     fidelity: bool = False
     """Also compare every next-token distribution with the full cache's: KL divergence and the same likeliest token; doubles the time."""
+    weights: str = "float32"
+    """What a pretrained model's matrices are kept in: float32, bfloat16 or int8."""
     out: Path | None = None
     """File that one JSON object per cache is appended to."""
 
@@ -42,7 +44,7 @@ def main(arguments: list[str]) -> None:
     """Evaluate each cache, print a table, append the records."""
     args = tyro.cli(Args, prog="kvcascade evaluate", args=arguments)
     specs = [parse(text) for text in args.cache or ("full",)]
-    model = console.open_model(args.model)
+    model = console.open_model(args.model, args.weights)
     perplexity.check(model.config, specs, args.context, args.prefix)
     records.check_writable(args.out)
     rows = data.windows(run.evaluation_tokens(model, args.data), args.context, args.sequences)

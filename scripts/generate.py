@@ -23,6 +23,8 @@ class Args:
     """A run's folder, smollm2, gguf:FILE, or a Hugging Face directory or name."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
     """The text to continue; given several times, a batch of texts."""
+    weights: str = "float32"
+    """What a pretrained model's matrices are kept in: float32, bfloat16 or int8."""
     cache: str = "full"
     """A cache in one line, or a preset's name."""
     tokens: int = 64
@@ -42,7 +44,7 @@ def main(arguments: list[str]) -> None:
     spec = parse(args.cache)
     if args.tokens < 1 or not args.prompt:
         raise BadInput("--tokens must be at least 1, and there must be a --prompt")
-    model = console.open_model(args.model)
+    model = console.open_model(args.model, args.weights)
     if args.chat:
         prompts = [chat.encode(model, [{"role": "user", "content": text}]) for text in args.prompt]
     else:

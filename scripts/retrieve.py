@@ -32,6 +32,8 @@ class Args:
     batch: int = 8
     """Rows at once."""
     seed: int = 0
+    weights: str = "float32"
+    """What a pretrained model's matrices are kept in: float32, bfloat16 or int8."""
     out: Path | None = None
     """File that one JSON object per cache, task, length and depth is appended to."""
 
@@ -42,7 +44,7 @@ def main(arguments: list[str]) -> None:
     if args.samples < 1 or args.batch < 1 or not (args.task and args.length and args.depth):
         raise BadInput("retrieve needs at least one sample, row, task, length and depth")
     specs = [parse(text) for text in args.cache]
-    model = console.open_model(args.model)
+    model = console.open_model(args.model, args.weights)
     slots = [max(c.slots(max(args.length)) for c in spec.cascades(model.config.layers)) for spec in specs]
     fewest = min(slots, default=max(args.length) // 4)
     specs = list(dict.fromkeys([parse("full"), *specs, parse(f"random {fewest}")]))

@@ -139,7 +139,7 @@ BAD = {
     "generate --model none --prompt a": "none holds no run",
     "generate --model run --prompt a --tokens 40": "more than the model's context of 32",
     "generate --model run --prompt a --tokens 0": "--tokens must be at least 1",
-    "generate --model run --prompt a --temperature -1": "--temperature at least 0",
+    "generate --model run --prompt a --temperature -1": "temperature must be at least 0",
     "generate --model run --prompt a --tokens 8 --cache sink": "cache spec, character 1",
     "generate --model run --prompt '' --tokens 8": "the prompt is empty",
     "compare run none": "none holds no run",

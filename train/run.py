@@ -51,10 +51,10 @@ def load_corpus(settings: RunConfig, encoding: tiktoken.Encoding) -> loop.Corpus
     return loop.Corpus(data.tokenize(text.train, encoding), data.tokenize(text.validation, encoding), lengths)
 
 
-def open_model(name: str, report: pretrained.Report = lambda done, of: None) -> Model:
+def open_model(name: str, report: pretrained.Report = lambda done, of: None, weights: str = "float32") -> Model:
     """A model by its name: a run's folder, or what `pretrained.load` takes; BadInput where there is none."""
     if pretrained.is_pretrained(name):
-        return pretrained.load(name, report)
+        return pretrained.load(name, report, weights)
     trained = checkpoint.load_run(Path(name))
     settings = trained.config
     return Model(
