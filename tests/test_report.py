@@ -29,6 +29,37 @@ def test_the_page_is_self_contained_and_complete(recorded, tmp_path):
         assert f"<td>{one['cache']}</td>" in page and f"<td>{one['kv_bytes']:,}</td>" in page
 
 
+def test_the_page_of_a_pretrained_model(tmp_path):
+    """Without a training the page shows what there is: quality, fidelity, retrieval with its heat map, each cache by name."""
+    recorded = records.read(readme.PRETRAINED)
+    report.write(tmp_path / "report.html", recorded, "kvcascade report")
+    page = (tmp_path / "report.html").read_text()
+    drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(drawings) == 2
+    for drawing in drawings:
+        ElementTree.fromstring(drawing)
+    assert [
+        title
+        for title in ("Learning", "Fidelity", "What can still be found", "Decode latency")
+        if f"<h2>{title}" in page
+    ] == [
+        "Fidelity",
+        "What can still be found",
+    ]
+    evaluations, retrievals = (report.of_kind(recorded, kind) for kind in ("evaluate", "retrieve"))
+    for caches in ({r["cache"] for r in evaluations}, {r["cache"] for r in retrievals}):
+        assert len(caches) >= 8 and "full" in caches and any(cache.startswith("random") for cache in caches)
+    assert all(
+        one["kv_bytes"] == one["kv_bytes_predicted"] and one["traces"] == 1 and "kl" in one for one in evaluations
+    )
+
+
+def test_nothing_to_report_is_refused(tmp_path):
+    with pytest.raises(BadInput, match="evaluations or of retrieval"):
+        report.write(tmp_path / "report.html", [], "kvcascade report")
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_method_stands_next_to_full_and_random(recorded):
     """Each model was run behind the full cache and random eviction, and every group of evicting caches has a random one."""
     for model in {one["model"] for one in report.of_kind(recorded, "evaluate")}:
