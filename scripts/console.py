@@ -20,8 +20,8 @@ err = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
 
 
 @contextlib.contextmanager
-def progress(title: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar on stderr; yields a function that takes how far the work is and a few words."""
+def progress(title: str, total: int | None) -> Iterator[Callable[[int | None, str], None]]:
+    """A progress bar on stderr; yields a function that takes how far the work is (None: as far as before) and a few words."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -58,10 +58,9 @@ def open_model(name: str, weights: str = "float32") -> Model:
         return run.open_model(name)
     with progress(f"load {name}", None) as show:
         model = run.open_model(name, lambda done, of: show(done, f"of {of} tensors"), weights)
-        count = len(jax.tree.leaves(model.params))
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        show(count, f"{size / 2**20:,.0f} MiB of parameters; the process took {peak / 2**20:,.0f} MiB at most")
+        show(None, f"{size / 2**20:,.0f} MiB of parameters; the process took {peak / 2**20:,.0f} MiB at most")
     return model
 
 
