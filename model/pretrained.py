@@ -247,7 +247,7 @@ def load_params(
     `paired_rope`: queries and keys are laid out for RoPE that turns neighbours (h, h + 1), as GGUF's llama does, and are put back.
     """
     wanted = _leaves(gpt.graph(config)[1])
-    there, used, params = source.shapes(), set(), {}
+    there, params = source.shapes(), {}
     prefix = "transformer." if any(each.startswith("transformer.") for each in there) else ""
     where = {}
     for path in wanted:
@@ -274,7 +274,6 @@ def load_params(
         if paired_rope and projection in ("q", "k"):
             heads = array.reshape(*array.shape[:-1], -1, config.head_dim // 2, 2)
             array = heads.swapaxes(-1, -2).reshape(array.shape)
-        used.add(theirs)
         array = jnp.asarray(array, leaf.dtype)
         if weights != "float32" and path.endswith(("kernel", "embed.embedding")):
             stored = linear.store(array.T if path.endswith("kernel") else array, weights)
