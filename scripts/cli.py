@@ -38,6 +38,7 @@ def _run(arguments: list[str]) -> None:
         close = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(COMMANDS)}"
         _fail(f"no command {command!r}; {hint}")
+    sys.unraisablehook = _unraisable
     logging.basicConfig(format="kvcascade: %(message)s", level=logging.ERROR)
     logging.getLogger("kvcascade").setLevel(logging.INFO)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's notes about this machine are not about the user's work
@@ -56,6 +57,12 @@ def _run(arguments: list[str]) -> None:
         _fail(str(error), 1)
     except Interrupted as error:
         _fail(str(error), 128 + error.signal)
+
+
+def _unraisable(event, others=sys.unraisablehook) -> None:
+    """When one write of a checkpoint fails, orbax closes the event loop that the others report to: that is no news to the user."""
+    if not (isinstance(event.exc_value, RuntimeError) and str(event.exc_value) == "Event loop is closed"):
+        others(event)
 
 
 def _fail(message: str, status: int = 2) -> None:

@@ -1,5 +1,7 @@
 """The command as a user meets it: help, bad input in one line with status 2, and nothing left behind."""
 
+import asyncio
+import functools
 import json
 import os
 import shlex
@@ -10,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tensorstore
 import yaml
 
 from kvcascade.scripts import cli
@@ -269,3 +272,27 @@ def test_ctrl_c_while_importing_is_one_line(here: Path) -> None:
     )
     child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ)
     assert (child.returncode, child.stderr) == (128 + signal.SIGINT, "kvcascade: stopped\n")
+
+
+def test_only_late_writes_of_a_failed_checkpoint_are_silent(monkeypatch, capfd: pytest.CaptureFixture) -> None:
+    """A tensorstore write that ends after orbax closed its event loop is not told on stderr; another lost exception is."""
+    told = functools.partial(cli._unraisable, others=sys.__unraisablehook__)
+    for hook, seen in ((sys.__unraisablehook__, True), (told, False)):
+        monkeypatch.setattr(sys, "unraisablehook", hook)
+        promise, write = tensorstore.Promise.new()
+        loop = asyncio.new_event_loop()
+
+        async def begin(write: tensorstore.Future = write) -> None:
+            next(write.__await__())
+
+        loop.run_until_complete(begin())
+        loop.close()
+        promise.set_result(1)
+        assert ("Event loop is closed" in capfd.readouterr().err) == seen
+
+    class Lost:
+        def __del__(self) -> None:
+            raise ValueError("lost")
+
+    Lost()
+    assert "ValueError: lost" in capfd.readouterr().err
