@@ -28,13 +28,9 @@ def decode(
 
     `xla` runs everywhere, `native` is C++ for a CPU; None takes the best that there is on the platform compiled for.
     """
-    if implementation is None:
-        implementation = "native" if native.ready() else "xla"
     slots, formats = zip(*held, strict=True)
-    reference = functools.partial(_xla, formats, observed, window)
-    if implementation == "xla":
-        return reference(q_BNH, q_pos_B, slots)
-    return native.run(functools.partial(_native, formats, observed, window), reference, q_BNH, q_pos_B, slots)
+    reference, kernel = (functools.partial(each, formats, observed, window) for each in (_xla, _native))
+    return native.run(implementation, kernel, reference, q_BNH, q_pos_B, slots)
 
 
 def _xla(formats, observed, window, q_BNH, q_pos_B, slots) -> Result:

@@ -1,4 +1,4 @@
-"""Products with a matrix that is kept in fewer bits than it is computed in."""
+"""Products with the matrices of a model, in the precision that they are kept in."""
 
 from typing import Any, Literal
 
@@ -9,46 +9,44 @@ from jaxtyping import Array, Float
 from kvcascade.kernels import native
 
 WEIGHTS = ("float32", "bfloat16", "int8")
-FEW = 16  # rows; for more, converting the matrix costs little next to the products
+FEW = 16  # rows; for more, converting the matrix costs little next to the products, and XLA's are faster
 
 type Matrix = dict[str, Array]
-"""`codes` [out, in] in bfloat16, or in int8 with a float32 `scale` [out]: what one output needs is read in one piece."""
+"""`weight` [out, in] in float32, bfloat16 or int8, the last with a float32 `scale` [out]: what one output needs is read in one piece."""
 
 
 def store(matrix: Float[Array, "O I"], weights: str) -> Matrix:
-    """Keep a matrix [out, in] in bfloat16 or int8; int8 has a scale per output, the largest weight's size / 127."""
-    if weights == "bfloat16":
-        return {"codes": matrix.astype(jnp.bfloat16)}
+    """Keep a matrix [out, in] in one of WEIGHTS; int8 has a scale per output, the largest weight's size / 127."""
+    if weights != "int8":
+        return {"weight": matrix.astype(weights)}
     scale = jnp.maximum(jnp.abs(matrix).max(-1), 1e-30) / 127
-    return {"codes": jnp.round(matrix / scale[:, None]).astype(jnp.int8), "scale": scale}
+    return {"weight": jnp.round(matrix / scale[:, None]).astype(jnp.int8), "scale": scale}
 
 
 def rows(matrix: Matrix, index: Any = ...) -> Float[Array, "*B I"]:
     """Rows of a stored matrix in float32, all without an index."""
-    codes = matrix["codes"][index].astype(jnp.float32)
-    return codes * matrix["scale"][index][..., None] if "scale" in matrix else codes
+    weight = matrix["weight"][index].astype(jnp.float32)
+    return weight * matrix["scale"][index][..., None] if "scale" in matrix else weight
 
 
 def product(
     x: Float[Array, "*B I"], matrix: Matrix, implementation: Literal["xla", "native"] | None = None
 ) -> Float[Array, "*B O"]:
-    """x times the transpose of a stored matrix, in float32: weights are read as they are stored.
+    """x times the transpose of a stored matrix, in the dtype of x.
 
-    `native` is C++ for a CPU and few rows, `xla` converts the matrix first; None takes the better one.
+    `native` is C++ for a CPU and few rows, in float32, which reads weights as they are stored; `xla` converts the matrix to the dtype
+    of x first; None takes the better one.
     """
-    lead = x.shape[:-1]
-    flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    if implementation is None:
-        implementation = "native" if flat.shape[0] <= FEW and native.ready() else "xla"
-    y = _xla(flat, matrix) if implementation == "xla" else native.run(_native, _xla, flat, matrix)
-    return y.reshape(*lead, -1)
+    flat = x.reshape(-1, x.shape[-1])
+    y = native.run(implementation, _native, _xla, flat, matrix, suits=flat.shape[0] <= FEW)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def _xla(x, matrix):
-    return jnp.einsum("BI,OI->BO", x, rows(matrix))
+    return jnp.einsum("BI,OI->BO", x, rows(matrix).astype(x.dtype))
 
 
 def _native(x, matrix):
-    outputs = native.arrays(matrix)[0].shape[0]
-    call = jax.ffi.ffi_call("kvcascade_product", jax.ShapeDtypeStruct((x.shape[0], outputs), jnp.float32))
-    return call(x, *native.arrays(matrix))
+    shape = jax.ShapeDtypeStruct((x.shape[0], matrix["weight"].shape[0]), jnp.float32)
+    scale = [matrix["scale"]] if "scale" in matrix else []
+    return jax.ffi.ffi_call("kvcascade_product", shape)(x.astype(jnp.float32), matrix["weight"], *scale).astype(x.dtype)

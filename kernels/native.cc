@@ -16,6 +16,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -31,6 +35,7 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
+typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
 struct Register {
   Lanes lanes;
@@ -87,39 +92,84 @@ inline uint16_t ToBfloat16(float x) {
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-// to[i] = part(from[i]) * scale + low, in pieces of one register: a loop over all would be vectorised for the narrower type.
-template <typename T, typename F>
-inline void Widen(const T* from, int64_t n, float scale, float low, float* __restrict to, F part) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-#pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) to[i + lane] = part(static_cast<int>(from[i + lane])) * scale + low;
-  }
-  for (; i < n; ++i) to[i] = part(static_cast<int>(from[i])) * scale + low;
+// kLanes codes as integers. Written out for x86, where GCC would convert vectors of bytes lane by lane.
+inline Integers Codes(const int8_t* from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Integers>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Integers>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  Integers to;
+  for (int lane = 0; lane < kLanes; ++lane) to[lane] = from[lane];
+  return to;
+#endif
 }
+
+inline Integers Codes(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Integers>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Integers>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  Integers to;
+  for (int lane = 0; lane < kLanes; ++lane) to[lane] = from[lane];
+  return to;
+#endif
+}
+
+inline Lanes Numbers(Integers codes) { return __builtin_convertvector(codes, Lanes); }
+
+// kLanes stored numbers, and one.
+inline Lanes Widened(const float* from) {
+  Lanes to;
+  std::memcpy(&to, from, sizeof to);
+  return to;
+}
+inline Lanes Widened(const uint16_t* from) {
+  typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+  Halves bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return reinterpret_cast<Lanes>(__builtin_convertvector(bits, Integers) << 16);
+}
+inline Lanes Widened(const int8_t* from) { return Numbers(Codes(from)); }
+inline float Number(float stored) { return stored; }
+inline float Number(uint16_t stored) { return Bfloat16(stored); }
+inline float Number(int8_t stored) { return stored; }
 
 // Read consecutive rows into consecutive vectors; several only of a format without scales.
 inline void Read(const Stored& stored, int64_t row, int64_t rows, int64_t H, float* __restrict x) {
+  int64_t i = 0;
+  auto store = [&](int64_t at, Lanes lanes) { std::memcpy(x + at, &lanes, sizeof lanes); };
   switch (stored.format) {
     case Format::kFloat32:
       std::memcpy(x, static_cast<const float*>(stored.codes) + row * H, rows * H * sizeof(float));
       return;
     case Format::kBfloat16: {
       const auto* values = static_cast<const uint16_t*>(stored.codes) + row * H;
-#pragma omp simd
-      for (int64_t i = 0; i < rows * H; ++i) x[i] = Bfloat16(values[i]);
+      for (; i + kLanes <= rows * H; i += kLanes) store(i, Widened(values + i));
+      for (; i < rows * H; ++i) x[i] = Number(values[i]);
       return;
     }
     case Format::kInt8: {
       const auto* codes = static_cast<const int8_t*>(stored.codes) + row * H;
-      Widen(codes, H, Bfloat16(stored.scale[row]), 0, x, [](int code) { return code; });
+      const float scale = Bfloat16(stored.scale[row]);
+      for (; i + kLanes <= H; i += kLanes) store(i, Widened(codes + i) * scale);
+      for (; i < H; ++i) x[i] = Number(codes[i]) * scale;
       return;
     }
     case Format::kInt4: {
-      const auto* codes = static_cast<const uint8_t*>(stored.codes) + row * (H / 2);
+      const int64_t half = H / 2;
+      const auto* codes = static_cast<const uint8_t*>(stored.codes) + row * half;
       const float scale = Bfloat16(stored.scale[row]), low = Bfloat16(stored.low[row]);
-      Widen(codes, H / 2, scale, low, x, [](int code) { return code & 15; });
-      Widen(codes, H / 2, scale, low, x + H / 2, [](int code) { return code >> 4; });
+      for (; i + kLanes <= half; i += kLanes) {
+        const Integers both = Codes(codes + i);
+        store(i, Numbers(both & 15) * scale + low);
+        store(half + i, Numbers(both >> 4) * scale + low);
+      }
+      for (; i < half; ++i) {
+        x[i] = (codes[i] & 15) * scale + low;
+        x[half + i] = (codes[i] >> 4) * scale + low;
+      }
       return;
     }
   }
@@ -398,21 +448,6 @@ void Parallel(ffi::ThreadPool& pool, int64_t tasks, int64_t threads, F task) {
   while (progress->done.load(std::memory_order_acquire) < tasks) std::this_thread::yield();
 }
 
-template <typename T>
-inline Lanes Widened(const T* from) {
-  Lanes to;
-  auto* x = reinterpret_cast<float*>(&to);
-#pragma omp simd
-  for (int lane = 0; lane < kLanes; ++lane) {
-    if constexpr (std::is_same_v<T, uint16_t>) {
-      x[lane] = Bfloat16(from[lane]);
-    } else {
-      x[lane] = static_cast<int>(from[lane]);
-    }
-  }
-  return to;
-}
-
 // y[r, n] = scale[n] * sum over i of x[r, i] w[n, i], for kRows rows of x and kLanes / kRows outputs n: kLanes sums at once.
 template <typename T, int kRows>
 void ProductBlock(const float* x, const T* w, const float* scale, float* y, int64_t I, int64_t O, int64_t rows, int64_t first) {
@@ -424,32 +459,30 @@ void ProductBlock(const float* x, const T* w, const float* scale, float* y, int6
   for (int r = 0; r < kRows; ++r) xs[r] = x + std::min<int64_t>(r, rows - 1) * I;
   for (int n = 0; n < kOutputs; ++n) ws[n] = w + (first + std::min<int64_t>(n, outputs - 1)) * I;
   Lanes sums[kLanes] = {};
+  const int64_t ahead = std::max<int64_t>(kOutputs * I, 4096);
   int64_t i = 0;
   for (; i + kLanes <= I; i += kLanes) {
+    const bool prefetch = i % (64 / sizeof(T)) == 0;
     Lanes row[kRows];
     for (int r = 0; r < kRows; ++r) std::memcpy(&row[r], xs[r] + i, sizeof(Lanes));
 #pragma GCC unroll 16
     for (int n = 0; n < kOutputs; ++n) {
       const Lanes weight = Widened(ws[n] + i);
+      if (prefetch) __builtin_prefetch(ws[n] + i + ahead);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) sums[r * kOutputs + n] += row[r] * weight;
     }
   }
-  const Lanes whole = Sums(sums);
-  for (int64_t r = 0; r < std::min<int64_t>(kRows, rows); ++r) {
-    for (int64_t n = 0; n < outputs; ++n) {
-      float sum = whole[r * kOutputs + n];
-      for (int64_t rest = i; rest < I; ++rest) {
-        float weight;
-        if constexpr (std::is_same_v<T, uint16_t>) {
-          weight = Bfloat16(ws[n][rest]);
-        } else {
-          weight = ws[n][rest];
-        }
-        sum += xs[r][rest] * weight;
-      }
-      y[r * O + first + n] = scale ? sum * scale[first + n] : sum;
+  float whole[kLanes], scales[kOutputs];
+  const Lanes folded = Sums(sums);
+  std::memcpy(whole, &folded, sizeof whole);
+  for (int n = 0; n < kOutputs; ++n) scales[n] = scale ? scale[first + std::min<int64_t>(n, outputs - 1)] : 1.0f;
+  for (int r = 0; r < kRows; ++r) {
+    for (int n = 0; n < kOutputs; ++n) {
+      for (int64_t rest = i; rest < I; ++rest) whole[r * kOutputs + n] += xs[r][rest] * Number(ws[n][rest]);
+      whole[r * kOutputs + n] *= scales[n];
     }
+    if (r < rows) std::copy_n(whole + r * kOutputs, outputs, y + r * O + first);
   }
 }
 
@@ -567,32 +600,27 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Span<const int64_t> arrays, ffi::Sp
   return ffi::Error::Success();
 }
 
-template <typename T, int kRows>
+// Rows in groups, so that a weight comes from memory once and is converted for several rows at a time.
+template <typename T>
 void Products(ffi::ThreadPool& pool, const float* x, const T* w, const float* scale, float* y, int64_t I, int64_t O, int64_t rows) {
   constexpr int64_t kBlock = 64;  // outputs of a task
   const int64_t threads = std::min<int64_t>(pool.num_threads(), O * I * static_cast<int64_t>(sizeof(T)) / (1 << 20));
   Parallel(pool, (O + kBlock - 1) / kBlock, threads, [&](int64_t task) {
-    for (int64_t n = task * kBlock; n < std::min(O, (task + 1) * kBlock); n += kLanes / kRows) {
-      ProductBlock<T, kRows>(x, w, scale, y, I, O, rows, n);
+    const int64_t end = std::min(O, (task + 1) * kBlock);
+    auto some = [&](auto count) {
+      constexpr int kRows = decltype(count)::value;
+      for (int64_t n = task * kBlock; n < end; n += kLanes / kRows) {
+        for (int64_t r = 0; r < rows; r += kRows) ProductBlock<T, kRows>(x + r * I, w, scale, y + r * O, I, O, rows - r, n);
+      }
+    };
+    if (rows > 2) {
+      some(std::integral_constant<int, 4>());
+    } else if (rows == 2) {
+      some(std::integral_constant<int, 2>());
+    } else {
+      some(std::integral_constant<int, 1>());
     }
   });
-}
-
-template <typename T>
-void AllProducts(ffi::ThreadPool& pool, const float* x, const T* w, const float* scale, float* y, int64_t I, int64_t O, int64_t rows) {
-  // The most rows at once: a weight is then converted least often.
-  constexpr int kMost = std::min(8, kLanes);
-  for (; rows > 0; rows -= kMost, x += kMost * I, y += kMost * O) {
-    if (rows > 4) {
-      Products<T, kMost>(pool, x, w, scale, y, I, O, rows);
-    } else if (rows > 2) {
-      Products<T, 4>(pool, x, w, scale, y, I, O, rows);
-    } else if (rows == 2) {
-      Products<T, 2>(pool, x, w, scale, y, I, O, rows);
-    } else {
-      Products<T, 1>(pool, x, w, scale, y, I, O, rows);
-    }
-  }
 }
 
 // x [R, I] times the transpose of a matrix [O, I] in bf16, or in int8 with a scale per output.
@@ -600,10 +628,12 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer
                    ffi::ResultBuffer<ffi::F32> y) {
   const int64_t rows = x.dimensions()[0], I = x.dimensions()[1], O = w.dimensions()[0];
   const float* scale = scales.size() ? scales.get<ffi::Buffer<ffi::F32>>(0)->typed_data() : nullptr;
-  if (w.element_type() == ffi::BF16) {
-    AllProducts(pool, x.typed_data(), static_cast<const uint16_t*>(w.untyped_data()), scale, y->typed_data(), I, O, rows);
+  if (w.element_type() == ffi::F32) {
+    Products(pool, x.typed_data(), static_cast<const float*>(w.untyped_data()), scale, y->typed_data(), I, O, rows);
+  } else if (w.element_type() == ffi::BF16) {
+    Products(pool, x.typed_data(), static_cast<const uint16_t*>(w.untyped_data()), scale, y->typed_data(), I, O, rows);
   } else if (w.element_type() == ffi::S8) {
-    AllProducts(pool, x.typed_data(), static_cast<const int8_t*>(w.untyped_data()), scale, y->typed_data(), I, O, rows);
+    Products(pool, x.typed_data(), static_cast<const int8_t*>(w.untyped_data()), scale, y->typed_data(), I, O, rows);
   } else {
     return ffi::Error::InvalidArgument("unknown format of weights");
   }

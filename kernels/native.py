@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import jax
 from jax import lax
@@ -40,11 +41,21 @@ def ready() -> bool:
     return True
 
 
-def run[R](kernel: Callable[..., R], reference: Callable[..., R], *arguments) -> R:
-    """Call `kernel` where the program is compiled for a CPU, `reference` elsewhere and for the gradient.
+def run[R](
+    implementation: Literal["xla", "native"] | None,
+    kernel: Callable[..., R],
+    reference: Callable[..., R],
+    *arguments,
+    suits: bool = True,
+) -> R:
+    """Call `kernel` (`native`) where the program is compiled for a CPU, and `reference` (`xla`) elsewhere and for the gradient.
 
-    Raises NotImplementedError if the kernels could not be compiled.
+    None takes the kernel if it suits the arguments and could be compiled. Raises NotImplementedError if it is asked for and could not.
     """
+    if implementation is None:
+        implementation = "native" if suits and ready() else "xla"
+    if implementation == "xla":
+        return reference(*arguments)
     if not ready():
         raise NotImplementedError("the C++ kernels could not be compiled on this machine")
     # Flat, because the cotangent of an integer array has a type that is allowed nowhere else.

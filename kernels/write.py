@@ -26,12 +26,10 @@ def exchange(
     and a tie leaves things as they are. With `forget` nobody asks for those left over, and None is returned for them.
     `xla` runs everywhere; `native` is C++ for a CPU and T = 1; None takes the best that there is.
     """
-    if implementation is None:
-        implementation = "native" if entry.pos_BKT.shape[-1] == 1 and native.ready() else "xla"
-    reference = functools.partial(_xla, form, forget)
-    if implementation == "xla":
-        return reference(slots, entry, priority_BKST)
-    return native.run(functools.partial(_native, form, forget), reference, slots, entry, priority_BKST)
+    reference, kernel = (functools.partial(each, form, forget) for each in (_xla, _native))
+    return native.run(
+        implementation, kernel, reference, slots, entry, priority_BKST, suits=entry.pos_BKT.shape[-1] == 1
+    )
 
 
 def _xla(form, forget, slots, entry, priority):

@@ -34,11 +34,11 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, out_init, rngs: nnx.Rngs):
         width, head_dim = config.width, config.head_dim
         linear = functools.partial(Linear, config=config, rngs=rngs)
-        project = functools.partial(linear, kernel_init=nnx.initializers.normal(0.02), use_bias=config.biases != "none")
+        project = functools.partial(linear, init=nnx.initializers.normal(0.02), use_bias=config.biases != "none")
         self.q = project(width, config.heads * head_dim)
         self.k = project(width, config.kv_heads * head_dim)
         self.v = project(width, config.kv_heads * head_dim)
-        self.o = linear(config.heads * head_dim, width, kernel_init=out_init, use_bias=config.biases == "all")
+        self.o = linear(config.heads * head_dim, width, init=out_init, use_bias=config.biases == "all")
         if config.qk_norm:
             norm = functools.partial(nnx.RMSNorm, head_dim, epsilon=config.norm_eps, dtype=jnp.float32, rngs=rngs)
             self.q_norm, self.k_norm = norm(), norm()

@@ -28,16 +28,16 @@ def convert(
     if kv_heads == config.kv_heads:
         return config, params
 
-    def pool(weight: Float[Array, "*M KH"], key) -> Float[Array, "*M kH"]:
-        groups = weight.reshape(*weight.shape[:-1], kv_heads, -1, config.head_dim)
-        first = groups[..., 0, :]
+    def pool(weight: Float[Array, "KH *M"], key) -> Float[Array, "kH *M"]:
+        groups = weight.reshape(kv_heads, -1, config.head_dim, *weight.shape[1:])
+        first = groups[:, 0]
         if method == "mean":  # around the first, so that equal heads stay exactly as they are
-            pooled = first + (groups - groups[..., :1, :]).mean(-2)
+            pooled = first + (groups - groups[:, :1]).mean(1)
         elif method == "first":
             pooled = first
         else:
             pooled = jax.random.normal(key, first.shape) * weight.std()
-        return pooled.reshape(*weight.shape[:-1], -1)
+        return pooled.reshape(-1, *weight.shape[1:])
 
     layers = {}
     for index, layer in params["layers"].items():

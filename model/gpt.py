@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from kvcascade.cache.cascade import Cache
+from kvcascade.kernels import linear
 from kvcascade.kernels.activation import activate
 from kvcascade.kernels.loss import token_nll
 from kvcascade.model.attention import Attention
@@ -29,13 +30,13 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         out_init = nnx.initializers.normal(0.02 / (2 * config.layers) ** 0.5)
-        linear = functools.partial(Linear, config=config, use_bias=config.biases == "all", rngs=rngs)
+        project = functools.partial(Linear, config=config, use_bias=config.biases == "all", rngs=rngs)
         self.attention_norm, self.mlp_norm = make_norm(config, rngs), make_norm(config, rngs)
         self.attention = Attention(config, out_init, rngs)
-        self.up = linear(config.width, config.mlp, kernel_init=nnx.initializers.normal(0.02))
+        self.up = project(config.width, config.mlp, init=nnx.initializers.normal(0.02))
         if config.activation == "swiglu":
-            self.gate = linear(config.width, config.mlp, kernel_init=nnx.initializers.normal(0.02))
-        self.down = linear(config.mlp, config.width, kernel_init=out_init)
+            self.gate = project(config.width, config.mlp, init=nnx.initializers.normal(0.02))
+        self.down = project(config.mlp, config.width, init=out_init)
         self.activation, self.dropout = config.activation, config.dropout
 
     def __call__(self, x_BTM, positions_BT, cache, dropout_key, fresh):
@@ -74,14 +75,14 @@ class GPT(nnx.Module):
             caches.append(layer)
         return self.norm(x_BTM), tuple(caches)
 
+    @property
+    def head_matrix(self):
+        """What the logits are products with."""
+        return self.embed if self.config.tied else self.head
+
     def logits(self, x_BTM):
         """The head: products with its matrix, or with the embeddings."""
-        return self.embed.attend(x_BTM) if self.config.tied else self.head(x_BTM)
-
-    @property
-    def head_VM(self):
-        """The head's matrix, in the dtype that products are computed in."""
-        return (self.embed if self.config.tied else self.head).rows.astype(jnp.dtype(self.config.dtype))
+        return self.head_matrix.product(x_BTM)
 
 
 def init(config: ModelConfig, seed: int) -> Params:
@@ -111,8 +112,8 @@ def nll(
     model = nnx.merge(graph(config)[0], params)
     inputs_BT, targets_BT = rows_BT[:, :-1], rows_BT[:, 1:]
     x_BTM, _ = model.hidden(inputs_BT, _from_zero(inputs_BT), None, dropout_key)
-    head_VM = model.head_VM
-    x = x_BTM.reshape(-1, config.width).astype(head_VM.dtype)
+    head_VM = linear.rows(model.head_matrix.matrix).astype(config.dtype)
+    x = x_BTM.reshape(-1, config.width).astype(config.dtype)
     return token_nll(x, head_VM, targets_BT.reshape(-1)).reshape(targets_BT.shape)
 
 

@@ -263,7 +263,7 @@ def test_a_run_that_cannot_be_made_leaves_nothing(pristine: Path, tmp_path: Path
     assert steps == pooled.config.train.steps == 2 and pooled.step == 0
     assert pooled.config.model.kv_heads == 1 and trained.config.model.kv_heads == 2
     np.testing.assert_array_equal(
-        pooled.params["embed"]["embedding"], checkpoint.load_run(pristine, LATEST).params["embed"]["embedding"]
+        pooled.params["embed"]["weight"], checkpoint.load_run(pristine, LATEST).params["embed"]["weight"]
     )
     losses = []
     monkeypatch.setenv("KVCASCADE_CACHE", str(tmp_path / "cache"))

@@ -22,12 +22,12 @@ def params() -> gpt.Params:
 
 
 def heads(params: gpt.Params, layer: int, name: str) -> np.ndarray:
-    """A layer's key or value kernel, head by head: [K, M, H]."""
-    return np.asarray(params["layers"][layer]["attention"][name]["kernel"]).reshape(48, -1, 8).transpose(1, 0, 2)
+    """A layer's matrix of keys or values, head by head: [K, H, M]."""
+    return np.asarray(params["layers"][layer]["attention"][name]["weight"]).reshape(-1, 8, 48)
 
 
 def others(params: gpt.Params) -> list:
-    """Every parameter but the kernels of keys and values."""
+    """Every parameter but the matrices of keys and values."""
     paths = jax.tree.leaves_with_path(params)
     return [leaf for path, leaf in paths if not any(getattr(key, "key", None) in ("k", "v") for key in path)]
 
@@ -50,7 +50,7 @@ def test_mean_pools_neighbours(params: gpt.Params, kv_heads: int) -> None:
     for layer in range(2):
         for name in "kv":
             old, new = heads(params, layer, name), heads(pooled, layer, name)
-            assert new.shape == (kv_heads, 48, 8)
+            assert new.shape == (kv_heads, 8, 48)
             for i in range(kv_heads):
                 np.testing.assert_allclose(new[i], old[i * size : (i + 1) * size].mean(0), rtol=1e-5, atol=1e-8)
     assert all((a == b).all() for a, b in zip(others(pooled), others(params), strict=True))
@@ -70,9 +70,9 @@ def test_random_has_the_spread_of_the_old_heads(params: gpt.Params) -> None:
     _, again = convert(MHA, params, 2, "random", seed=1)
     _, other = convert(MHA, params, 2, "random", seed=2)
     found = [heads(drawn, layer, name) for layer in range(2) for name in "kv"]
-    for index, kernel in enumerate(found):
-        assert kernel.std() == pytest.approx(0.02, rel=0.15)
-        assert all(abs(np.corrcoef(kernel.ravel(), one.ravel())[0, 1]) < 0.2 for one in found[:index])
+    for index, matrix in enumerate(found):
+        assert matrix.std() == pytest.approx(0.02, rel=0.15)
+        assert all(abs(np.corrcoef(matrix.ravel(), one.ravel())[0, 1]) < 0.2 for one in found[:index])
     np.testing.assert_array_equal(heads(again, 0, "k"), found[0])
     assert (heads(other, 0, "k") != found[0]).all()
 
@@ -84,8 +84,8 @@ def test_identical_heads_are_pooled_exactly(params: gpt.Params, kv_heads: int, m
     size = 6 // kv_heads
     twins = {}
     for index, layer in params["layers"].items():
-        same = lambda kernel: {
-            "kernel": jnp.repeat(kernel["kernel"].reshape(48, kv_heads, size, 8)[:, :, :1], size, 2).reshape(48, 48)
+        same = lambda matrix: {
+            "weight": jnp.repeat(matrix["weight"].reshape(kv_heads, size, 8, 48)[:, :1], size, 1).reshape(48, 48)
         }
         attention = layer["attention"] | {name: same(layer["attention"][name]) for name in "kv"}
         twins[index] = layer | {"attention": attention}

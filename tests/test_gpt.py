@@ -49,13 +49,13 @@ def test_the_sizes_of_the_presets() -> None:
 
 
 def test_what_is_drawn_has_the_shapes_of_the_graph() -> None:
-    """`init` gives the tree of `graph`; kernels are wide by in and out, KV kernels by their heads."""
+    """`init` gives the tree of `graph`; matrices are wide by out and in, those of keys and values by their heads."""
     params = gpt.init(TINY, 0)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert shapes(params) == shapes(gpt.graph(TINY)[1])
     attention = params["layers"][1]["attention"]
-    assert {name: attention[name]["kernel"].shape for name in "qkvo"} == {
-        "q": (32, 32), "k": (32, 16), "v": (32, 16), "o": (32, 32),
+    assert {name: attention[name]["weight"].shape for name in "qkvo"} == {
+        "q": (32, 32), "k": (16, 32), "v": (16, 32), "o": (32, 32),
     }  # fmt: skip
 
 
@@ -63,10 +63,10 @@ def test_a_start_is_a_function_of_the_seed() -> None:
     """Same seed, same parameters; and their spreads are those of GPT-2."""
     first, again, other = gpt.init(TINY, 0), gpt.init(TINY, 0), gpt.init(TINY, 1)
     assert all((a == b).all() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True))
-    assert (first["embed"]["embedding"] != other["embed"]["embedding"]).any()
+    assert (first["embed"]["weight"] != other["embed"]["weight"]).any()
     layer = first["layers"][0]
-    for kernel, spread in ((layer["up"], 0.02), (layer["attention"]["q"], 0.02), (layer["down"], 0.01)):
-        assert float(kernel["kernel"].std()) == pytest.approx(spread, rel=0.15)
+    for matrix, spread in ((layer["up"], 0.02), (layer["attention"]["q"], 0.02), (layer["down"], 0.01)):
+        assert float(matrix["weight"].std()) == pytest.approx(spread, rel=0.15)
     assert (layer["attention_norm"]["scale"] == 1).all()
 
 
@@ -95,7 +95,7 @@ def test_logits_depend_on_the_past_alone() -> None:
 def test_kv_heads_shared_by_groups_are_repeated_heads() -> None:
     """GQA equals MHA whose heads of a group have the same keys and values (Ainslie et al. 2023, §2.2)."""
     params = gpt.init(TINY, 0)
-    repeat = lambda kernel: jnp.repeat(kernel.reshape(32, 2, 8), 2, 1).reshape(32, 32)
+    repeat = lambda matrix: jnp.repeat(matrix.reshape(2, 8, 32), 2, 0).reshape(32, 32)
     wide = jax.tree.map_with_path(
         lambda path, x: repeat(x) if any(getattr(key, "key", None) in ("k", "v") for key in path) else x, params
     )

@@ -18,7 +18,7 @@ from kvcascade.model import gpt, pretrained
     rows=st.integers(1, 20),
     inputs=st.integers(1, 200),
     outputs=st.integers(1, 300),
-    weights=st.sampled_from(["bfloat16", "int8"]),
+    weights=st.sampled_from(linear.WEIGHTS),
     seed=st.integers(0, 99),
 )
 def test_products_equal_float64(rows, inputs, outputs, weights, seed):
@@ -27,15 +27,13 @@ def test_products_equal_float64(rows, inputs, outputs, weights, seed):
     matrix = linear.store(jnp.asarray(rng.normal(size=(outputs, inputs)), jnp.float32), weights)
     x = jnp.asarray(rng.normal(size=(rows, inputs)), jnp.float32)
     exact = np.asarray(x, np.float64) @ np.asarray(linear.rows(matrix), np.float64).T
-    found = [linear.product(x, matrix, "xla"), linear.product(x, matrix)]
-    if native.ready():
-        found.append(linear.product(x, matrix, "native"))
-    for y in found:
+    for implementation in ("xla", "native", None) if native.ready() else ("xla", None):
+        y = linear.product(x, matrix, implementation)
         np.testing.assert_allclose(y, exact, atol=1e-5 * inputs**0.5, rtol=1e-5)
 
 
 @pytest.mark.skipif(not native.ready(), reason="no C++ compiler")
-@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.parametrize("weights", linear.WEIGHTS)
 def test_large_products_share_the_work(weights):
     """A matrix that several threads work on."""
     rng = np.random.default_rng(0)
@@ -64,22 +62,19 @@ def test_a_model_keeps_its_matrices_in_few_bits(name, weights, tmp_path):
     assert small.config == dataclasses.replace(exact.config, weights=weights)
     tokens = jnp.asarray(tiny_models.PROMPTS, jnp.int32)
 
-    def rounded(ours, like):
-        if "stored" in ours:
-            whole = linear.rows(ours["stored"])
-            key = "kernel" if "kernel" in like else "embedding"
-            rest = {part: x for part, x in ours.items() if part != "stored"}
-            return rest | {key: whole.T if key == "kernel" else whole}
-        return {k: rounded(v, like[k]) if isinstance(v, dict) else v for k, v in ours.items()}
+    def rounded(params):
+        if "weight" in params:
+            return {part: x for part, x in params.items() if part != "scale"} | {"weight": linear.rows(params)}
+        return {key: rounded(each) if isinstance(each, dict) else each for key, each in params.items()}
 
-    want = gpt.forward(exact.config, rounded(small.params, exact.params), tokens)
+    want = gpt.forward(exact.config, rounded(small.params), tokens)
     got = gpt.forward(small.config, small.params, tokens)
     np.testing.assert_allclose(got, want, atol=1e-4)
     one = gpt.forward(small.config, small.params, tokens[:1, :4])  # few rows: in C++
     np.testing.assert_allclose(one, want[:1, :4], atol=1e-4)
     np.testing.assert_allclose(
         gpt.nll(small.config, small.params, tokens),
-        gpt.nll(exact.config, rounded(small.params, exact.params), tokens),
+        gpt.nll(exact.config, rounded(small.params), tokens),
         atol=1e-4,
     )
     assert np.abs(got - gpt.forward(exact.config, exact.params, tokens)).max() > 1e-3

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.model import generate, gpt, pretrained, tokenizer
+from kvcascade.model import generate, gpt, pretrained, shapes, tokenizer
 from kvcascade.model.pretrained import Model
 
 GOLDEN = np.load(Path(__file__).with_name("golden_logits.npz"))  # made by make_golden.py
@@ -115,7 +115,7 @@ def gguf_tensors(name: str) -> dict[str, np.ndarray]:
             array = heads.swapaxes(1, 2).reshape(array.shape)
         found[f"blk.{layer}.{parts[part]}.{leaf}"] = array
     if name == "llama3":
-        config = pretrained.config_from_hub(tiny_models.CONFIGS[name], name)
+        config = shapes.from_hub(tiny_models.CONFIGS[name], name)
         found["rope_freqs.weight"] = np.asarray(config.rope_factors, np.float32)
     return found
 

@@ -284,7 +284,7 @@ def test_a_nan_names_the_step_and_the_last_good_checkpoint(tmp_path: Path) -> No
 def test_a_poisoned_parameter_is_told_at_the_first_step(tmp_path: Path) -> None:
     """Nothing is saved, and the message says that there is no checkpoint."""
     state = fresh(TINY)
-    state["params"]["embed"]["embedding"] = state["params"]["embed"]["embedding"].at[0, 0].set(jnp.nan)
+    state["params"]["embed"]["weight"] = state["params"]["embed"]["weight"].at[0, 0].set(jnp.nan)
     with pytest.raises(loop.Diverged, match="the loss is nan .* at step 1; there is no checkpoint yet"):
         loop.fit(tmp_path, tiny(checkpoint_every=1), CORPUS, state, lambda step, line: None)
     assert checkpoint.Checkpoints(tmp_path).steps() == []
