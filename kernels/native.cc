@@ -486,7 +486,7 @@ void ProductBlock(const float* x, const T* w, const float* scale, float* y, int6
   }
 }
 
-constexpr int64_t kWorthAThread = 1 << 22;  // about 100 us of work; less is done before another thread is awake
+constexpr int64_t kWorthAThread = 1 << 20;  // about 25 us of work; less is done before another thread is awake
 
 ffi::ErrorOr<Stored> ReadStored(ffi::RemainingArgs& args, size_t& next, int64_t arrays, bool turned) {
   auto first = args.get<ffi::AnyBuffer>(next);
@@ -604,7 +604,8 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Span<const int64_t> arrays, ffi::Sp
 template <typename T>
 void Products(ffi::ThreadPool& pool, const float* x, const T* w, const float* scale, float* y, int64_t I, int64_t O, int64_t rows) {
   constexpr int64_t kBlock = 64;  // outputs of a task
-  const int64_t threads = std::min<int64_t>(pool.num_threads(), O * I * static_cast<int64_t>(sizeof(T)) / (1 << 20));
+  // Some 10 us of work for each thread: about as many bytes to be read, or products with so many rows.
+  const int64_t threads = std::min<int64_t>(pool.num_threads(), O * I * static_cast<int64_t>(sizeof(T) + rows) / 500'000);
   Parallel(pool, (O + kBlock - 1) / kBlock, threads, [&](int64_t task) {
     const int64_t end = std::min(O, (task + 1) * kBlock);
     auto some = [&](auto count) {
