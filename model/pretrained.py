@@ -56,12 +56,17 @@ def load(name: str, report: Report = lambda done, of: None, weights: str = "floa
     Architectures: llama (SmolLM2, Llama 2 and 3), mistral, qwen2, qwen3, gpt2. `weights` says what matrices are kept in: float32,
     bfloat16 or int8. Raises BadInput where there is no such model, or its files are incomplete, damaged or of another architecture.
     """
+    path = locate(name)
+    return (_load_directory if path.is_dir() else _load_gguf)(name, path, weights, report)
+
+
+def locate(name: str) -> Path:
+    """The GGUF file or the directory that a pretrained model's name stands for, fetched if need be; BadInput if it cannot be had."""
     if name == "smollm2":
-        return _load_gguf(name, _smollm2(), weights, report)
+        return _smollm2()
     if name.startswith("gguf:"):
-        return _load_gguf(name, Path(name.removeprefix("gguf:")), weights, report)
-    folder = Path(name)
-    return _load_directory(name, folder if folder.is_dir() else _fetch(name), weights, report)
+        return Path(name.removeprefix("gguf:"))
+    return Path(name) if Path(name).is_dir() else _fetch(name)
 
 
 def is_pretrained(name: str) -> bool:

@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "train a GPT, or go on with a run",
     "convert": "pool a run's KV heads, ready for uptraining",
     "evaluate": "perplexity, bytes and speed of a model behind caches",
+    "bench": "prefill and decode speed, and the share of the memory bandwidth",
     "compare": "runs side by side: loss, perplexity, bytes, latency",
     "retrieve": "what a cache still lets a model find: needles, copying, arithmetic, several questions",
     "report": "a page of what was recorded",
