@@ -191,32 +191,28 @@ def _seconds(call: Callable) -> float:
 
 
 def table(found: list[Record]) -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and rows: speeds with their spread, bytes per step against the memory's bandwidth, and the ratio to the peer."""
+    """Title, columns and rows of one model: speeds with their spread, bytes per step against the memory's bandwidth, the ratio to the peer."""
     columns = [
-        "cache", "batch", "context", "prefill, tok/s", "first token, ms", "decode, tok/s", "step, ms", "5…95 %", "MB read", "of bandwidth",
+        "cache", "weights", "batch", "context", "prefill, tok/s", "first token, ms", "decode, tok/s", "step, ms", "5…95 %", "MB read", "of bandwidth",
     ]  # fmt: skip
-    peers = {(r["batch"], r["context"]): r for r in found if "step_bytes" not in r}
+    peers = {(r["batch"], r["context"]): r for r in found if "peer" in r}
     if peers:
         columns.append("× peer: prefill, decode")
     rows = []
     for r in found:
         low, high = r["step_ms_5_95"]
         cells = [
-            r["cache"], str(r["batch"]), f"{r['context']:,}", f"{r['prefill_tokens_per_second']:,.0f}", f"{r['first_token_ms']:,.0f}",
+            r["cache"], r["weights"], str(r["batch"]), f"{r['context']:,}", f"{r['prefill_tokens_per_second']:,.0f}", f"{r['first_token_ms']:,.0f}",
             f"{r['decode_tokens_per_second']:,.1f}", f"{r['step_ms']:.2f}", f"{low:.2f}…{high:.2f}",
         ]  # fmt: skip
-        if "step_bytes" in r:
+        if "peer" not in r:
             share = r["step_bytes"] / r["bandwidth"] * 1e3 / r["step_ms"]
             cells += [f"{r['step_bytes'] / 1e6:,.1f}", f"{share:.0%}"]
             if peer := peers.get((r["batch"], r["context"])):
                 ratios = (r[key] / peer[key] for key in ("prefill_tokens_per_second", "decode_tokens_per_second"))
                 cells.append(", ".join(f"{ratio:.2f}" for ratio in ratios))
-        else:
-            cells += [""] * (len(columns) - len(cells))
-        rows.append(cells)
-    first = next(r for r in found if "step_bytes" in r)
-    title = (
-        f"{first['model']}, {first['weights']} weights ({first['weight_bytes'] / 1e6:,.0f} MB), memory read at {first['bandwidth'] / 1e9:.1f} GB/s"
-        + "".join(f"; peer: {r['peer']}" for r in list(peers.values())[:1])
-    )
+        rows.append(cells + [""] * (len(columns) - len(cells)))
+    first = found[0]
+    peer = "".join(f"; peer: {name}" for name in dict.fromkeys(r["peer"] for r in peers.values()))
+    title = f"{first['model']}, {first['steps']} steps × {first['repeats']} rounds, memory read at {first['bandwidth'] / 1e9:.1f} GB/s{peer}"
     return title, columns, rows

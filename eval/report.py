@@ -8,7 +8,7 @@ import jinja2
 import markupsafe
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import figures, suite
+from kvcascade.eval import bench, figures, suite
 from kvcascade.eval.records import Record, interval, paired, retrieval_table, wilson
 from kvcascade.kernels.files import write_whole
 
@@ -35,8 +35,8 @@ def of_kind(records: list[Record], kind: str) -> list[Record]:
 
 def sections(records: list[Record]) -> dict:
     """What the page shows of what there is: figures, the table behind each, the findings in words, the protocol."""
-    kinds = ("train", "evaluate", "retrieve", "layer", "growth", "latency")
-    trainings, evaluations, retrievals, layers, grown, latencies = (of_kind(records, kind) for kind in kinds)
+    kinds = ("train", "evaluate", "retrieve", "layer", "growth", "latency", "bench")
+    trainings, evaluations, retrievals, layers, grown, latencies, benches = (of_kind(records, kind) for kind in kinds)
     if not evaluations and not retrievals:
         raise BadInput("a report needs records of evaluations or of retrieval")
     first = (evaluations or retrievals)[0]
@@ -70,6 +70,7 @@ def sections(records: list[Record]) -> dict:
             "table": latency_table(latencies),
             "batch": latencies[0]["batch"],
         },
+        "speed": _speeds(benches),
         "protocol": {
             "model": ", ".join(dict.fromkeys(r["model"] for r in (*evaluations, *retrievals))),
             "text": (
@@ -299,6 +300,21 @@ def pretrained_table(records: list[Record]) -> str:
         f"Seed {first['seed']}, {first['device']}, commit {first['commit']}."
     )
     return markdown((columns, rows)) + f"\n\n{protocol}"
+
+
+def _speeds(benches: list[Record]) -> list[dict]:
+    found = []
+    for name in dict.fromkeys(r["model"] for r in benches):
+        title, columns, rows = bench.table([r for r in benches if r["model"] == name])
+        found.append({"title": title, "table": (columns, rows)})
+    return found
+
+
+def speed_table(records: list[Record]) -> str:
+    """Prefill and decode speed of one model in one table, and the protocol."""
+    found = of_kind(records, "bench")
+    title, columns, rows = bench.table(found)
+    return f"{markdown((columns, rows))}\n\n{title}; {found[0]['device']}, commit {found[0]['commit']}."
 
 
 def fill(readme: str, parts: dict[str, str]) -> str:

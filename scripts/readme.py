@@ -16,10 +16,10 @@ def generated() -> dict[Path, str]:
     readme = (ROOT / "README.md").read_text()
     evaluations = [r for r in report.of_kind(found, "evaluate") if r["model"] == "mha"]
     groups = {r["cache"]: suite.group_of(r["cache"], r["context"]) for r in evaluations}
+    pretrained = records.read(PRETRAINED)
+    parts = {"pretrained": report.pretrained_table(pretrained), "speed": report.speed_table(pretrained)}
     return {
-        ROOT / "README.md": report.fill(
-            readme, report.readme_tables(found) | {"pretrained": report.pretrained_table(records.read(PRETRAINED))}
-        ),
+        ROOT / "README.md": report.fill(readme, report.readme_tables(found) | parts),
         RESULTS.with_suffix(".svg"): figures.quality_against_bytes(evaluations, groups),
     }
 
