@@ -1,9 +1,12 @@
 """Products with the matrices of a model, in the precision that they are kept in."""
 
+import itertools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from kvcascade.kernels import native
@@ -29,24 +32,26 @@ def rows(matrix: Matrix, index: Any = ...) -> Float[Array, "*B I"]:
     return weight * matrix["scale"][index][..., None] if "scale" in matrix else weight
 
 
-def product(
-    x: Float[Array, "*B I"], matrix: Matrix, implementation: Literal["xla", "native"] | None = None
-) -> Float[Array, "*B O"]:
-    """x times the transpose of a stored matrix, in the dtype of x.
+def products(
+    x: Float[Array, "*B I"], matrices: Sequence[Matrix], implementation: Literal["xla", "native"] | None = None
+) -> list[Float[Array, "*B _"]]:
+    """x times the transpose of each stored matrix, in the dtype of x; the matrices are all kept in the same way.
 
-    `native` is C++ for a CPU and few rows, in float32, which reads weights as they are stored; `xla` converts the matrix to the dtype
+    `native` is C++ for a CPU and few rows, in float32, which reads weights as they are stored; `xla` converts a matrix to the dtype
     of x first; None takes the better one.
     """
     flat = x.reshape(-1, x.shape[-1])
-    y = native.run(implementation, _native, _xla, flat, matrix, suits=flat.shape[0] <= FEW)
-    return y.reshape(*x.shape[:-1], -1)
+    found = native.run(implementation, _native, _xla, flat, list(matrices), suits=flat.shape[0] <= FEW)
+    return [y.reshape(*x.shape[:-1], -1) for y in found]
 
 
-def _xla(x, matrix):
-    return jnp.einsum("BI,OI->BO", x, rows(matrix).astype(x.dtype))
+def _xla(x, matrices):
+    return [jnp.einsum("BI,OI->BO", x, rows(matrix).astype(x.dtype)) for matrix in matrices]
 
 
-def _native(x, matrix):
-    shape = jax.ShapeDtypeStruct((x.shape[0], matrix["weight"].shape[0]), jnp.float32)
-    scale = [matrix["scale"]] if "scale" in matrix else []
-    return jax.ffi.ffi_call("kvcascade_product", shape)(x.astype(jnp.float32), matrix["weight"], *scale).astype(x.dtype)
+def _native(x, matrices):
+    arrays = [[matrix[name] for name in ("weight", "scale") if name in matrix] for matrix in matrices]
+    shapes = [jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32) for weight, *_ in arrays]
+    call = jax.ffi.ffi_call("kvcascade_product", shapes)
+    found = call(x.astype(jnp.float32), *itertools.chain(*arrays), arrays=np.int64(len(arrays[0])))
+    return [y.astype(x.dtype) for y in found]

@@ -600,18 +600,34 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Span<const int64_t> arrays, ffi::Sp
   return ffi::Error::Success();
 }
 
+struct Matrix {
+  const void* weight;  // [O, I]
+  const float* scale;  // [O], or null
+  float* y;            // [R, O]
+  int64_t outputs;     // O
+};
+
+constexpr int64_t kBlock = 64;  // outputs of a task
+
 // Rows in groups, so that a weight comes from memory once and is converted for several rows at a time.
 template <typename T>
-void Products(ffi::ThreadPool& pool, const float* x, const T* w, const float* scale, float* y, int64_t I, int64_t O, int64_t rows) {
-  constexpr int64_t kBlock = 64;  // outputs of a task
+void Products(ffi::ThreadPool& pool, const float* x, const std::vector<Matrix>& matrices, int64_t I, int64_t rows) {
+  auto blocks = [](const Matrix& matrix) { return (matrix.outputs + kBlock - 1) / kBlock; };
+  int64_t tasks = 0, weights = 0;
+  for (const Matrix& matrix : matrices) tasks += blocks(matrix), weights += matrix.outputs * I;
   // Some 10 us of work for each thread: about as many bytes to be read, or products with so many rows.
-  const int64_t threads = std::min<int64_t>(pool.num_threads(), O * I * static_cast<int64_t>(sizeof(T) + rows) / 500'000);
-  Parallel(pool, (O + kBlock - 1) / kBlock, threads, [&](int64_t task) {
-    const int64_t end = std::min(O, (task + 1) * kBlock);
+  const int64_t threads = std::min<int64_t>(pool.num_threads(), weights * static_cast<int64_t>(sizeof(T) + rows) / 500'000);
+  Parallel(pool, tasks, threads, [&](int64_t task) {
+    const Matrix* matrix = matrices.data();
+    for (; task >= blocks(*matrix); ++matrix) task -= blocks(*matrix);
+    const int64_t O = matrix->outputs, end = std::min(O, (task + 1) * kBlock);
+    const T* w = static_cast<const T*>(matrix->weight);
     auto some = [&](auto count) {
       constexpr int kRows = decltype(count)::value;
       for (int64_t n = task * kBlock; n < end; n += kLanes / kRows) {
-        for (int64_t r = 0; r < rows; r += kRows) ProductBlock<T, kRows>(x + r * I, w, scale, y + r * O, I, O, rows - r, n);
+        for (int64_t r = 0; r < rows; r += kRows) {
+          ProductBlock<T, kRows>(x + r * I, w, matrix->scale, matrix->y + r * O, I, O, rows - r, n);
+        }
       }
     };
     if (rows > 2) {
@@ -624,19 +640,25 @@ void Products(ffi::ThreadPool& pool, const float* x, const T* w, const float* sc
   });
 }
 
-// x [R, I] times the transpose of a matrix [O, I] in bf16, or in int8 with a scale per output.
-ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::RemainingArgs scales,
-                   ffi::ResultBuffer<ffi::F32> y) {
-  const int64_t rows = x.dimensions()[0], I = x.dimensions()[1], O = w.dimensions()[0];
-  const float* scale = scales.size() ? scales.get<ffi::Buffer<ffi::F32>>(0)->typed_data() : nullptr;
-  if (w.element_type() == ffi::F32) {
-    Products(pool, x.typed_data(), static_cast<const float*>(w.untyped_data()), scale, y->typed_data(), I, O, rows);
-  } else if (w.element_type() == ffi::BF16) {
-    Products(pool, x.typed_data(), static_cast<const uint16_t*>(w.untyped_data()), scale, y->typed_data(), I, O, rows);
-  } else if (w.element_type() == ffi::S8) {
-    Products(pool, x.typed_data(), static_cast<const int8_t*>(w.untyped_data()), scale, y->typed_data(), I, O, rows);
-  } else {
-    return ffi::Error::InvalidArgument("unknown format of weights");
+// x [R, I] times the transposes of matrices [O, I], all in float32, all in bf16, or all in int8 with a scale per output.
+// args: the arrays of each matrix; rets: each product.
+ffi::Error Product(ffi::ThreadPool pool, int64_t arrays, ffi::Buffer<ffi::F32> x, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  std::vector<Matrix> matrices;
+  ffi::DataType type = ffi::DataType::INVALID;
+  for (size_t i = 0; i < rets.size(); ++i) {
+    auto weight = args.get<ffi::AnyBuffer>(i * arrays);
+    if (!weight.has_value()) return weight.error();
+    if (i > 0 && weight->element_type() != type) return ffi::Error::InvalidArgument("matrices in several formats");
+    type = weight->element_type();
+    const float* scale = arrays > 1 ? args.get<ffi::Buffer<ffi::F32>>(i * arrays + 1)->typed_data() : nullptr;
+    matrices.push_back({weight->untyped_data(), scale, (*rets.get<ffi::Buffer<ffi::F32>>(i))->typed_data(), weight->dimensions()[0]});
+  }
+  const int64_t rows = x.dimensions()[0], I = x.dimensions()[1];
+  switch (type) {
+    case ffi::F32: Products<float>(pool, x.typed_data(), matrices, I, rows); break;
+    case ffi::BF16: Products<uint16_t>(pool, x.typed_data(), matrices, I, rows); break;
+    case ffi::S8: Products<int8_t>(pool, x.typed_data(), matrices, I, rows); break;
+    default: return ffi::Error::InvalidArgument("unknown format of weights");
   }
   return ffi::Error::Success();
 }
@@ -671,7 +693,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_exchange, Exchange,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_product, Product,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("arrays")
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                                  .RemainingRets());

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from kvcascade.cache.cascade import LayerCache
 from kvcascade.kernels.causal import causal_attention
 from kvcascade.model.config import ModelConfig
-from kvcascade.model.linear import Linear
+from kvcascade.model.linear import Linear, together
 
 
 def rope(
@@ -54,9 +54,8 @@ class Attention(nnx.Module):
         """RoPE is applied before a key is stored, so positions stay true after eviction; `fresh` says that the cache is empty."""
         B, T, _ = x_BTM.shape
         config = self.config
-        q_BTNH, k_BTKH, v_BTKH = (
-            linear(x_BTM).reshape(B, T, -1, config.head_dim) for linear in (self.q, self.k, self.v)
-        )
+        projected = together(x_BTM, self.q, self.k, self.v)
+        q_BTNH, k_BTKH, v_BTKH = (x.reshape(B, T, -1, config.head_dim) for x in projected)
         if config.qk_norm:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH).astype(q_BTNH.dtype), self.k_norm(k_BTKH).astype(k_BTKH.dtype)
         if config.positions == "rope":

@@ -14,7 +14,7 @@ from kvcascade.kernels.activation import activate
 from kvcascade.kernels.loss import token_nll
 from kvcascade.model.attention import Attention
 from kvcascade.model.config import ModelConfig
-from kvcascade.model.linear import Embedding, Linear
+from kvcascade.model.linear import Embedding, Linear, together
 
 type Params = dict[str, Any]
 
@@ -43,8 +43,8 @@ class Block(nnx.Module):
         out, cache = self.attention(self.attention_norm(x_BTM), positions_BT, cache, fresh)
         x_BTM = x_BTM + out
         h = self.mlp_norm(x_BTM)
-        gate = self.gate(h) if self.activation == "swiglu" else None
-        return x_BTM + self.down(activate(self.up(h), gate, self.activation, self.dropout, dropout_key)), cache
+        up, gate = together(h, self.up, self.gate) if self.activation == "swiglu" else (self.up(h), None)
+        return x_BTM + self.down(activate(up, gate, self.activation, self.dropout, dropout_key)), cache
 
 
 class GPT(nnx.Module):

@@ -24,7 +24,7 @@ class Stored(nnx.Module):
 
     def product(self, x):
         """Products of x with each row of the matrix."""
-        return linear.product(x.astype(self.dtype), self.matrix)
+        return linear.products(x.astype(self.dtype), [self.matrix])[0]
 
 
 class Linear(Stored):
@@ -36,8 +36,14 @@ class Linear(Stored):
             self.bias = nnx.Param(jnp.zeros(outputs))
 
     def __call__(self, x):
-        y = self.product(x)
-        return y + self.bias[...].astype(self.dtype) if hasattr(self, "bias") else y
+        return together(x, self)[0]
+
+
+def together(x, *linears: Linear) -> list:
+    """Several Linears of the same x, their matrices read in one go."""
+    found = linear.products(x.astype(linears[0].dtype), [each.matrix for each in linears])
+    biases = (each.bias[...].astype(each.dtype) if hasattr(each, "bias") else None for each in linears)
+    return [y if bias is None else y + bias for y, bias in zip(found, biases, strict=True)]
 
 
 class Embedding(Stored):

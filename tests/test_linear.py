@@ -28,7 +28,7 @@ def test_products_equal_float64(rows, inputs, outputs, weights, seed):
     x = jnp.asarray(rng.normal(size=(rows, inputs)), jnp.float32)
     exact = np.asarray(x, np.float64) @ np.asarray(linear.rows(matrix), np.float64).T
     for implementation in ("xla", "native", None) if native.ready() else ("xla", None):
-        y = linear.product(x, matrix, implementation)
+        y = linear.products(x, [matrix], implementation)[0]
         np.testing.assert_allclose(y, exact, atol=1e-5 * inputs**0.5, rtol=1e-5)
 
 
@@ -39,7 +39,22 @@ def test_large_products_share_the_work(weights):
     rng = np.random.default_rng(0)
     matrix = linear.store(jnp.asarray(rng.normal(size=(9001, 515)), jnp.float32), weights)
     x = jnp.asarray(rng.normal(size=(2, 3, 515)), jnp.float32)
-    np.testing.assert_allclose(linear.product(x, matrix, "native"), linear.product(x, matrix, "xla"), atol=1e-3)
+    np.testing.assert_allclose(
+        linear.products(x, [matrix], "native")[0], linear.products(x, [matrix], "xla")[0], atol=1e-3
+    )
+
+
+@pytest.mark.skipif(not native.ready(), reason="no C++ compiler")
+@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize("weights", linear.WEIGHTS)
+def test_products_together_are_the_products_alone(weights, rows):
+    """Matrices of several heights in one call, with tasks that end at each one's last output."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    matrices, x = [linear.store(draw(outputs, 70), weights) for outputs in (1, 64, 200, 65)], draw(rows, 70)
+    for y, matrix in zip(linear.products(x, matrices, "native"), matrices, strict=True):
+        np.testing.assert_array_equal(y, linear.products(x, [matrix], "native")[0])
+        np.testing.assert_allclose(y, linear.products(x, [matrix], "xla")[0], atol=1e-4)
 
 
 @pytest.mark.parametrize(("weights", "bound"), [("bfloat16", 2**-8), ("int8", 0.5 / 127)])
