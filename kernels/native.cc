@@ -1,8 +1,9 @@
-// What a decode step spends its time on, for XLA on a CPU: attention over all tiers, the exchange of one slot, products with
-// matrices in bf16 or int8.
+// What a decode step spends its time on, for XLA on a CPU: attention over all tiers, the exchange of one slot, products with a
+// model's matrices.
 //
-// XLA converts a bf16 or int8 operand of a product into a float32 copy. This reads each stored vector once, as it is stored, and
-// skips slots that the query does not see. One task is one row's KV head; its G query heads share every vector that is read.
+// XLA converts a bf16 or int8 operand of a product into a float32 copy. This reads each stored number once, as it is stored, and
+// skips slots that the query does not see. A task of attention is one row's KV head, whose G query heads share every vector that
+// is read; a task of a product is a block of outputs for all rows.
 
 #include <algorithm>
 #include <atomic>

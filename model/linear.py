@@ -19,6 +19,7 @@ class Stored(nnx.Module):
 
     @property
     def matrix(self) -> linear.Matrix:
+        """The arrays as `kernels.linear` takes them."""
         scale = {"scale": self.scale[...]} if hasattr(self, "scale") else {}
         return {"weight": self.weight[...]} | scale
 

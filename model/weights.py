@@ -38,9 +38,11 @@ class GGUFFile:
         self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor by its name."""
         return {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self.tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
+        """A tensor in float32."""
         tensor = self.tensors[name]
         try:
             return gguf.dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes()[name])
@@ -66,9 +68,11 @@ class Safetensors:
                 raise BadInput(f"{folder / file} is damaged: {error}") from error
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor by its name."""
         return {name: shape for name, (_, shape) in self.files.items()}
 
     def read(self, name: str) -> np.ndarray:
+        """A tensor in float32."""
         with safetensors.safe_open(self.folder / self.files[name][0], framework="flax") as tensors:
             return np.asarray(tensors.get_tensor(name).astype(jnp.float32))
 
@@ -77,6 +81,7 @@ _REQUIRED = object()
 
 
 def read_json(path: Path, missing: Any = _REQUIRED) -> Any:
+    """What a JSON file holds; `missing`, if given, where there is no file; BadInput if it is damaged, or not there."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
