@@ -192,26 +192,26 @@ def _seconds(call: Callable) -> float:
 
 def table(found: list[Record]) -> tuple[str, list[str], list[list[str]]]:
     """Title, columns and rows of one model: speeds with their spread, bytes per step against the memory's bandwidth, the ratio to the peer."""
-    columns = [
-        "cache", "weights", "batch", "context", "prefill, tok/s", "first token, ms", "decode, tok/s", "step, ms", "5…95 %", "MB read", "of bandwidth",
-    ]  # fmt: skip
     peers = {(r["batch"], r["context"]): r for r in found if "peer" in r}
-    if peers:
-        columns.append("× peer: prefill, decode")
+    columns = [
+        "cache", "weights", "batch", "context", "prefill, tok/s", "decode, tok/s", *(["× peer: prefill, decode"] if peers else []),
+        "of bandwidth", "step, ms", "5…95 %", "MB read", "first token, ms",
+    ]  # fmt: skip
     rows = []
     for r in found:
         low, high = r["step_ms_5_95"]
-        cells = [
-            r["cache"], r["weights"], str(r["batch"]), f"{r['context']:,}", f"{r['prefill_tokens_per_second']:,.0f}", f"{r['first_token_ms']:,.0f}",
-            f"{r['decode_tokens_per_second']:,.1f}", f"{r['step_ms']:.2f}", f"{low:.2f}…{high:.2f}",
-        ]  # fmt: skip
+        ratios, share, size = "", "", ""
         if "peer" not in r:
-            share = r["step_bytes"] / r["bandwidth"] * 1e3 / r["step_ms"]
-            cells += [f"{r['step_bytes'] / 1e6:,.1f}", f"{share:.0%}"]
+            size = f"{r['step_bytes'] / 1e6:,.1f}"
+            share = f"{r['step_bytes'] / r['bandwidth'] * 1e3 / r['step_ms']:.0%}"
             if peer := peers.get((r["batch"], r["context"])):
-                ratios = (r[key] / peer[key] for key in ("prefill_tokens_per_second", "decode_tokens_per_second"))
-                cells.append(", ".join(f"{ratio:.2f}" for ratio in ratios))
-        rows.append(cells + [""] * (len(columns) - len(cells)))
+                keys = ("prefill_tokens_per_second", "decode_tokens_per_second")
+                ratios = ", ".join(f"{r[key] / peer[key]:.2f}" for key in keys)
+        rows.append([
+            r["cache"], r["weights"], str(r["batch"]), f"{r['context']:,}", f"{r['prefill_tokens_per_second']:,.0f}",
+            f"{r['decode_tokens_per_second']:,.1f}", *([ratios] if peers else []), share, f"{r['step_ms']:.2f}",
+            f"{low:.2f}…{high:.2f}", size, f"{r['first_token_ms']:,.0f}",
+        ])  # fmt: skip
     first = found[0]
     peer = "".join(f"; peer: {name}" for name in dict.fromkeys(r["peer"] for r in peers.values()))
     title = f"{first['model']}, {first['steps']} steps × {first['repeats']} rounds, memory read at {first['bandwidth'] / 1e9:.1f} GB/s{peer}"

@@ -62,7 +62,7 @@ def test_a_peer_is_timed_in_turns(tmp_path: Path) -> None:
     assert mine[1]["kv_bytes"] < mine[0]["kv_bytes"] and mine[1]["step_bytes"] < mine[0]["step_bytes"]
     _, columns, rows = bench.table([r | {"bandwidth": 1e10} for r in found])
     assert {len(row) for row in rows} == {len(columns)}
-    prefill, decode = map(float, rows[0][-1].split(", "))
+    prefill, decode = map(float, rows[0][columns.index("× peer: prefill, decode")].split(", "))
     assert prefill == pytest.approx(mine[0]["prefill_tokens_per_second"] / 16, abs=0.01)
     assert decode == pytest.approx(mine[0]["decode_tokens_per_second"] / 4, abs=0.01)
 
