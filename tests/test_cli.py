@@ -110,6 +110,7 @@ BAD = {
     "train --config heads.yaml": "model.kv-heads 3 must divide model.heads 4",
     "train --config batch.yaml": "train.accumulation 4 must divide train.batch-size 2",
     "train --config tiny.yaml --run new --model.kv-heads 3": "model.kv-heads 3 must divide model.heads 4",
+    "train --config tiny.yaml --run new --model.weights int8": "model.weights is int8; a model is trained in float32",
     "train --config vocab.yaml --run new": "model.vocab is 300, but the tokenizer bytes has 256 tokens",
     "train --config tokenizer.yaml --run new": "unknown tokenizer 'byts'",
     "train --config data-missing.yaml --run new": "none.txt: there is no such file",

@@ -76,6 +76,10 @@ class RunConfig:
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
 
+    def __post_init__(self):
+        if self.model.weights != "float32":
+            raise BadInput(f"model.weights is {self.model.weights}; a model is trained in float32")
+
 
 # nano: tests, seconds. toy: the demo, minutes on two cores. small: GPT-2 small's shape.
 PRESETS = {
