@@ -6,11 +6,9 @@ followed by its answer as the model is asked to give it. An answer counts if gre
 """
 
 import dataclasses
-import functools
 import random
 from collections.abc import Callable, Iterable, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
@@ -18,7 +16,7 @@ from jaxtyping import Bool
 from kvcascade.cache.cascade import nbytes
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
-from kvcascade.model import generate, gpt
+from kvcascade.model import generate
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
 from kvcascade.model.tokenizer import Tokenizer
@@ -198,7 +196,6 @@ def score(
     whole = length + room
     generate.check_context(config, whole)
     spec.nbytes(config.layers, config.kv_heads, config.head_dim, whole)
-    step = _compiled(config)
     found: list[list[bool]] = []
     size = 0
     for first in range(0, len(samples), batch):
@@ -216,21 +213,13 @@ def score(
         where = np.asarray([[length + t if t < len(each) else -1 for t in range(steps)] for each in tokens], np.int32)
         guesses = []
         for t in range(steps):
-            guess_B, cache = step(params, cache, jnp.asarray(fed[:, t]), jnp.asarray(where[:, t]))
-            guesses.append(guess_B)
+            logits_BV, cache = generate.decode_step(
+                config, params, cache, jnp.asarray(fed[:, t]), jnp.asarray(where[:, t])
+            )
+            guesses.append(logits_BV.argmax(-1))
         right = np.asarray(jnp.stack(guesses, 1))[:, :-1] == fed[:, 1:]
         found += [_answered(each, right[row]) for row, each in enumerate(part)]
     return found, size
-
-
-@functools.lru_cache
-def _compiled(config: ModelConfig):
-    @functools.partial(jax.jit, donate_argnames="cache")
-    def step(params, cache, token_B, position_B):
-        logits_BTV, cache = gpt.step(config, params, cache, token_B[:, None], position_B[:, None])
-        return logits_BTV[:, 0].argmax(-1), cache
-
-    return step
 
 
 def _answered(sample: Sample, right: Bool[np.ndarray, " T"]) -> list[bool]:
