@@ -114,6 +114,69 @@ class Int4(Codec):
         return x.astype(jnp.float32) @ _hadamard(x.shape[-1]) if self.turned else x
 
 
+@dataclasses.dataclass(frozen=True)
+class Fp8(Codec):
+    """Floating-point codes of 8 bits (e4m3) with one bf16 scale per vector: x ≈ scale · code, |code| up to 448 (Micikevicius et al. 2022)."""
+
+    def encode(self, x):
+        x = x.astype(jnp.float32)
+        scale = _scale(jnp.abs(x).max(-1, keepdims=True), 448)
+        return {"codes": (x / scale).astype(jnp.float8_e4m3fn), "scale": scale.astype(jnp.bfloat16)}
+
+    def read(self, stored):
+        return stored["codes"].astype(jnp.float32) * stored["scale"].astype(jnp.float32)
+
+    def bound(self, stored):
+        largest = jnp.abs(stored["codes"].astype(jnp.float32)).max(-1, keepdims=True)
+        return (largest * 2**-4 + 2**-10) * stored["scale"].astype(jnp.float32)
+
+    def nbytes(self, head_dim):
+        return head_dim + 2
+
+
+@dataclasses.dataclass(frozen=True)
+class NVFP4(Codec):
+    """4-bit floats (e2m1), an e4m3 scale for every 16 channels, and a bf16 scale per vector: x ≈ scale · scales[c // 16] · code.
+
+    A head narrower than 32 has two blocks. Codes are packed as in Int4: a sign bit over the index of 0, ½, 1, 1½, 2, 3, 4, 6.
+    (NVIDIA's NVFP4 has its outer scale per tensor, which a cache cannot know before its last token.)
+    """
+
+    def encode(self, x):
+        x = x.astype(jnp.float32)
+        scale = _scale(jnp.abs(x).max(-1, keepdims=True), 6 * 448)
+        blocks = x.reshape(*x.shape[:-1], -1, _block(x.shape[-1])) / scale[..., None]
+        scales = (jnp.abs(blocks).max(-1, keepdims=True) / 6).astype(jnp.float8_e4m3fn)
+        divisor = scales.astype(jnp.float32)
+        units = (blocks / jnp.where(divisor > 0, divisor, 1)).reshape(x.shape)
+        levels = sum((jnp.abs(units) > middle).astype(jnp.uint8) for middle in (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0))
+        first, second = jnp.split(levels | (units < 0).astype(jnp.uint8) << 3, 2, -1)
+        return {"codes": first | (second << 4), "scale": scale.astype(jnp.bfloat16), "scales": scales[..., 0]}
+
+    def read(self, stored):
+        codes = jnp.concatenate([stored["codes"] & 15, stored["codes"] >> 4], -1)
+        level = (codes & 7).astype(jnp.float32)
+        size = (level + jnp.maximum(level - 4, 0) + 2 * jnp.maximum(level - 6, 0)) / 2
+        values = jnp.where(codes >= 8, -size, size)
+        scales = jnp.repeat(stored["scales"].astype(jnp.float32), _block(values.shape[-1]), -1)
+        return values * scales * stored["scale"].astype(jnp.float32)
+
+    def bound(self, stored):
+        # Half the step from 4 to 6, and what the rounding of a block's scale to a multiple of 2⁻⁹ can cut off.
+        largest = stored["scales"].astype(jnp.float32).max(-1, keepdims=True)
+        return (largest + 6 * 2**-10) * 1.001 * stored["scale"].astype(jnp.float32)
+
+    def nbytes(self, head_dim):
+        if head_dim % 2 or head_dim > 32 and head_dim % 32:
+            raise BadInput(f"{self.name} needs an even head width up to 32 or a multiple of 32, not {head_dim}")
+        return head_dim // 2 + head_dim // _block(head_dim) + 2
+
+
+def _block(head_dim: int) -> int:
+    """Channels under one scale."""
+    return min(16, head_dim // 2)
+
+
 @functools.lru_cache
 def _hadamard(head_dim: int):
     return (scipy.linalg.hadamard(head_dim) / head_dim**0.5).astype("float32")
@@ -124,5 +187,7 @@ bf16 = Plain("bf16", "bfloat16")
 int8 = Int8("int8")
 int4 = Int4("int4")
 int4h = Int4("int4h", turned=True)
+fp8 = Fp8("fp8")
+nvfp4 = NVFP4("nvfp4")
 
-CODECS = {codec.name: codec for codec in (f32, bf16, int8, int4, int4h)}
+CODECS = {codec.name: codec for codec in (f32, bf16, fp8, int8, int4, int4h, nvfp4)}

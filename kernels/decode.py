@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvcascade.kernels import native
+from kvcascade.kernels.backend import Implementation, run
 from kvcascade.kernels.partial import attend_all
 from kvcascade.kernels.slots import Format, Slots
 
@@ -22,7 +22,7 @@ def decode(
     held: Sequence[tuple[Slots, Format]],
     observed: bool,
     window: int = 0,
-    implementation: Literal["xla", "native"] | None = None,
+    implementation: Implementation | None = None,
 ) -> Result:
     """`partial.attend_all` for one query per row: normalised attention in float32, and each slot's mass if `observed`.
 
@@ -30,7 +30,8 @@ def decode(
     """
     slots, formats = zip(*held, strict=True)
     reference, kernel = (functools.partial(each, formats, observed, window) for each in (_xla, _native))
-    return native.run(implementation, kernel, reference, q_BNH, q_pos_B, slots)
+    known = lambda q, q_pos, slots: all(native.reads(tier.k) for tier in slots)
+    return run(implementation, reference, {"native": native.kernel(kernel, known)}, q_BNH, q_pos_B, slots)
 
 
 def _xla(formats, observed, window, q_BNH, q_pos_B, slots) -> Result:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from kvcascade.kernels import native
+from kvcascade.kernels.backend import Implementation, run
 
 WEIGHTS = ("float32", "bfloat16", "int8")
 FEW = 16  # rows; for more, converting the matrix costs little next to the products, and XLA's are faster
@@ -33,7 +34,7 @@ def rows(matrix: Matrix, index: Any = ...) -> Float[Array, "*B I"]:
 
 
 def products(
-    x: Float[Array, "*B I"], matrices: Sequence[Matrix], implementation: Literal["xla", "native"] | None = None
+    x: Float[Array, "*B I"], matrices: Sequence[Matrix], implementation: Implementation | None = None
 ) -> list[Float[Array, "*B _"]]:
     """x times the transpose of each stored matrix, in the dtype of x; the matrices are all kept in the same way.
 
@@ -41,7 +42,9 @@ def products(
     of x first; None takes the better one.
     """
     flat = x.reshape(-1, x.shape[-1])
-    found = native.run(implementation, _native, _xla, flat, list(matrices), suits=flat.shape[0] <= FEW)
+    if implementation is None and flat.shape[0] > FEW:
+        implementation = "xla"
+    found = run(implementation, _xla, {"native": native.kernel(_native)}, flat, list(matrices))
     return [y.reshape(*x.shape[:-1], -1) for y in found]
 
 

@@ -10,12 +10,11 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import jax
-from jax import lax
 from jaxtyping import Array
 
+from kvcascade.kernels.backend import Kernel
 from kvcascade.kernels.files import cache_dir, write_whole
 from kvcascade.kernels.slots import Stored
 
@@ -41,44 +40,25 @@ def ready() -> bool:
     return True
 
 
-def run[R](
-    implementation: Literal["xla", "native"] | None,
-    kernel: Callable[..., R],
-    reference: Callable[..., R],
-    *arguments,
-    suits: bool = True,
-) -> R:
-    """Call `kernel` (`native`) where the program is compiled for a CPU, and `reference` (`xla`) elsewhere and for the gradient.
+def kernel(call: Callable, suits: Callable[..., bool] = lambda *arguments: True) -> Kernel:
+    """A C++ kernel for `backend.run`, which refuses what it does not suit."""
 
-    None takes the kernel if it suits the arguments and could be compiled. Raises NotImplementedError if it is asked for and could not.
-    """
-    if implementation is None:
-        implementation = "native" if suits and ready() else "xla"
-    if implementation == "xla":
-        return reference(*arguments)
-    if not ready():
-        raise NotImplementedError("the C++ kernels could not be compiled on this machine")
-    # Flat, because the cotangent of an integer array has a type that is allowed nowhere else.
-    leaves, tree = jax.tree.flatten(arguments)
-    result_trees = []
+    def refuses(*arguments):
+        if not suits(*arguments):
+            return "not made for these shapes or formats"
+        return None if ready() else "the C++ kernels could not be compiled on this machine"
 
-    def flat(function, *leaves):
-        results, result_tree = jax.tree.flatten(function(*tree.unflatten(leaves)))
-        result_trees.append(result_tree)
-        return results
-
-    on_cpu, elsewhere = functools.partial(flat, kernel), functools.partial(flat, reference)
-
-    @jax.custom_vjp
-    def call(*leaves):
-        return lax.platform_dependent(*leaves, cpu=on_cpu, default=elsewhere)
-
-    call.defvjp(lambda *leaves: (call(*leaves), leaves), lambda leaves, ct: jax.vjp(elsewhere, *leaves)[1](ct))
-    results = call(*leaves)
-    return result_trees[0].unflatten(results)
+    return Kernel(call, refuses)
 
 
 ORDER = ("values", "codes", "scale", "low")
+
+
+def reads(stored: Stored) -> bool:
+    """Whether the kernels know the format."""
+    return set(stored) <= set(ORDER) and all(
+        x.dtype.name in ("float32", "bfloat16", "int8", "uint8") for x in stored.values()
+    )
 
 
 def arrays(stored: Stored) -> list[Array]:

@@ -1,7 +1,6 @@
 """Exchange of slots: newcomers that deserve a slot more than what is in it take its place."""
 
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from kvcascade.kernels import native
+from kvcascade.kernels.backend import Implementation, run
 from kvcascade.kernels.slots import Entry, Format, Slots
 
 
@@ -18,7 +18,7 @@ def exchange(
     priority_BKST: Float[Array, "B K _"],
     form: Format,
     forget: bool,
-    implementation: Literal["xla", "native"] | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Slots, Entry | None]:
     """Exchange the i-th worst slot for the i-th best newcomer while the newcomer's priority is higher; return the slots, and the T tokens left over.
 
@@ -27,9 +27,8 @@ def exchange(
     `xla` runs everywhere; `native` is C++ for a CPU and T = 1; None takes the best that there is.
     """
     reference, kernel = (functools.partial(each, form, forget) for each in (_xla, _native))
-    return native.run(
-        implementation, kernel, reference, slots, entry, priority_BKST, suits=entry.pos_BKT.shape[-1] == 1
-    )
+    suits = lambda slots, entry, priority: entry.pos_BKT.shape[-1] == 1 and native.reads(slots.k)
+    return run(implementation, reference, {"native": native.kernel(kernel, suits)}, slots, entry, priority_BKST)
 
 
 def _xla(form, forget, slots, entry, priority):

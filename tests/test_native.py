@@ -19,6 +19,8 @@ from kvcascade.kernels.decode import decode
 from kvcascade.kernels.slots import Entry, Slots
 from kvcascade.kernels.write import exchange
 
+# What C++ does not read goes through XLA.
+FORMATS = sorted(set(CODECS) - {"fp8", "nvfp4"})
 needs_compiler = pytest.mark.skipif(not native.ready(), reason="no C++ compiler")
 
 
@@ -56,7 +58,7 @@ def check_decode(q, now, slots):
 
 @needs_compiler
 @given(
-    tiers=st.lists(st.tuples(st.sampled_from(sorted(CODECS)), st.integers(1, 70)), min_size=1, max_size=3),
+    tiers=st.lists(st.tuples(st.sampled_from(FORMATS), st.integers(1, 70)), min_size=1, max_size=3),
     batch=st.integers(1, 3),
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 8),
@@ -105,7 +107,7 @@ def test_what_a_query_does_not_see_is_not_read():
 
 @needs_compiler
 @given(
-    codec_name=st.sampled_from(sorted(CODECS)),
+    codec_name=st.sampled_from(FORMATS),
     batch=st.integers(1, 3),
     kv_heads=st.integers(1, 3),
     slots=st.integers(1, 40),
@@ -183,5 +185,5 @@ def test_without_a_compiler_xla_does_the_work(compiler, tmp_path):
     found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert found.stdout == "0.0\n"
     assert found.stderr.startswith("no C++ kernels, decoding goes through XLA and is slower: ")
-    assert "NotImplementedError: the C++ kernels could not be compiled on this machine" in found.stderr
+    assert "NotImplementedError: native: the C++ kernels could not be compiled on this machine" in found.stderr
     assert not list(tmp_path.iterdir())

@@ -41,7 +41,7 @@ def told(text: str) -> str:
         ("sink 4, recent 4", FORM, "→sink 4, recent 4←"),
         ("heavy 64@", FORM, "→heavy 64@←"),
         ("heavy 64@int9", "no codec 'int9'; did you mean 'int8'?", "heavy 64@→int9←"),
-        ("heavy 64@x", "there are f32, bf16, int8, int4, int4h", "heavy 64@→x←"),
+        ("heavy 64@x", "there are f32, bf16, fp8, int8, int4, int4h, nvfp4", "heavy 64@→x←"),
         ("heavy\n64@x", "no codec 'x'", "heavy 64@→x←"),
         ("full 3", "full keeps the whole context", "full →3←"),
         ("full | recent 4", "must be the last", "→full | recent 4←"),
