@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvcascade.kernels import native
-from kvcascade.kernels.backend import Implementation, run
+from kvcascade.kernels import decode_mosaic, native
+from kvcascade.kernels.backend import Implementation, Kernel, run
 from kvcascade.kernels.partial import attend_all
 from kvcascade.kernels.slots import Format, Slots
 
@@ -31,7 +31,14 @@ def decode(
     slots, formats = zip(*held, strict=True)
     reference, kernel = (functools.partial(each, formats, observed, window) for each in (_xla, _native))
     known = lambda q, q_pos, slots: all(native.reads(tier.k) for tier in slots)
-    return run(implementation, reference, {"native": native.kernel(kernel, known)}, q_BNH, q_pos_B, slots)
+    kernels = {
+        "native": native.kernel(kernel, known),
+        "mosaic": Kernel(
+            functools.partial(decode_mosaic.decode, formats, observed, window),
+            functools.partial(decode_mosaic.refuses, formats),
+        ),
+    }
+    return run(implementation, reference, kernels, q_BNH, q_pos_B, slots)
 
 
 def _xla(formats, observed, window, q_BNH, q_pos_B, slots) -> Result:
