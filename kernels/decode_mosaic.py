@@ -20,8 +20,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from kvcascade.kernels.backend import capability
-from kvcascade.kernels.partial import NEVER
-from kvcascade.kernels.slots import Format, Slots
+from kvcascade.kernels.partial import NEVER, Partial
+from kvcascade.kernels.slots import Slots
 
 TILE = 64  # slots at once: the rows of a matrix instruction
 HEADS = 8  # query heads of a KV head: the fewest columns of a matrix instruction
@@ -29,7 +29,9 @@ COLUMNS = 16  # the narrowest tile of probabilities that an instruction reads fr
 TERMS = 3  # bf16 numbers whose sum is a float32
 STAGES = 3  # tiles on their way at once
 FULL = 264  # blocks that fill the card: two for each of an H100's multiprocessors
+LEAST = 8  # tiles that a split has, where there are so many: what it reads of queries and writes of results should be little next to them
 
+ACC = plgpu.ACC  # pyright: ignore
 GRID = plgpu.Layout.WGMMA
 SLOT, HEAD = GRID.reduce(1), GRID.reduce(0)
 
@@ -59,8 +61,8 @@ class Tier:
         return next(each for each in (128, 64, 32) if 2 * self.width % each == 0)
 
 
-def refuses(formats: Sequence[Format], q_BNH: Array, q_pos_B: Array, slots: Sequence[Slots]) -> str | None:
-    """Why these tiers have to be attended to in another way, or None."""
+def refuses(q_BNH: Float[Array, "B N H"], slots: Sequence[Slots]) -> str | None:
+    """Why the kernel cannot take these tiers, or None."""
     H, group = q_BNH.shape[-1], q_BNH.shape[1] // slots[0].pos_BKS.shape[1]
     gpu = capability()
     if gpu and gpu[0] != 9:
@@ -79,33 +81,33 @@ def refuses(formats: Sequence[Format], q_BNH: Array, q_pos_B: Array, slots: Sequ
     return None
 
 
-def decode(
-    formats: Sequence[Format],
-    observed: bool,
-    window: int,
-    q_BNH: Float[Array, "B N H"],
+def attend(
+    turned: Sequence[Float[Array, "B N H"]],
     q_pos_B: Int[Array, " B"],
     slots: Sequence[Slots],
+    observed: bool,
+    window: int,
     interpret: bool,
-    blocks: int = FULL,
-) -> tuple[Float[Array, "B N H"], list[Float[Array, "B K _"]]]:
-    """`kernels.decode.decode`; the slots are split into about so many blocks, where that leaves a block four tiles or more."""
-    (B, N, H), K = q_BNH.shape, slots[0].pos_BKS.shape[1]
+) -> tuple[list[Partial], list[Float[Array, "B K G _"]]]:
+    """`partial.attend` for one query per row and each of the tiers, whose formats it was `turned` for, and so is the output.
+
+    A partial's arrays have a leading axis of as many as the slots were split into. With `observed` also each tier's logits.
+    """
+    (B, N, H), K = turned[0].shape, slots[0].pos_BKS.shape[1]
     tiers, operands, first = [], [], 0
-    for tier, form in zip(slots, formats, strict=True):
+    for tier, q_BNH in zip(slots, turned, strict=True):
         codes, S = _codes(tier.k), tier.pos_BKS.shape[-1]
         tiles = pl.cdiv(S, TILE)
-        per_split = max(min(4, tiles), tiles // pl.cdiv(blocks, B * K))
+        per_split = max(min(LEAST, tiles), tiles // pl.cdiv(FULL, B * K))
         tiers.append(Tier(S, tiles, per_split, first, codes.dtype, codes.shape[-1]))
-        operands.append(_operands(form, q_BNH.astype(jnp.float32) * H**-0.5, tier))
+        operands.append(_operands(q_BNH.astype(jnp.float32) * H**-0.5, tier))
         first += tiers[-1].splits
     like = lambda *shape: jax.ShapeDtypeStruct((B * K, *shape), jnp.float32)
-    padded = pl.cdiv(H, 64) * 64
     leaves, tree = jax.tree.flatten(operands)
     kernel = plgpu.kernel(
         functools.partial(_body, tiers, tree, H, N // K, K, window),
         out_type=[
-            like(first, padded, COLUMNS),
+            like(first, pl.cdiv(H, 64) * 64, COLUMNS),
             like(first, 3, COLUMNS),
             *(like(N // K, tier.tiles * TILE) for tier in tiers if observed),
         ],
@@ -116,18 +118,20 @@ def decode(
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )
     out, stats, *logits = kernel(q_pos_B, *leaves)
-    return _merge(formats, tiers, q_BNH, out, stats, logits)
+    parts = [_partial(tier, (B, N, H), out, stats) for tier in tiers]
+    logits = [x.reshape(B, K, N // K, -1)[..., : tier.slots] for x, tier in zip(logits, tiers, strict=False)]
+    return parts, logits
 
 
 def _codes(stored):
     return stored["values"] if "values" in stored else stored["codes"]
 
 
-def _operands(form, q_BNH, tier):
+def _operands(q_BNH, tier):
     """The arrays of one tier in the shapes that the kernel reads."""
     B, K, S = tier.pos_BKS.shape
     N, H = q_BNH.shape[1:]
-    q = jnp.pad(form.turn(q_BNH).reshape(B * K, N // K, H), ((0, 0), (0, HEADS - N // K), (0, 0)))
+    q = jnp.pad(q_BNH.reshape(B * K, N // K, H), ((0, 0), (0, HEADS - N // K), (0, 0)))
     sums = jnp.pad(q.sum(-1), ((0, 0), (0, COLUMNS - HEADS)))
     # The second of a byte's two codes is read as sixteen times what it is.
     q = jnp.stack([q[..., : H // 2], q[..., H // 2 :] / 16], 1) if _codes(tier.k).shape[-1] < H else q[:, None]
@@ -150,8 +154,8 @@ def _operands(form, q_BNH, tier):
 
 def _tiled(shape, dtype, swizzle):
     """Shared memory in the order in which matrix instructions read it."""
-    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))  # pyright: ignore
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))  # pyright: ignore
 
 
 def _body(tiers, tree, H, group, K, window, now_ref, *refs):
@@ -252,7 +256,7 @@ def _attend(tier, arrays, H, group, window, now, out_ref, stats_ref, logits_ref,
                 plgpu.wgmma(acc_ref, keys, q.transpose((1, 0)))
             return acc_ref[...]
 
-        logits = together(pl.run_scoped(products, plgpu.ACC((TILE, TERMS * COLUMNS), jnp.float32)))
+        logits = together(pl.run_scoped(products, ACC((TILE, TERMS * COLUMNS), jnp.float32)))
         if "scale" in sm["k"]:
             logits = logits * across(per_slot(sm["k"]["scale"], stage).astype(jnp.float32))
         if "low" in sm["k"]:
@@ -292,7 +296,7 @@ def _attend(tier, arrays, H, group, window, now, out_ref, stats_ref, logits_ref,
             plgpu.wgmma(acc_ref, values.transpose((1, 0)), sm["p"])
             return acc_ref[...]
 
-        more = pl.run_scoped(weighted, plgpu.ACC((acc.shape[0], TERMS * COLUMNS), jnp.float32))
+        more = pl.run_scoped(weighted, ACC((acc.shape[0], TERMS * COLUMNS), jnp.float32))
         acc = acc * down(faded, acc.shape[0]) + together(more)
         # What was read here is overwritten next, by another unit.
         plgpu.commit_smem()
@@ -310,26 +314,14 @@ def _attend(tier, arrays, H, group, window, now, out_ref, stats_ref, logits_ref,
         plgpu.store(stats_ref.at[row, split, index], each, optimized=False)
 
 
-def _merge(formats, tiers, q_BNH, out, stats, logits):
-    """All splits of all tiers by log-sum-exp, and what the logits say of each slot's mass."""
-    (B, N, H), rows = q_BNH.shape, out.shape[0]
-    group = B * N // rows
-    top, total, lows = (stats[:, :, index, :group] for index in range(3))
-    highest = top.max(1, keepdims=True)
-    scale = jnp.exp(top - highest)
-    norm = (scale * total).sum(1)
-    factor = scale / jnp.where(norm == 0, 1, norm)[:, None]
-    merged = jnp.zeros(q_BNH.shape)
-    for tier, form in zip(tiers, formats, strict=True):
-        of_tier = slice(tier.first, tier.first + tier.splits)
-        part = out[:, of_tier, :H, :group]
-        if tier.width < H:
-            part = part * jnp.where(jnp.arange(H) < tier.width, 1, 1 / 16)[:, None]
-        part = ((part + lows[:, of_tier, None]) * factor[:, of_tier, None]).sum(1)
-        merged += form.turn(part.transpose(0, 2, 1).reshape(B, N, H))
-    masses = []
-    for tier, logits_RGS in zip(tiers, logits, strict=False):
-        weights = jnp.exp(logits_RGS[..., : tier.slots] - highest[:, 0, :, None])
-        mass = (weights / jnp.where(norm == 0, 1, norm)[..., None]).sum(1)
-        masses.append(mass.reshape(B, rows // B, tier.slots))
-    return merged, masses
+def _partial(tier, shape, out, stats):
+    """What the kernel wrote of a tier, [rows, splits, channels, heads], as a partial [splits, B, 1, N, …]."""
+    B, N, H = shape
+    group = B * N // out.shape[0]
+    splits = slice(tier.first, tier.first + tier.splits)
+    heads = lambda x_RPG: x_RPG[..., :group].swapaxes(0, 1).reshape(tier.splits, B, 1, N)
+    top, total, lows = (heads(stats[:, splits, index]) for index in range(3))
+    out = out[:, splits, :H, :group].transpose(1, 0, 3, 2).reshape(tier.splits, B, 1, N, H)
+    if tier.width < H:
+        out = out * jnp.where(jnp.arange(H) < tier.width, 1, 1 / 16)
+    return Partial(out + lows[..., None], top, total)
