@@ -33,7 +33,10 @@ def decode(
         functools.partial(each, formats, observed, window) for each in (_xla, _native, _triton)
     )
     known = lambda q, q_pos, slots: all(native.reads(tier.k) for tier in slots)
-    kernels = {"native": native.kernel(on_cpu, known), "triton": Kernel(on_gpu, _triton_refuses)}
+    kernels = {
+        "native": native.kernel(on_cpu, known),
+        "triton": Kernel(on_gpu, lambda q, q_pos, slots: triton_refuses(*slots)),
+    }
     return run(implementation, reference, kernels, q_BNH, q_pos_B, slots)
 
 
@@ -72,7 +75,8 @@ def _triton(formats, observed, window, q_BNH, q_pos_B, slots, interpret) -> Resu
     return out_BTNH[:, 0], [mass(x) for x in logits] if observed else []
 
 
-def _triton_refuses(q_BNH, q_pos_B, slots) -> str | None:
+def triton_refuses(*slots: Slots) -> str | None:
+    """Why the Triton kernel cannot read these slots here, or None."""
     if reason := launch.refuses():
         return reason
     from kvcascade.kernels import decode_triton
