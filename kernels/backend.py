@@ -58,7 +58,8 @@ def run[R](
             raise NotImplementedError(f"{implementation}: {reason}")
         willing = [implementation]
     else:
-        willing = [name for name, kernel in kernels.items() if not kernel.refuses(*arguments)]
+        there = [name for name in kernels if name == "native" or capability()]
+        willing = [name for name in there if not kernels[name].refuses(*arguments)]
     branches = {}
     if "native" in willing:
         branches["cpu"] = kernels["native"].call
