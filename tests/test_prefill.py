@@ -77,9 +77,9 @@ def test_every_query_that_counts_gives_a_mass_of_one():
 
 def test_padding_does_not_matter():
     q, k, v = prompt(np.random.default_rng(0), 1, 70, 1, 2, 8)
-    poisoned = [x.at[:, 50:].set(1e4) for x in (q, k, v)]
     _, mass = observed_attention(q, k, v, jnp.asarray([50]))
-    _, again = observed_attention(*poisoned, jnp.asarray([50]))
+    poisoned = lambda x: x.at[:, 50:].set(1e4)
+    _, again = observed_attention(poisoned(q), poisoned(k), poisoned(v), jnp.asarray([50]))
     np.testing.assert_array_equal(mass, again)
 
 
@@ -106,8 +106,8 @@ def test_gradients_are_those_of_all_weights_at_once():
         return out_BTNH, mass_BKT
 
     def gradients(function):
-        def loss(*qkv):
-            out_BTNH, mass_BKT = function(*qkv, length_B)
+        def loss(q, k, v):
+            out_BTNH, mass_BKT = function(q, k, v, length_B)
             return (out_BTNH[:, :33] * left).sum() + (mass_BKT * right).sum()
 
         return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
