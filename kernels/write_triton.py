@@ -56,6 +56,7 @@ def exchange(
         [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(left, types, strict=True)],
         interpret=interpret,
         in_place=in_place,
+        warps=max(4, H // 16) if turned else 4,  # whose registers hold the matrix that turns
         S=S, H=H, HALF=triton.next_power_of_2(H // 2), FORM=_format(slots.k), TURNED=turned, SCORED=bool(scores), FORGET=forget,
         TILE=min(1024, triton.next_power_of_2(S)),
     )  # fmt: skip
