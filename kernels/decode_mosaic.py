@@ -93,6 +93,8 @@ def refuses(q_BNH: Float[Array, "B N H"], slots: Sequence[Slots]) -> str | None:
     return None
 
 
+# Compiled by itself, so that layers of one shape share one kernel: making it takes seconds.
+@functools.partial(jax.jit, static_argnames=("observed", "window", "interpret"))
 def attend(
     turned: Sequence[Float[Array, "B N H"]],
     q_pos_B: Int[Array, " B"],
