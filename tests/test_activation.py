@@ -131,12 +131,12 @@ def test_every_byte_moves_once(kind, arrays) -> None:
     inputs, dout = draw(2, *BLOCKS, kind, False, "bfloat16")
     inputs = inputs._replace(words=threefry.key_words(KEY))
     one, words = dout.nbytes, 8 * BLOCKS[1] // 256
-    for function, arguments, read, written in (
-        (activation_triton.forward, (inputs,), arrays, 1),
-        (activation_triton.backward, (inputs, dout), arrays + 1, arrays),
+    for function, read, written in (
+        (functools.partial(activation_triton.forward, kind, 0.1, inputs), arrays, 1),
+        (functools.partial(activation_triton.backward, kind, 0.1, inputs, dout), arrays + 1, arrays),
     ):
         with interpreter.counting() as traffic:
-            jax.block_until_ready(function(kind, 0.1, *arguments, interpret=True))
+            jax.block_until_ready(function(interpret=True))
         assert (traffic.read.total(), traffic.written.total()) == (read * one + words, written * one)
 
 
@@ -160,7 +160,9 @@ def test_gradients_of_the_formulas(kind) -> None:
     inputs, dout = draw(3, 6, 20, kind, True)
     inputs = inputs._replace(words=threefry.key_words(KEY))
     ours = activation.backward(kind, 0.2, inputs, dout)
-    forward = lambda *parts: activation.forward(kind, 0.2, Inputs(*(*parts, inputs.words)))
+    forward = lambda up, gate, bias, gate_bias: activation.forward(
+        kind, 0.2, Inputs(up, gate, bias, gate_bias, inputs.words)
+    )
     theirs = jax.vjp(forward, *inputs[:4])[1](dout)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours[:4], theirs)
 
