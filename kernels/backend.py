@@ -61,8 +61,9 @@ def run[R](
             raise NotImplementedError(f"{implementation}: {reason}")
         willing = [implementation]
     else:
-        there = [name for name in kernels if name == "native" or capability()]
-        willing = [name for name in there if not kernels[name].refuses(*arguments)]
+        # Where there is no GPU its kernels are not asked: answering may import a compiler.
+        possible = [name for name in kernels if name == "native" or capability()]
+        willing = [name for name in possible if not kernels[name].refuses(*arguments)]
     branches = {}
     if "native" in willing:
         branches["cpu"] = kernels["native"].call
