@@ -39,7 +39,7 @@ def launch(
     """Run a `@triton.jit` kernel whose parameters are a pointer for every array, one for every result, then constants by name.
 
     `in_place` counts the arrays that the kernel writes into; they are returned, in that order, before the results. All arrays are
-    contiguous. Interpreted, the arrays are copies, and `interpreter.counting` sees every load and store.
+    contiguous. Interpreted, the arrays are copies, and `traffic.counting` sees every load and store.
     """
     written = [jax.ShapeDtypeStruct(arrays[i].shape, arrays[i].dtype) for i in in_place]
     out_types = [*written, *results]

@@ -26,7 +26,12 @@ def environment(folder: Path) -> dict[str, str]:
     """What has to stand in the environment before JAX is imported, so that the compilers write into a folder."""
     mosaic = {f"MOSAIC_GPU_DUMP_{what}": "1" for what in ("PTX", "RESOURCES")}
     path = {"PATH": f"{os.environ.get('PATH', '')}:{_folder()}"}  # where Mosaic looks for nvdisasm, or complains
-    return aot.ENVIRONMENT | mosaic | path | {"MOSAIC_GPU_DUMP_TO": f"{folder}/mosaic", "JAX_TRITON_DUMP_DIR": f"{folder}/triton"}
+    return (
+        aot.ENVIRONMENT
+        | mosaic
+        | path
+        | {"MOSAIC_GPU_DUMP_TO": f"{folder}/mosaic", "JAX_TRITON_DUMP_DIR": f"{folder}/triton"}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +100,7 @@ def compile_for(
 def _xla(folder: Path) -> Iterator[Kernel]:
     launched = {}
     for thunks in folder.glob("*thunk_sequence.txt"):
-        found = re.findall(
-            r"(\S+) grid: \[[\d, ]+\] threads: \[([\d, ]+)\]\s+shared_memory: (\d+)", thunks.read_text()
-        )
+        found = re.findall(r"(\S+) grid: \[[\d, ]+\] threads: \[([\d, ]+)\]\s+shared_memory: (\d+)", thunks.read_text())
         launched |= {name: (math.prod(map(int, threads.split(","))), int(memory)) for name, threads, memory in found}
     for ptx in sorted(folder.glob("*.ptx")):
         for kernel in assemble(ptx.read_text(), "xla"):
@@ -132,9 +135,7 @@ def assemble(ptx: str, compiler: str = "") -> list[Kernel]:
         said = _tool(assembler, "-v", f"-arch={target}", str(source), "-o", str(binary)).stderr
         listing = _tool("nvdisasm", "-c", str(binary)).stdout
     kernels = []
-    for name, figures in re.findall(
-        r"Compiling entry function '(\S+)'(.*?)(?=Compiling entry|\Z)", said, re.DOTALL
-    ):
+    for name, figures in re.findall(r"Compiling entry function '(\S+)'(.*?)(?=Compiling entry|\Z)", said, re.DOTALL):
         number = lambda pattern, text=figures: int(_found(pattern, text) or 0)
         declared = re.search(rf"\.entry {re.escape(name)}\b.*?\.(?:max|req)ntid ([\d, ]+)", ptx, re.DOTALL)
         kernels.append(
@@ -177,11 +178,11 @@ def code(listing: str) -> Code:
             end = len(names)
     # What comes after the last way out is where waits go round, and padding.
     loops = [(labels[goal], at + 1) for at, goal in jumps if labels.get(goal, at + 1) <= at < end]
-    innermost = [
-        (a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)
-    ]
+    innermost = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
     start, stop = max(innermost, key=lambda loop: loop[1] - loop[0], default=(0, 0))
-    loaded = (size for name, size in zip(names[start:stop], loads[start:stop], strict=True) if name in ("LDG", "LDGSTS"))
+    loaded = (
+        size for name, size in zip(names[start:stop], loads[start:stop], strict=True) if name in ("LDG", "LDGSTS")
+    )
     return Code(Counter(names[start:stop]), Counter(names[:start] + names[stop:end]), sum(loaded))
 
 

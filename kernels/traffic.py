@@ -5,8 +5,7 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterator
-
-import jax
+from typing import NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,56 +131,72 @@ def _size(kind: str) -> int:
     return total
 
 
-@dataclasses.dataclass(frozen=True)
-class Traffic:
-    """Bytes by (kernel, array); what is loaded twice counts twice. Mosaic's kernels and their arrays have no names: `mosaic`, numbers."""
+class Traffic(NamedTuple):
+    """What kernels loaded and stored, by (kernel, array); Mosaic's kernels and arrays have no names there: `mosaic` and a number."""
 
     read: Counter[tuple[str, str]]
+    """Bytes; what two instructions load counts twice, what is masked never."""
     written: Counter[tuple[str, str]]
     loads: Counter[tuple[str, str]]
-    """Instructions of the source that loaded, over all blocks."""
+    """Load instructions of the source, over all blocks."""
+    asked: Counter[tuple[str, str]]
+    """Bytes of whole tiles, the masked part with them."""
 
-    @property
-    def total(self) -> int:
-        return self.read.total() + self.written.total()
+
+_observers: list[Traffic] = []
+
+
+def note(what: tuple[str, str], loads: bool, size: int, asked: int) -> None:
+    """Tell those who count that an interpreted kernel loads or stores so many bytes of an array."""
+    for traffic in _observers:
+        (traffic.read if loads else traffic.written)[what] += size
+        if loads:
+            traffic.loads[what] += 1
+            traffic.asked[what] += asked
 
 
 @contextlib.contextmanager
-def counting_mosaic() -> Iterator[Traffic]:
-    """Count what Mosaic kernels that are interpreted inside of the block move; wait for their results before it ends."""
+def counting() -> Iterator[Traffic]:
+    """Count what all interpreted kernels move inside of the block; wait for the results (`jax.block_until_ready`) before it ends."""
+    traffic = Traffic(Counter(), Counter(), Counter(), Counter())
+    _observers.append(traffic)
+    with _mosaic_told():
+        try:
+            yield traffic
+        finally:
+            _observers.remove(traffic)
+
+
+@contextlib.contextmanager
+def _mosaic_told() -> Iterator[None]:
+    """The memory of JAX's interpreter for Mosaic tells of every access to global memory."""
     from jax._src.pallas.mosaic_gpu import core
     from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 
-    traffic = Traffic(Counter(), Counter(), Counter())
-    memory = shared_memory.GPUSharedMemory
-    places = list(core.MemorySpace)
+    memory, places = shared_memory.GPUSharedMemory, list(core.MemorySpace)
     own = memory.get_buffer_content, memory.store_buffer_content, memory.swap_buffer_content
 
-    def seen(key, thread) -> tuple[str, str] | None:
+    def seen(key, thread, loads: bool, size: int) -> None:
         # Without a thread it is JAX that takes the results out.
-        gmem = thread is not None and places[key.memory_space_id] == core.MemorySpace.GMEM
-        return ("mosaic", str(key.buffer_id)) if gmem else None
+        if thread is not None and places[key.memory_space_id] == core.MemorySpace.GMEM:
+            note(("mosaic", str(key.buffer_id)), loads, size, size)
 
     def get(self, key, access, thread, *args, **kwargs):
         result = own[0](self, key, access, thread, *args, **kwargs)
-        if (name := seen(key, thread)) and result[0] is not None:
-            traffic.read[name] += result[0].nbytes
-            traffic.loads[name] += 1
+        if result[0] is not None:
+            seen(key, thread, True, result[0].nbytes)
         return result
 
     def store(self, key, access, value, thread, *args, **kwargs):
-        if name := seen(key, thread):
-            traffic.written[name] += value.nbytes
+        seen(key, thread, False, value.nbytes)
         return own[1](self, key, access, value, thread, *args, **kwargs)
 
     def swap(self, key, access, value, mask, thread, *args, **kwargs):
-        if name := seen(key, thread):
-            traffic.written[name] += value.nbytes if mask is None else int(mask.sum()) * value.itemsize
+        seen(key, thread, False, value.nbytes if mask is None else int(mask.sum()) * value.itemsize)
         return own[2](self, key, access, value, mask, thread, *args, **kwargs)
 
     memory.get_buffer_content, memory.store_buffer_content, memory.swap_buffer_content = get, store, swap
     try:
-        yield traffic
+        yield
     finally:
         memory.get_buffer_content, memory.store_buffer_content, memory.swap_buffer_content = own
-        jax.clear_caches()
