@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import importlib.util
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -19,18 +18,14 @@ from pathlib import Path
 
 import jax
 
-from kvcascade.kernels import aot
+from kvcascade.kernels import aot, backend
 
 
 def environment(folder: Path) -> dict[str, str]:
     """What has to stand in the environment before JAX is imported, so that the compilers write into a folder."""
     mosaic = {f"MOSAIC_GPU_DUMP_{what}": "1" for what in ("PTX", "RESOURCES")}
-    path = {"PATH": f"{os.environ.get('PATH', '')}:{_folder()}"}  # where Mosaic looks for nvdisasm, or complains
     return (
-        aot.ENVIRONMENT
-        | mosaic
-        | path
-        | {"MOSAIC_GPU_DUMP_TO": f"{folder}/mosaic", "JAX_TRITON_DUMP_DIR": f"{folder}/triton"}
+        aot.ENVIRONMENT | mosaic | {"MOSAIC_GPU_DUMP_TO": f"{folder}/mosaic", "JAX_TRITON_DUMP_DIR": f"{folder}/triton"}
     )
 
 
@@ -63,6 +58,7 @@ class Kernel:
     """Per block."""
     threads: int
     """Per block."""
+    blocks: int
     code: Code
 
     def per_multiprocessor(self, card: aot.GPU) -> int:
@@ -94,33 +90,66 @@ def compile_for(
     jax.clear_caches()  # a kernel that is known is not compiled, and not written down, again
     options = {"xla_dump_to": str(folder / "xla"), "xla_dump_emitter_re": "ptx"}
     compiled = aot.compile_for(function, arguments, card, donate, options)
-    return compiled, [*_xla(folder / "xla"), *_triton(folder / "triton"), *_mosaic(folder / "mosaic")]
+    blocks = grids(function, arguments, card)
+    ours = [*_triton(folder / "triton"), *_mosaic(folder / "mosaic")]
+    return compiled, [
+        *(dataclasses.replace(kernel, blocks=blocks[kernel.name]) for kernel in ours),
+        *_xla(folder / "xla"),
+    ]
+
+
+def grids(function: Callable, arguments: tuple, card: aot.GPU) -> Counter[str]:
+    """Blocks that a function's Triton and Mosaic kernels are launched with on a card, by the kernel's name."""
+    found: Counter[str] = Counter()
+
+    def walk(jaxpr) -> None:
+        for equation in jaxpr.eqns:
+            match equation.primitive.name:
+                case "triton_kernel_call":
+                    found[equation.params["fn"].__name__] += math.prod(equation.params["grid"])
+                case "mpmd_map":
+                    found[equation.params["name"]] += math.prod(math.prod(m.grid) for m in equation.params["meshes"])
+                case _:
+                    for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+                        if hasattr(inner, "eqns"):
+                            walk(inner)
+
+    shaped = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+    with backend.target(card.capability):
+        walk(jax.make_jaxpr(function)(*shaped).jaxpr)
+    return found
 
 
 def _xla(folder: Path) -> Iterator[Kernel]:
+    product = lambda text: math.prod(map(int, text.split(",")))
     launched = {}
     for thunks in folder.glob("*thunk_sequence.txt"):
-        found = re.findall(r"(\S+) grid: \[[\d, ]+\] threads: \[([\d, ]+)\]\s+shared_memory: (\d+)", thunks.read_text())
-        launched |= {name: (math.prod(map(int, threads.split(","))), int(memory)) for name, threads, memory in found}
+        for name, grid, block, memory in re.findall(
+            r"(\S+) grid: \[([\d, ]+)\] threads: \[([\d, ]+)\]\s+shared_memory: (\d+)", thunks.read_text()
+        ):
+            launched[name] = product(grid), product(block), int(memory)
     for ptx in sorted(folder.glob("*.ptx")):
         for kernel in assemble(ptx.read_text(), "xla"):
-            threads, memory = launched.get(kernel.name, (kernel.threads, 0))
-            yield dataclasses.replace(kernel, threads=threads, shared_memory=kernel.shared_memory + memory)
+            blocks, threads, memory = launched.get(kernel.name, (0, kernel.threads, 0))
+            memory += kernel.shared_memory
+            yield dataclasses.replace(kernel, blocks=blocks, threads=threads, shared_memory=memory)
 
 
 def _triton(folder: Path) -> Iterator[Kernel]:
     for ptx in sorted(folder.glob("*/*.ptx")):
-        memory = re.search(r"shared_mem_bytes: (\d+)", ptx.with_suffix(".compile_info").read_text())
+        memory = int(_found(r"shared_mem_bytes: (\d+)", ptx.with_suffix(".compile_info").read_text()))
         for kernel in assemble(ptx.read_text(), "triton"):
-            yield dataclasses.replace(kernel, shared_memory=int(memory[1]) if memory else 0)
+            yield dataclasses.replace(kernel, shared_memory=memory)
 
 
 def _mosaic(folder: Path) -> Iterator[Kernel]:
     for ptx in sorted(folder.glob("*.ptx")):
-        memory = re.search(r"smem_scratch_bytes=(\d+)", ptx.with_suffix(".resources.txt").read_text())
+        resources = ptx.with_suffix(".resources.txt").read_text()
+        barriers = re.findall(r"num_barriers=(\d+)[^)]*\): (\d+)", resources)
+        memory = int(_found(r"smem_scratch_bytes=(\d+)", resources)) + sum(8 * int(n) * int(m) for n, m in barriers)
         for kernel in assemble(ptx.read_text(), "mosaic"):
             name = kernel.name.removesuffix("_mosaic_gpu_kernel")
-            yield dataclasses.replace(kernel, name=name, shared_memory=int(memory[1]) if memory else 0)
+            yield dataclasses.replace(kernel, name=name, shared_memory=memory)
 
 
 def assemble(ptx: str, compiler: str = "") -> list[Kernel]:
@@ -146,6 +175,7 @@ def assemble(ptx: str, compiler: str = "") -> list[Kernel]:
                 spilled=number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
                 shared_memory=number(r"(\d+) bytes smem"),
                 threads=math.prod(map(int, declared[1].split(","))) if declared else 1024,
+                blocks=0,
                 code=code(_found(rf"^\.text\.{re.escape(name)}:\n(.*?)(?=^//-----|\Z)", listing)),
             )
         )

@@ -5,7 +5,7 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +141,13 @@ class Traffic(NamedTuple):
     """Load instructions of the source, over all blocks."""
     asked: Counter[tuple[str, str]]
     """Bytes of whole tiles, the masked part with them."""
+    detectors: dict[int, Any]
+    """Of races, one for every Mosaic kernel that ran."""
+
+    @property
+    def races(self) -> bool:
+        """Whether a Mosaic kernel that was interpreted with `detect_races` has a race."""
+        return any(detector.races_found for detector in self.detectors.values())
 
 
 _observers: list[Traffic] = []
@@ -158,7 +165,7 @@ def note(what: tuple[str, str], loads: bool, size: int, asked: int) -> None:
 @contextlib.contextmanager
 def counting() -> Iterator[Traffic]:
     """Count what all interpreted kernels move inside of the block; wait for the results (`jax.block_until_ready`) before it ends."""
-    traffic = Traffic(Counter(), Counter(), Counter(), Counter())
+    traffic = Traffic(Counter(), Counter(), Counter(), Counter(), {})
     _observers.append(traffic)
     with _mosaic_told():
         try:
@@ -171,7 +178,7 @@ def counting() -> Iterator[Traffic]:
 def _mosaic_told() -> Iterator[None]:
     """The memory of JAX's interpreter for Mosaic tells of every access to global memory."""
     from jax._src.pallas.mosaic_gpu import core
-    from jax._src.pallas.mosaic_gpu.interpret import shared_memory
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, shared_memory
 
     memory, places = shared_memory.GPUSharedMemory, list(core.MemorySpace)
     own = memory.get_buffer_content, memory.store_buffer_content, memory.swap_buffer_content
@@ -180,6 +187,9 @@ def _mosaic_told() -> Iterator[None]:
         # Without a thread it is JAX that takes the results out.
         if thread is not None and places[key.memory_space_id] == core.MemorySpace.GMEM:
             note(("mosaic", str(key.buffer_id)), loads, size, size)
+            detector = gpu_callbacks.get_races()
+            for traffic in _observers:
+                traffic.detectors[id(detector)] = detector
 
     def get(self, key, access, thread, *args, **kwargs):
         result = own[0](self, key, access, thread, *args, **kwargs)

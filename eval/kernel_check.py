@@ -1,0 +1,241 @@
+"""What every kernel costs on every card, without one: registers, spills, shared memory, bytes moved, instructions, occupancy."""
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+
+from kvcascade.cache.errors import BadInput
+from kvcascade.eval.kernel_cases import CASES, Case
+from kvcascade.eval.records import Record
+from kvcascade.kernels import aot, resources, traffic
+
+BASELINE = Path(__file__).parent / "results" / "kernels.jsonl"
+SERVED = 8
+"""Rows of the batch that the waves are of; bytes and instructions are those of one row and one KV head."""
+OWN = ("triton", "mosaic")
+
+
+def check(
+    cases: Sequence[Case], cards: Sequence[str], done: Callable[[int], None] = lambda count: None
+) -> list[Record]:
+    """A record per case and card, in processes of their own: a compiler that ends its process fails one case, not the check.
+
+    Raises BadInput for a card that is not known, `aot.NotInstalled` without the compilers.
+    """
+    known = [*aot.KNOWN, *aot.DERIVED]
+    for card in cards:
+        if card not in known:
+            raise BadInput(f"no GPU {card!r}; there are {', '.join(known)}")
+        aot.gpu(card)
+    count = itertools.count(1)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        told = lambda: done(next(count))
+        run = lambda what: _in_a_process(what, [case.name for case in cases], Path(folder, what), told)
+        moved, *by_card = pool.map(run, ["traffic", *cards])
+    return [
+        record(case, aot.gpu(card), moved[case.name], found[case.name])
+        for card, found in zip(cards, by_card, strict=True)
+        for case in cases
+    ]
+
+
+def _in_a_process(what: str, names: list[str], folder: Path, told: Callable[[], None]) -> dict[str, Record]:
+    """What a child finds out of each case. One that ends before its time has failed at the case that it was at."""
+    folder.mkdir()
+    environment = {"JAX_PLATFORMS": "cpu"} if what == "traffic" else resources.environment(folder)
+    found: dict[str, Record] = {}
+    while left := [name for name in names if name not in found]:
+        with (folder / "stderr").open("w+") as errors:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "kvcascade.eval.kernel_check", what, str(folder), *left],
+                env=os.environ | environment,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+            assert child.stdout is not None
+            for line in child.stdout:
+                if line.startswith("{"):
+                    one = json.loads(line)
+                    found[one.pop("case")] = one
+                    told()
+            status = child.wait()
+            errors.seek(0)
+            said = [line.strip() for line in errors if line.strip()]
+        left = [name for name in names if name not in found]
+        if left:
+            found[left[0]] = {"failed": said[-1] if said else f"the compiler ended with status {status}"}
+            told()
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    """A child: say of each case, in a line of JSON, what it moves (`traffic`) or what it asks of a card."""
+    what, folder, *names = arguments
+    for name in names:
+        try:
+            found = of_traffic(CASES[name]) if what == "traffic" else of_card(CASES[name], aot.gpu(what), Path(folder))
+        except NotImplementedError as error:
+            found = {"refused": str(error)}
+        except Exception as error:  # whatever a compiler raises is the case's result
+            found = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        print(json.dumps({"case": name} | found), flush=True)
+
+
+def of_traffic(case: Case) -> Record:
+    """What a case's kernels load and store, interpreted: bytes, and by kernel the loads of the array that is loaded most often."""
+    program = case.program()
+    with traffic.counting() as counted:
+        jax.block_until_ready(jax.jit(program.call)(*program.arguments()))
+    kernels = {}
+    for kernel in {kernel for kernel, _ in counted.read}:
+        mine = lambda counter, kernel=kernel: [n for (name, _), n in counter.items() if name == kernel]
+        kernels[kernel] = {"loads": max(mine(counted.loads)), "asked": sum(mine(counted.asked))}
+    return {
+        "moved": counted.read.total() + counted.written.total(),
+        "floor": program.floor,
+        "units": program.units,
+        "races": counted.races,
+        "kernels": kernels,
+    }
+
+
+def of_card(case: Case, card: aot.GPU, folder: Path) -> Record:
+    """What a case's kernels ask of a card, and what else the compiled program launches."""
+    program, served = case.program(), case.program(SERVED)
+    compiled, kernels = resources.compile_for(program.call, program.shapes, card, folder)
+    blocks = resources.grids(served.call, served.shapes, card)
+    launches = traffic.launches(compiled.as_text() or "")
+    ours = [launch for launch in launches if re.search("triton|mosaic", launch.target)]
+    return {
+        "launches": len(launches),
+        "around": sum(launch.moved for launch in launches) - sum(launch.moved for launch in ours),
+        "kernels": [
+            dataclasses.asdict(kernel)
+            | {"per_multiprocessor": kernel.per_multiprocessor(card), "served_blocks": blocks.get(kernel.name, 0)}
+            for kernel in kernels
+        ],
+    }
+
+
+def record(case: Case, card: aot.GPU, moved: Record, found: Record) -> Record:
+    """The two findings as one record; `failed` or `refused` in place of figures where there are none."""
+    start = {"kind": "kernel", "case": case.name, "gpu": card.name, "unit": case.unit, "most": case.most}
+    for finding in (found, moved):
+        if reason := {"refused", "failed"} & finding.keys():
+            return start | {key: finding[key] for key in reason}
+    instructions = 0.0
+    kernels = []
+    for kernel in found["kernels"]:
+        loop, rest = (sum(kernel["code"][part].values()) for part in ("loop", "rest"))
+        turns = 1.0
+        counted = moved["kernels"].get("mosaic" if kernel["compiler"] == "mosaic" else kernel["name"])
+        if counted:
+            turns = counted["loads"] / kernel["blocks"]
+            # ptxas may have put several turns of the source into one.
+            a_turn = counted["asked"] / counted["loads"]
+            turns /= max(1, round(kernel["code"]["loop_loads"] * kernel["threads"] / a_turn))
+        executed = (rest + loop * turns) * kernel["threads"] * kernel["blocks"]
+        instructions += executed
+        at_once = kernel["per_multiprocessor"] * card.multiprocessors
+        kernels.append(
+            {key: kernel[key] for key in ("name", "compiler", "registers", "spilled", "shared_memory", "threads")}
+            | {
+                "per_multiprocessor": kernel["per_multiprocessor"],
+                "waves": kernel["served_blocks"] / at_once if at_once else None,
+                "turns": turns,
+                "loop": kernel["code"]["loop"],
+                "rest": kernel["code"]["rest"],
+            }
+        )
+    total = moved["moved"] + found["around"]
+    return start | {
+        "launches": found["launches"],
+        "moved": total,
+        "floor": moved["floor"],
+        "ratio": total / moved["floor"],
+        "instructions": instructions / moved["units"],
+        "budget": budget(card, moved["floor"] / moved["units"]),
+        "races": moved["races"],
+        "shared_memory_limit": card.shared_memory,
+        "kernels": kernels,
+    }
+
+
+def budget(card: aot.GPU, bytes_per_unit: float) -> float:
+    """Instructions per unit that a card issues while its memory moves the unit's bytes."""
+    return card.multiprocessors * 128 * card.clock / (card.bandwidth / bytes_per_unit)
+
+
+def faults(found: Record, baseline: Record | None) -> list[str]:
+    """What is wrong with a record by itself, and worse than in the baseline."""
+    if "refused" in found:
+        return [found["refused"]] if baseline and "refused" not in baseline else []
+    if "failed" in found:
+        return [found["failed"]]
+    wrong = []
+    for kernel in found["kernels"]:
+        if kernel["compiler"] in OWN and kernel["spilled"]:
+            wrong.append(f"{kernel['name']} spills {kernel['spilled']} bytes of registers")
+        if kernel["shared_memory"] > found["shared_memory_limit"]:
+            limit = found["shared_memory_limit"]
+            wrong.append(
+                f"{kernel['name']} asks for {kernel['shared_memory']} bytes of shared memory; a block has {limit}"
+            )
+    if found["ratio"] > found["most"]:
+        wrong.append(f"moves {found['ratio']:.3f} times the floor; at most {found['most']} is allowed")
+    if found["races"]:
+        wrong.append("has a race")
+    if baseline and not {"refused", "failed"} & baseline.keys():
+        for what, slack in (("ratio", 1.01), ("instructions", 1.05), ("launches", 1.0)):
+            if found[what] > baseline[what] * slack:
+                wrong.append(f"{what} {found[what]:.4g}, where it was {baseline[what]:.4g}")
+    return wrong
+
+
+def regressions(found: Sequence[Record], baseline: Sequence[Record]) -> list[str]:
+    """One line for everything that is wrong; a case of the baseline that is missing is."""
+    before = {(one["case"], one["gpu"]): one for one in baseline}
+    cards = {one["gpu"] for one in found}
+    lines = [
+        f"{one['case']} on {one['gpu']}: {line}"
+        for one in found
+        for line in faults(one, before.pop((one["case"], one["gpu"]), None))
+    ]
+    return lines + [f"{case} on {gpu}: is not there any more" for case, gpu in before if gpu in cards]
+
+
+def table(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows, a row per case and card; of several kernels the one that most is asked for."""
+    columns = [
+        "kernel", "GPU", "registers", "spilled", "shared, KiB", "blocks/SM", "waves", "moved / floor", "instructions/unit",
+        "budget", "launches",
+    ]  # fmt: skip
+    rows = []
+    for one in found:
+        if reason := {"refused", "failed"} & one.keys():
+            (key,) = reason
+            rows.append([one["case"], one["gpu"], f"{key}: {one[key]}"[:60], *[""] * (len(columns) - 3)])
+            continue
+        ours = [kernel for kernel in one["kernels"] if kernel["compiler"] in OWN] or one["kernels"]
+        waves = [kernel["waves"] for kernel in ours if kernel["waves"]]
+        rows.append([
+            one["case"], one["gpu"], str(max(kernel["registers"] for kernel in ours)), str(sum(kernel["spilled"] for kernel in ours)),
+            f"{max(kernel['shared_memory'] for kernel in ours) / 1024:.1f}", str(min(kernel["per_multiprocessor"] for kernel in ours)),
+            f"{max(waves):.2f}" if waves else "", f"{one['ratio']:.3f}", f"{one['instructions']:.2f}", f"{one['budget']:.2f}", str(one["launches"]),
+        ])  # fmt: skip
+    return columns, rows
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
