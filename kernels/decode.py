@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvcascade.kernels import native
-from kvcascade.kernels.backend import Implementation, run
-from kvcascade.kernels.partial import attend_all
+from kvcascade.kernels import launch, native
+from kvcascade.kernels.backend import Implementation, Kernel, run
+from kvcascade.kernels.partial import Partial, attend_all, combine
 from kvcascade.kernels.slots import Format, Slots
 
 type Result = tuple[Float[Array, "B N H"], list[Float[Array, "B K _"]]]
@@ -26,12 +26,15 @@ def decode(
 ) -> Result:
     """`partial.attend_all` for one query per row: normalised attention in float32, and each slot's mass if `observed`.
 
-    `xla` runs everywhere, `native` is C++ for a CPU; None takes the best that there is on the platform compiled for.
+    `xla` runs everywhere, `native` is C++ for a CPU, `triton` a GPU's kernel; None takes the best that there is on the platform compiled for.
     """
     slots, formats = zip(*held, strict=True)
-    reference, kernel = (functools.partial(each, formats, observed, window) for each in (_xla, _native))
+    reference, on_cpu, on_gpu = (
+        functools.partial(each, formats, observed, window) for each in (_xla, _native, _triton)
+    )
     known = lambda q, q_pos, slots: all(native.reads(tier.k) for tier in slots)
-    return run(implementation, reference, {"native": native.kernel(kernel, known)}, q_BNH, q_pos_B, slots)
+    kernels = {"native": native.kernel(on_cpu, known), "triton": Kernel(on_gpu, _triton_refuses)}
+    return run(implementation, reference, kernels, q_BNH, q_pos_B, slots)
 
 
 def _xla(formats, observed, window, q_BNH, q_pos_B, slots) -> Result:
@@ -53,3 +56,25 @@ def _native(formats, observed, window, q_BNH, q_pos_B, slots) -> Result:
         window=np.int64(window),
     )
     return out_BNH, masses
+
+
+def _triton(formats, observed, window, q_BNH, q_pos_B, slots, interpret) -> Result:
+    from kvcascade.kernels import decode_triton
+
+    parts, logits = [], []
+    for form, tier in zip(formats, slots, strict=True):
+        part, logits_BKGS = decode_triton.attend(form.turn(q_BNH), q_pos_B, tier, observed, window, interpret)
+        parts.append(part._replace(out_BTNH=form.turn(part.out_BTNH)))
+        logits.append(logits_BKGS)
+    out_BTNH, top_BTN, total_BTN = combine(Partial(*map(jnp.concatenate, zip(*parts, strict=True))))
+    over_slots = lambda x_BTN, logits_BKGS: x_BTN.reshape(*logits_BKGS.shape[:-1], 1)
+    mass = lambda x: (jnp.exp(x - over_slots(top_BTN, x)) / over_slots(total_BTN, x)).sum(2)
+    return out_BTNH[:, 0], [mass(x) for x in logits] if observed else []
+
+
+def _triton_refuses(q_BNH, q_pos_B, slots) -> str | None:
+    if reason := launch.refuses():
+        return reason
+    from kvcascade.kernels import decode_triton
+
+    return next(filter(None, map(decode_triton.refuses, slots)), None)

@@ -36,8 +36,10 @@ def launch(
     stages: int = 3,
     **constants: Any,
 ) -> list[jax.Array]:
-    """Run a `@triton.jit` kernel whose parameters are a pointer for every array, one for every result, then constants by name.
+    """Run a Triton kernel whose parameters are a pointer for every array, one for every result, then constants by name.
 
+    It and the functions that it calls are declared `@triton.jit` over `@no_type_check`: Triton reads their source, and the wrapper that a
+    type checker puts around them in tests has another one.
     `in_place` counts the arrays that the kernel writes into; they are returned, in that order, before the results. All arrays are
     contiguous. Interpreted, the arrays are copies, and `traffic.counting` sees every load and store.
     """

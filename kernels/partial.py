@@ -66,13 +66,22 @@ def _product(letters: str, x: Float[Array, "B K G T _"], slots: Float[Array, "B 
 def merge(partials: list[Partial]) -> tuple[Float[Array, "B T N H"], list[Float[Array, "B T N"]]]:
     """Combine partials by log-sum-exp into normalised attention, and the factor that normalises each one's weights.
 
-    A query that sees nothing anywhere gets zeros. (Flash-decoding; FlashAttention-2, Dao 2023, §2.3.)
+    A query that sees nothing anywhere gets zeros.
     """
-    top = jnp.stack([p.max_BTN for p in partials]).max(0)
-    scales = [jnp.exp(p.max_BTN - top) for p in partials]
-    total = jnp.stack([scale * p.sum_BTN for scale, p in zip(scales, partials, strict=True)]).sum(0)
-    factors = [scale / jnp.where(total == 0, 1, total) for scale in scales]
-    return jnp.stack([f[..., None] * p.out_BTNH for f, p in zip(factors, partials, strict=True)]).sum(0), factors
+    out_BTNH, top_BTN, total_BTN = combine(Partial(*map(jnp.stack, zip(*partials, strict=True))))
+    return out_BTNH, [jnp.exp(p.max_BTN - top_BTN) / total_BTN for p in partials]
+
+
+def combine(parts: Partial) -> Partial:
+    """Merge the partials along a leading axis into one that is normalised: out is divided by the sum, which is 1 where nothing is seen.
+
+    (Flash-decoding; FlashAttention-2, Dao 2023, §2.3.)
+    """
+    top = parts.max_BTN.max(0)
+    scale = jnp.exp(parts.max_BTN - top)
+    total = (scale * parts.sum_BTN).sum(0)
+    total = jnp.where(total == 0, 1, total)
+    return Partial((scale[..., None] * parts.out_BTNH).sum(0) / total[..., None], top, total)
 
 
 def mass(weights_BKGTS: Float[Array, "B K G T S"], factor_BTN: Float[Array, "B T N"]) -> Float[Array, "B K S"]:

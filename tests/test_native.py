@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from slots_reference import dense, held
 
 from kvcascade.cache.codec import CODECS
 from kvcascade.cache.tier import empty, heavy, recent
@@ -22,33 +23,6 @@ from kvcascade.kernels.write import exchange
 # What C++ does not read goes through XLA.
 FORMATS = sorted(set(CODECS) - {"fp8", "nvfp4"})
 needs_compiler = pytest.mark.skipif(not native.ready(), reason="no C++ compiler")
-
-
-def held(rng: np.random.Generator, codec_name: str, batch: int, kv_heads: int, slots: int, head_dim: int) -> Slots:
-    """Slots in random order with random positions, some of them empty, an outlier among the vectors."""
-    codec = CODECS[codec_name]
-    vectors = lambda: codec.encode(jnp.asarray(rng.normal(size=(batch, kv_heads, slots, head_dim)) * 3, jnp.float32))
-    pos = rng.permuted(np.broadcast_to(np.arange(slots) - slots // 4, (batch, kv_heads, slots)), axis=-1).clip(-1)
-    score = rng.random((batch, kv_heads, slots))
-    return Slots(vectors(), vectors(), jnp.asarray(pos, jnp.int32), jnp.asarray(score, jnp.float32))
-
-
-def dense(q_BNH, now_B, slots):
-    """The same attention in float64, over all slots at once."""
-    B, N, H = q_BNH.shape
-    read = lambda stored, codec: np.asarray(codec.decode(stored), np.float64)
-    k = np.concatenate([read(s.k, codec) for s, codec in slots], 2)
-    v = np.concatenate([read(s.v, codec) for s, codec in slots], 2)
-    pos = np.concatenate([s.pos_BKS for s, _ in slots], 2)
-    K = k.shape[1]
-    q = np.asarray(q_BNH, np.float64).reshape(B, K, N // K, H) / H**0.5
-    seen = (pos >= 0) & (pos <= np.asarray(now_B)[:, None, None])
-    logits = np.where(seen[:, :, None], np.einsum("bkgh,bksh->bkgs", q, k), -np.inf)
-    top = np.where(seen.any(-1), logits.max((-2, -1), initial=-1e9, where=seen[:, :, None]), 0)
-    weights = np.exp(logits - top[..., None, None])
-    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
-    out = np.einsum("bkgs,bksh->bkgh", weights, v).reshape(B, N, H)
-    return out, np.split(weights.sum(2), np.cumsum([s.pos_BKS.shape[-1] for s, _ in slots])[:-1], -1)
 
 
 def check_decode(q, now, slots):

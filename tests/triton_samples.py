@@ -1,15 +1,19 @@
 """Triton kernels that tests/test_launch.py launches."""
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
 
 @triton.jit
+@no_type_check
 def _twice(x):
     return x + x
 
 
 @triton.jit
+@no_type_check
 def row_sums(x, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
@@ -20,6 +24,7 @@ def row_sums(x, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
+@no_type_check
 def product(x, y, rounded, out, M: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
     m, k, n = tl.arange(0, M), tl.arange(0, K), tl.arange(0, N)
     left = tl.load(x + m[:, None] * K + k[None, :]).to(tl.bfloat16)
@@ -28,11 +33,13 @@ def product(x, y, rounded, out, M: tl.constexpr, K: tl.constexpr, N: tl.constexp
 
 
 @triton.jit
+@no_type_check
 def put(index, value, slots, S: tl.constexpr):
     row = tl.program_id(0)
     tl.store(slots + row * S + tl.load(index + row), tl.load(value + row))
 
 
 @triton.jit
+@no_type_check
 def sum_of_bf16(x, out):
     tl.store(out, tl.load(x) + tl.load(x))

@@ -1,0 +1,253 @@
+"""Decode attention on a GPU's tensor cores (Triton): one pass over the slots as they are stored, in a row or in pages.
+
+Codes are exact in bf16, so they are multiplied as they are, and a vector's scale and low end outside of the products:
+q·k = scale · (q·codes) + low · Σq. The float32 side is the sum of three bf16 terms, whose products with codes are exact.
+"""
+
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+from jaxtyping import Array, Float, Int
+
+from kvcascade.kernels.launch import launch
+from kvcascade.kernels.partial import Partial
+from kvcascade.kernels.slots import Slots, Stored
+
+TILE = 64  # slots at once
+BLOCKS = 264  # what fills the largest of today's cards, two blocks to each of its 132 multiprocessors
+
+
+def refuses(slots: Slots) -> str | None:
+    """Why the kernel cannot read slots, or None."""
+    kind = _kind(slots.k)
+    if kind is None:
+        return f"no kernel for slots of {', '.join(f'{name} {x.dtype}' for name, x in slots.k.items())}"
+    return "the head width is odd" if _head_dim(slots.k, kind) % 2 else None
+
+
+def _kind(stored: Stored) -> str | None:
+    """The name under which the kernel knows a format."""
+    known = {
+        ("bfloat16", "values"): "bf16",
+        ("int8", "codes scale"): "int8",
+        ("float8_e4m3fn", "codes scale"): "fp8",
+        ("uint8", "codes low scale"): "int4",
+        ("uint8", "codes scale scales"): "nvfp4",
+    }
+    return known.get((_codes(stored).dtype.name, " ".join(sorted(stored))))
+
+
+def _codes(stored: Stored) -> Array:
+    return stored["values"] if "values" in stored else stored["codes"]
+
+
+def _head_dim(stored: Stored, kind: str) -> int:
+    return _codes(stored).shape[-1] * (2 if kind in ("int4", "nvfp4") else 1)
+
+
+def attend(
+    q_BNH: Float[Array, "B N H"],
+    q_pos_B: Int[Array, " B"],
+    slots: Slots,
+    observed: bool,
+    window: int,
+    interpret: bool,
+    table_BP: Int[Array, "B P"] | None = None,
+) -> tuple[Partial, Float[Array, "B K G S"] | None]:
+    """`partial.attend` for one query per row, in parts: the partial's arrays have a leading axis of as many as the slots were split into.
+
+    The query is `turn`ed if the format is, and so is the output. With `observed` also the logits, -inf where a slot is not seen.
+    With a table the first axis of the slots counts pages, and a row has those that the table names, -1 for none.
+    """
+    B, N, H = q_BNH.shape
+    K, Z = slots.pos_BKS.shape[1:]
+    S = Z if table_BP is None else Z * table_BP.shape[1]
+    G, kind = N // K, _kind(slots.k)
+    tiles, split = _split(B * K, S, 2 * 4 * G * H, _bytes_per_slot(slots))
+    results = [(split, B, N, H), (split, B, N), (split, B, N), (B, K, G, S) if observed else (1,)]
+    out, top, total, logits = launch(
+        _attend,
+        (B * K, split),
+        [q_BNH, q_pos_B, q_pos_B if table_BP is None else table_BP, slots.pos_BKS, *_arrays(slots.k), *_arrays(slots.v)],
+        [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results],
+        interpret=interpret,
+        K=K, G=G, S=S, Z=Z, H=H, ROWS=max(16, triton.next_power_of_2(G)), HALF=max(16, triton.next_power_of_2(H // 2)),
+        FORM=kind, BLOCK=min(16, H // 2), PAGED=table_BP is not None, WINDOW=window, OBSERVED=observed,
+        SCALE=H**-0.5, TILE=TILE, TILES=tiles,
+    )  # fmt: skip
+    return Partial(out[:, :, None], top[:, :, None], total[:, :, None]), logits if observed else None
+
+
+def _arrays(stored: Stored) -> list[Array]:
+    """Codes, a scale per vector, and what else the format has; what it has not is the codes again, which nobody reads."""
+    codes = _codes(stored)
+    if codes.dtype == jnp.float8_e4m3fn:  # which Triton does not read on cards older than Ada
+        codes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
+    more = stored.get("low", stored.get("scales", codes))
+    if more.dtype == jnp.float8_e4m3fn:
+        more = jax.lax.bitcast_convert_type(more, jnp.uint8)
+    return [codes, stored.get("scale", codes), more]
+
+
+def _bytes_per_slot(slots: Slots) -> int:
+    return 4 + sum(x.shape[-1] * x.dtype.itemsize for stored in (slots.k, slots.v) for x in stored.values())
+
+
+def _split(rows: int, S: int, own_bytes: int, bytes_per_slot: int) -> tuple[int, int]:
+    """Tiles of a split, and how many splits: enough to fill a card, while a split reads 16 times the bytes of its query and output."""
+    tiles = max(1, triton.cdiv(S, TILE))
+    least = max(4, triton.cdiv(16 * own_bytes, bytes_per_slot * TILE))
+    splits = max(1, min(triton.cdiv(BLOCKS, rows), tiles // least))
+    each = triton.cdiv(tiles, splits)
+    return each, triton.cdiv(tiles, each)
+
+
+@triton.jit
+@no_type_check
+def _attend(
+    q, q_pos, table, pos, k, k_scale, k_more, v, v_scale, v_more, out, top, total, logits,
+    K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, Z: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
+    FORM: tl.constexpr, BLOCK: tl.constexpr, PAGED: tl.constexpr, WINDOW: tl.constexpr, OBSERVED: tl.constexpr,
+    SCALE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    batch, head = row // K, row % K
+    now = tl.load(q_pos + batch)
+    g, j = tl.arange(0, ROWS), tl.arange(0, HALF)
+    query = (row * G + g[:, None]) * H + j[None, :]
+    real = (g < G)[:, None] & (j < H // 2)[None, :]
+    first = tl.load(q + query, mask=real, other=0).to(tl.float32) * SCALE
+    second = tl.load(q + query + H // 2, mask=real, other=0).to(tl.float32) * SCALE
+    whole = tl.sum(first, 1) + tl.sum(second, 1)
+    first1, first2, first3 = _terms(first)
+    second1, second2, second3 = _terms(second)
+
+    largest = tl.full((ROWS,), -1e30, tl.float32)  # partial.NEVER
+    weight = tl.zeros((ROWS,), tl.float32)
+    lows = tl.zeros((ROWS,), tl.float32)
+    out1 = tl.zeros((ROWS, HALF), tl.float32)
+    out2 = tl.zeros((ROWS, HALF), tl.float32)
+    start = part * TILES * TILE
+    for tile in range(start, tl.minimum(start + TILES * TILE, S), TILE):
+        s = tile + tl.arange(0, TILE)
+        there = s < S
+        if PAGED:
+            page = tl.load(table + batch * (S // Z) + s // Z, mask=there, other=-1)
+            there = there & (page >= 0)
+            slot = (page.to(tl.int64) * K + head) * Z + s % Z
+        else:
+            slot = row * S + s
+        held = tl.load(pos + slot, mask=there, other=-1)
+        seen = (held >= 0) & (held <= now)
+        if WINDOW:
+            seen = seen & (now - held < WINDOW)
+        k1, k2 = _read(k, k_more, slot, seen, j, H, HALF, FORM, BLOCK, TILE)
+        score = tl.zeros((ROWS, TILE), tl.float32)
+        score = _product(first1, first2, first3, tl.trans(k1), score)
+        score = _product(second1, second2, second3, tl.trans(k2), score)
+        if FORM != "bf16":
+            score = score * tl.load(k_scale + slot, mask=seen, other=0).to(tl.float32)[None, :]
+        if FORM == "int4":
+            score += whole[:, None] * tl.load(k_more + slot, mask=seen, other=0).to(tl.float32)[None, :]
+        score = tl.where(seen[None, :], score, float("-inf"))
+        if OBSERVED:
+            tl.store(logits + (row * G + g[:, None]) * S + s[None, :], score, mask=(g < G)[:, None] & (s < S)[None, :])
+        larger = tl.maximum(largest, tl.max(score, 1))
+        shrink = tl.exp(largest - larger)
+        p = tl.exp(score - larger[:, None])
+        largest = larger
+        weight = weight * shrink + tl.sum(p, 1)
+        if FORM == "int4":
+            lows = lows * shrink + tl.sum(p * tl.load(v_more + slot, mask=seen, other=0).to(tl.float32)[None, :], 1)
+        if FORM != "bf16":
+            p = p * tl.load(v_scale + slot, mask=seen, other=0).to(tl.float32)[None, :]
+        p1, p2, p3 = _terms(p)
+        v1, v2 = _read(v, v_more, slot, seen, j, H, HALF, FORM, BLOCK, TILE)
+        out1 = _product(p1, p2, p3, v1, out1 * shrink[:, None])
+        out2 = _product(p1, p2, p3, v2, out2 * shrink[:, None])
+
+    # Results are [splits, B, N, H] and [splits, B, N]; N is K times G.
+    query += part * tl.num_programs(0) * G * H
+    tl.store(out + query, out1 + lows[:, None], mask=real)
+    tl.store(out + query + H // 2, out2 + lows[:, None], mask=real)
+    one = (part * tl.num_programs(0) + row) * G + g
+    tl.store(top + one, largest, mask=g < G)
+    tl.store(total + one, weight, mask=g < G)
+
+
+@triton.jit
+@no_type_check
+def _terms(x):
+    """Three bf16 numbers whose sum is x to 24 bits."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+@no_type_check
+def _product(high, middle, low, tile, total):
+    return tl.dot(high, tile, tl.dot(middle, tile, tl.dot(low, tile, total)))
+
+
+@triton.jit
+@no_type_check
+def _read(
+    codes, scales, slot, seen, j,
+    H: tl.constexpr, HALF: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The codes of channels j and j + H/2 as numbers in bf16, which has them exactly."""
+    mask = seen[:, None] & (j < H // 2)[None, :]
+    if FORM == "int4" or FORM == "nvfp4":
+        pair = tl.load(codes + slot[:, None] * (H // 2) + j[None, :], mask=mask, other=0)
+        first, second = pair & 15, pair >> 4
+        if FORM == "int4":
+            return first.to(tl.float32).to(tl.bfloat16), second.to(tl.float32).to(tl.bfloat16)
+        else:
+            return (
+                (_e2m1(first) * _blocks(scales, slot * (H // BLOCK), seen, H, HALF, BLOCK, TILE)).to(tl.bfloat16),
+                (_e2m1(second) * _blocks(scales, slot * (H // BLOCK) + H // 2 // BLOCK, seen, H, HALF, BLOCK, TILE)).to(
+                    tl.bfloat16
+                ),
+            )
+    else:
+        first = tl.load(codes + slot[:, None] * H + j[None, :], mask=mask, other=0)
+        second = tl.load(codes + slot[:, None] * H + H // 2 + j[None, :], mask=mask, other=0)
+        if FORM == "bf16":
+            return first, second
+        elif FORM == "fp8":
+            return _e4m3(first).to(tl.bfloat16), _e4m3(second).to(tl.bfloat16)
+        else:
+            return first.to(tl.float32).to(tl.bfloat16), second.to(tl.float32).to(tl.bfloat16)
+
+
+@triton.jit
+@no_type_check
+def _blocks(scales, start, seen, H: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """The scale of each of HALF channels, of which BLOCK have the same one."""
+    block = tl.arange(0, HALF // BLOCK)
+    scale = tl.load(
+        scales + start[:, None] + block[None, :], mask=seen[:, None] & (block < H // 2 // BLOCK)[None, :], other=0
+    )
+    return tl.reshape(tl.broadcast_to(_e4m3(scale)[:, :, None], (TILE, HALF // BLOCK, BLOCK)), (TILE, HALF))
+
+
+@triton.jit
+@no_type_check
+def _e4m3(code):
+    """An e4m3 number from its bits: those of a float16 with 8 too little in the exponent (float32 would do, but not where it is flushed to zero)."""
+    bits = code.to(tl.uint16)
+    return (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True).to(tl.float32) * 256
+
+
+@triton.jit
+@no_type_check
+def _e2m1(code):
+    """An e2m1 number from its bits, as in `_e4m3` with 14."""
+    bits = code.to(tl.uint16)
+    return (((bits & 8) << 12) | ((bits & 7) << 9)).to(tl.float16, bitcast=True).to(tl.float32) * 16384

@@ -1,0 +1,99 @@
+"""The Triton kernel for decode attention, interpreted, against float64 over the same stored values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from slots_reference import dense, held
+
+from kvcascade.cache.codec import CODECS
+from kvcascade.cache.errors import BadInput
+from kvcascade.cache.tier import empty, recent
+from kvcascade.kernels.decode import decode
+from kvcascade.kernels.slots import Slots
+
+pytest.importorskip("triton")
+FORMATS = sorted(set(CODECS) - {"f32"})
+
+
+def queries(rng: np.random.Generator, *shape: int):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+def check(q, now, slots, window=0):
+    results = decode(q, now, slots, True, window, implementation="triton")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), results, dense(q, now, slots, window))
+
+
+@given(
+    tiers=st.lists(st.tuples(st.sampled_from(FORMATS), st.integers(1, 130)), min_size=1, max_size=2),
+    batch=st.integers(1, 2),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 8),
+    head_dim=st.sampled_from([16, 32, 64]),
+    window=st.sampled_from([0, 1, 30]),
+    seed=st.integers(0, 2**16),
+)
+def test_decode_equals_float64(tiers, batch, kv_heads, group, head_dim, window, seed):
+    rng = np.random.default_rng(seed)
+    slots = [(held(rng, name, batch, kv_heads, count, head_dim), CODECS[name]) for name, count in tiers]
+    # Some queries see nothing, some only a part, some everything.
+    now = jnp.asarray(rng.integers(-1, 120, batch), jnp.int32)
+    check(queries(rng, batch, kv_heads * group, head_dim), now, slots, window)
+
+
+@pytest.mark.parametrize("head_dim", [80, 96, 128])
+@pytest.mark.parametrize("codec_name", FORMATS)
+def test_other_head_widths(codec_name, head_dim):
+    try:
+        CODECS[codec_name].nbytes(head_dim)
+    except BadInput as refused:
+        pytest.skip(str(refused))
+    rng = np.random.default_rng(0)
+    slots = [(held(rng, codec_name, 1, 1, 70, head_dim), CODECS[codec_name])]
+    check(queries(rng, 1, 3, head_dim), jnp.asarray([60], jnp.int32), slots)
+
+
+def test_many_splits_in_jit_with_a_query_in_bf16():
+    rng = np.random.default_rng(0)
+    slots = [(held(rng, "int8", 1, 1, 1500, 32), CODECS["int8"]), (held(rng, "bf16", 1, 1, 1, 32), CODECS["bf16"])]
+    q, now = queries(rng, 1, 2, 32).astype(jnp.bfloat16), jnp.asarray([1200], jnp.int32)
+    call = jax.jit(lambda q, now, observed: decode(q, now, slots, observed, implementation="triton"), static_argnums=2)
+    results = call(q, now, True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), results, dense(q, now, slots))
+    only_out, none = call(q, now, False)
+    np.testing.assert_array_equal(only_out, results[0])
+    assert none == []
+
+
+@pytest.mark.parametrize("codec_name", FORMATS)
+def test_what_a_query_does_not_see_is_not_read(codec_name):
+    tier = recent(20)
+    slots = empty(tier, 1, 1, 16, 32, scored=False)
+    codec = CODECS[codec_name]
+    vectors = codec.encode(jnp.full((1, 1, 20, 16), jnp.nan))
+    poison = {
+        name: jnp.full_like(x, jnp.nan) if jnp.isdtype(x.dtype, "real floating") else x for name, x in vectors.items()
+    }
+    slots = Slots(poison, poison, slots.pos_BKS.at[..., 5].set(7), None)
+    unseen, (mass,) = decode(jnp.ones((1, 2, 16)), jnp.asarray([3]), [(slots, codec)], True, implementation="triton")
+    np.testing.assert_array_equal(unseen, 0)
+    np.testing.assert_array_equal(mass, 0)
+
+
+def test_slots_in_f32_are_refused():
+    slots = empty(recent(4), 1, 1, 16, 4, scored=False)
+    vectors = {"values": jnp.zeros((1, 1, 4, 16))}
+    held = [(Slots(vectors, vectors, slots.pos_BKS, None), CODECS["f32"])]
+    with pytest.raises(NotImplementedError, match="triton: no kernel for slots of values float32"):
+        decode(jnp.ones((1, 1, 16)), jnp.asarray([3]), held, False, implementation="triton")
+
+
+def test_gradients_are_those_of_the_reference():
+    rng = np.random.default_rng(0)
+    slots, now = [(held(rng, "int8", 1, 1, 9, 16), CODECS["int8"])], jnp.asarray([20], jnp.int32)
+    loss = lambda q, each: (decode(q, now, slots, True, implementation=each)[0] ** 2).sum()
+    q = queries(rng, 1, 2, 16)
+    np.testing.assert_allclose(jax.grad(loss)(q, "triton"), jax.grad(loss)(q, "xla"), atol=1e-5)
