@@ -1,6 +1,7 @@
 """The kernels that are checked and timed, each at the shapes of models that are in use."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -49,6 +50,8 @@ class Case:
     """What instructions are counted per."""
     most: float
     """How many times the floor it may move."""
+    turn: int = 0
+    """Units that a block works on in one turn of its loop; 0 without a loop."""
 
     @property
     def name(self) -> str:
@@ -83,12 +86,19 @@ def _decode(codec: str, kv_heads: int, group: int, head_dim: int):
     return build
 
 
+@functools.cache
+def cases() -> dict[str, Case]:
+    """All of them by name; needs Triton."""
+    return {case.name: case for case in _cases()}
+
+
 def _cases() -> Iterator[Case]:
+    from kvcascade.kernels import decode_triton
+
     for codec in ("bf16", "fp8", "int8", "int4", "nvfp4"):
         for kv_heads, group, head_dim in HEADS:
-            for implementation in ("triton",):
-                build = _decode(codec, kv_heads, group, head_dim)
-                yield Case(f"decode {codec}", f"H {head_dim} G {group}", implementation, build, "KV byte", 1.1)
-
-
-CASES = {case.name: case for case in _cases()}
+            if codec == "nvfp4" and head_dim % 32:
+                continue
+            build = _decode(codec, kv_heads, group, head_dim)
+            turn = decode_triton.TILE * 2 * CODECS[codec].nbytes(head_dim)
+            yield Case(f"decode {codec}", f"H {head_dim} G {group}", "triton", build, "KV byte", 1.1, turn)

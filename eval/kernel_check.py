@@ -1,6 +1,5 @@
 """What every kernel costs on every card, without one: registers, spills, shared memory, bytes moved, instructions, occupancy."""
 
-import dataclasses
 import itertools
 import json
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 import jax
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval.kernel_cases import CASES, Case
+from kvcascade.eval.kernel_cases import Case, cases
 from kvcascade.eval.records import Record
 from kvcascade.kernels import aot, resources, traffic
 
@@ -25,9 +24,7 @@ SERVED = 8
 OWN = ("triton", "mosaic")
 
 
-def check(
-    cases: Sequence[Case], cards: Sequence[str], done: Callable[[int], None] = lambda count: None
-) -> list[Record]:
+def check(some: Sequence[Case], cards: Sequence[str], done: Callable[[int], None] = lambda count: None) -> list[Record]:
     """A record per case and card, in processes of their own: a compiler that ends its process fails one case, not the check.
 
     Raises BadInput for a card that is not known, `aot.NotInstalled` without the compilers.
@@ -40,12 +37,12 @@ def check(
     count = itertools.count(1)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         told = lambda: done(next(count))
-        run = lambda what: _in_a_process(what, [case.name for case in cases], Path(folder, what), told)
+        run = lambda what: _in_a_process(what, [case.name for case in some], Path(folder, what), told)
         moved, *by_card = pool.map(run, ["traffic", *cards])
     return [
         record(case, aot.gpu(card), moved[case.name], found[case.name])
         for card, found in zip(cards, by_card, strict=True)
-        for case in cases
+        for case in some
     ]
 
 
@@ -84,7 +81,9 @@ def main(arguments: list[str]) -> None:
     what, folder, *names = arguments
     for name in names:
         try:
-            found = of_traffic(CASES[name]) if what == "traffic" else of_card(CASES[name], aot.gpu(what), Path(folder))
+            found = (
+                of_traffic(cases()[name]) if what == "traffic" else of_card(cases()[name], aot.gpu(what), Path(folder))
+            )
         except NotImplementedError as error:
             found = {"refused": str(error)}
         except Exception as error:  # whatever a compiler raises is the case's result
@@ -93,20 +92,15 @@ def main(arguments: list[str]) -> None:
 
 
 def of_traffic(case: Case) -> Record:
-    """What a case's kernels load and store, interpreted: bytes, and by kernel the loads of the array that is loaded most often."""
+    """The bytes that a case's kernels load and store, interpreted."""
     program = case.program()
     with traffic.counting() as counted:
         jax.block_until_ready(jax.jit(program.call)(*program.arguments()))
-    kernels = {}
-    for kernel in {kernel for kernel, _ in counted.read}:
-        mine = lambda counter, kernel=kernel: [n for (name, _), n in counter.items() if name == kernel]
-        kernels[kernel] = {"loads": max(mine(counted.loads)), "asked": sum(mine(counted.asked))}
     return {
         "moved": counted.read.total() + counted.written.total(),
         "floor": program.floor,
         "units": program.units,
         "races": counted.races,
-        "kernels": kernels,
     }
 
 
@@ -121,8 +115,9 @@ def of_card(case: Case, card: aot.GPU, folder: Path) -> Record:
         "launches": len(launches),
         "around": sum(launch.moved for launch in launches) - sum(launch.moved for launch in ours),
         "kernels": [
-            dataclasses.asdict(kernel)
-            | {"per_multiprocessor": kernel.per_multiprocessor(card), "served_blocks": blocks.get(kernel.name, 0)}
+            vars(kernel)
+            | {"code": kernel.code._asdict()}
+            | {"per_multiprocessor": kernel.per_multiprocessor(card), "served_blocks": blocks[kernel.name]}
             for kernel in kernels
         ],
     }
@@ -138,13 +133,8 @@ def record(case: Case, card: aot.GPU, moved: Record, found: Record) -> Record:
     kernels = []
     for kernel in found["kernels"]:
         loop, rest = (sum(kernel["code"][part].values()) for part in ("loop", "rest"))
-        turns = 1.0
-        counted = moved["kernels"].get("mosaic" if kernel["compiler"] == "mosaic" else kernel["name"])
-        if counted:
-            turns = counted["loads"] / kernel["blocks"]
-            # ptxas may have put several turns of the source into one.
-            a_turn = counted["asked"] / counted["loads"]
-            turns /= max(1, round(kernel["code"]["loop_loads"] * kernel["threads"] / a_turn))
+        ours = kernel["compiler"] in OWN and case.turn
+        turns = moved["units"] / (kernel["blocks"] * case.turn) if ours else 1
         executed = (rest + loop * turns) * kernel["threads"] * kernel["blocks"]
         instructions += executed
         at_once = kernel["per_multiprocessor"] * card.multiprocessors

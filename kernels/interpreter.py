@@ -40,7 +40,7 @@ class Builder(interpreter.InterpreterBuilder):
             start = array.ctypes.data
             if start <= addresses.min() and addresses.max() + size <= start + array.nbytes:
                 # Lanes of one instruction that ask for the same element share it.
-                traffic.note((self.kernel, name), loads, np.unique(addresses).size * size, pointers.data.size * size)
+                traffic.note((self.kernel, name), loads, np.unique(addresses).size * size)
                 return
         raise IndexError(f"{self.kernel} reads or writes outside of its arrays")
 

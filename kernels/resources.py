@@ -15,6 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -29,18 +30,11 @@ def environment(folder: Path) -> dict[str, str]:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Code:
+class Code(NamedTuple):
     """A kernel's machine instructions by name: those of its longest loop, and all others; loops that only wait are left out."""
 
     loop: Counter[str]
     rest: Counter[str]
-    loop_loads: int
-    """Bytes that a thread loads from global memory in one turn of the loop, those loaded by the TMA left out."""
-
-    def executed(self, turns: float) -> float:
-        """Instructions per thread if the loop turns so many times and nothing else repeats."""
-        return self.rest.total() + self.loop.total() * turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +77,10 @@ class Kernel:
 def compile_for(
     function: Callable, arguments: tuple, card: aot.GPU, folder: Path, donate: tuple[int, ...] = ()
 ) -> tuple[jax.stages.Compiled, list[Kernel]]:
-    """`aot.compile_for`, and the kernels that were compiled on the way; `folder` is that of `environment`."""
+    """`aot.compile_for`, and the kernels that were compiled on the way, XLA's only where there are no others.
+
+    `folder` is that of `environment`.
+    """
     for compiler in ("xla", "triton", "mosaic"):
         shutil.rmtree(folder / compiler, ignore_errors=True)
         (folder / compiler).mkdir(parents=True)
@@ -92,10 +89,8 @@ def compile_for(
     compiled = aot.compile_for(function, arguments, card, donate, options)
     blocks = grids(function, arguments, card)
     ours = [*_triton(folder / "triton"), *_mosaic(folder / "mosaic")]
-    return compiled, [
-        *(dataclasses.replace(kernel, blocks=blocks[kernel.name]) for kernel in ours),
-        *_xla(folder / "xla"),
-    ]
+    ours = [dataclasses.replace(kernel, blocks=blocks[kernel.name]) for kernel in ours]
+    return compiled, ours or list(_xla(folder / "xla"))
 
 
 def grids(function: Callable, arguments: tuple, card: aot.GPU) -> Counter[str]:
@@ -185,35 +180,26 @@ def assemble(ptx: str, compiler: str = "") -> list[Kernel]:
 def code(listing: str) -> Code:
     """The instructions of one function, of which the longest loop that holds no other is told apart."""
     names: list[str] = []
-    loads: list[int] = []
     labels: dict[str, int] = {}
     jumps: list[tuple[int, str]] = []
     end = 0
     for line in listing.splitlines():
         if label := re.match(r"(\.L\w+):", line):
             labels[label[1]] = len(names)
-            continue
-        found = re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)", line)
-        if not found:
-            continue
-        guard, name, operands = found.groups()
-        if name == "NOP":
-            continue
-        if name.startswith("BRA") and (goal := re.search(r"\((\.L\w+)\)", operands)):
-            jumps.append((len(names), goal[1]))
-        names.append(name.split(".")[0])
-        width = re.search(r"\.(U?8|U?16|64|128)\b", name)
-        loads.append(int(width[1].lstrip("U")) // 8 if width else 4)
-        if name == "EXIT" and not guard:
-            end = len(names)
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z]\w*)(.*)", line):
+            guard, name, rest = found.groups()
+            if name == "NOP":
+                continue
+            if name == "BRA" and (goal := re.search(r"\((\.L\w+)\)", rest)):
+                jumps.append((len(names), goal[1]))
+            names.append(name)
+            if name == "EXIT" and not guard:
+                end = len(names)
     # What comes after the last way out is where waits go round, and padding.
-    loops = [(labels[goal], at + 1) for at, goal in jumps if labels.get(goal, at + 1) <= at < end]
+    loops = [(labels[goal], at + 1) for at, goal in jumps if labels[goal] <= at < end]
     innermost = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
     start, stop = max(innermost, key=lambda loop: loop[1] - loop[0], default=(0, 0))
-    loaded = (
-        size for name, size in zip(names[start:stop], loads[start:stop], strict=True) if name in ("LDG", "LDGSTS")
-    )
-    return Code(Counter(names[start:stop]), Counter(names[:start] + names[stop:end]), sum(loaded))
+    return Code(Counter(names[start:stop]), Counter(names[:start] + names[stop:end]))
 
 
 def _found(pattern: str, text: str) -> str:

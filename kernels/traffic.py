@@ -137,10 +137,6 @@ class Traffic(NamedTuple):
     read: Counter[tuple[str, str]]
     """Bytes; what two instructions load counts twice, what is masked never."""
     written: Counter[tuple[str, str]]
-    loads: Counter[tuple[str, str]]
-    """Load instructions of the source, over all blocks."""
-    asked: Counter[tuple[str, str]]
-    """Bytes of whole tiles, the masked part with them."""
     detectors: dict[int, Any]
     """Of races, one for every Mosaic kernel that ran."""
 
@@ -153,19 +149,16 @@ class Traffic(NamedTuple):
 _observers: list[Traffic] = []
 
 
-def note(what: tuple[str, str], loads: bool, size: int, asked: int) -> None:
+def note(what: tuple[str, str], loads: bool, size: int) -> None:
     """Tell those who count that an interpreted kernel loads or stores so many bytes of an array."""
     for traffic in _observers:
         (traffic.read if loads else traffic.written)[what] += size
-        if loads:
-            traffic.loads[what] += 1
-            traffic.asked[what] += asked
 
 
 @contextlib.contextmanager
 def counting() -> Iterator[Traffic]:
     """Count what all interpreted kernels move inside of the block; wait for the results (`jax.block_until_ready`) before it ends."""
-    traffic = Traffic(Counter(), Counter(), Counter(), Counter(), {})
+    traffic = Traffic(Counter(), Counter(), {})
     _observers.append(traffic)
     with _mosaic_told():
         try:
@@ -186,7 +179,7 @@ def _mosaic_told() -> Iterator[None]:
     def seen(key, thread, loads: bool, size: int) -> None:
         # Without a thread it is JAX that takes the results out.
         if thread is not None and places[key.memory_space_id] == core.MemorySpace.GMEM:
-            note(("mosaic", str(key.buffer_id)), loads, size, size)
+            note(("mosaic", str(key.buffer_id)), loads, size)
             detector = gpu_callbacks.get_races()
             for traffic in _observers:
                 traffic.detectors[id(detector)] = detector
