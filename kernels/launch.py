@@ -34,14 +34,16 @@ def launch(
     in_place: Sequence[int] = (),
     warps: int = 4,
     stages: int = 3,
+    registers: int | None = None,
     **constants: Any,
 ) -> list[jax.Array]:
     """Run a Triton kernel whose parameters are a pointer for every array, one for every result, then constants by name.
 
     It and the functions that it calls are declared `@triton.jit` over `@no_type_check`: Triton reads their source, and the wrapper that a
     type checker puts around them in tests has another one.
-    `in_place` counts the arrays that the kernel writes into; they are returned, in that order, before the results. All arrays are
-    contiguous. Interpreted, the arrays are copies, and `traffic.counting` sees every load and store.
+    `in_place` counts the arrays that the kernel writes into; they are returned, in that order, before the results. All arrays are contiguous.
+    A thread may use so many `registers`; unless it is told, ptxas spills a few to fit one more block.
+    Interpreted, the arrays are copies, and `traffic.counting` sees every load and store.
     """
     written = [jax.ShapeDtypeStruct(arrays[i].shape, arrays[i].dtype) for i in in_place]
     out_types = [*written, *results]
@@ -65,7 +67,7 @@ def launch(
             num_stages=stages,
             compute_capability=capability[0] * 10 + capability[1],
             # Triton 3.9 writes PTX 9.4 for Hopper and newer, which the ptxas of CUDA 12 does not read.
-            backend_options={"ptx_version": 88, "enable_fp_fusion": True},
+            backend_options={"ptx_version": 88, "enable_fp_fusion": True, "maxnreg": registers},
             **constants,
         )
 
