@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -18,30 +19,32 @@ from kvcascade.eval.kernel_cases import Case, cases
 from kvcascade.eval.records import Record
 from kvcascade.kernels import aot, resources, traffic
 
-BASELINE = Path(__file__).parent / "results" / "kernels.jsonl"
-SERVED = 8
-"""Rows of the batch that the waves are of; bytes and instructions are those of one row and one KV head."""
 OWN = ("triton", "mosaic")
 
 
-def check(some: Sequence[Case], cards: Sequence[str], done: Callable[[int], None] = lambda count: None) -> list[Record]:
-    """A record per case and card, in processes of their own: a compiler that ends its process fails one case, not the check.
-
-    Raises BadInput for a card that is not known, `aot.NotInstalled` without the compilers.
-    """
+def cards(names: Sequence[str]) -> list[aot.GPU]:
+    """Cards by their names. Raises BadInput for one that is not known, `aot.NotInstalled` without the compiler."""
     known = [*aot.KNOWN, *aot.DERIVED]
-    for card in cards:
-        if card not in known:
-            raise BadInput(f"no GPU {card!r}; there are {', '.join(known)}")
-        aot.gpu(card)
+    for name in names:
+        if name not in known:
+            raise BadInput(f"no GPU {name!r}; there are {', '.join(known)}")
+    return [aot.gpu(name) for name in dict.fromkeys(names)]
+
+
+def check(
+    some: Sequence[Case], on: Sequence[aot.GPU], done: Callable[[int], None] = lambda count: None
+) -> list[Record]:
+    """A record per case and card, in processes of their own: a compiler that ends its process fails one case, not the check."""
+    # This process only adds up; with the compilers installed, JAX would look for a GPU.
+    jax.config.update("jax_platforms", "cpu")
     count = itertools.count(1)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         told = lambda: done(next(count))
         run = lambda what: _in_a_process(what, [case.name for case in some], Path(folder, what), told)
-        moved, *by_card = pool.map(run, ["traffic", *cards])
+        moved, *by_card = pool.map(run, ["traffic", *(card.name for card in on)])
     return [
-        record(case, aot.gpu(card), moved[case.name], found[case.name])
-        for card, found in zip(cards, by_card, strict=True)
+        record(case, card, moved[case.name], found[case.name])
+        for card, found in zip(on, by_card, strict=True)
         for case in some
     ]
 
@@ -93,7 +96,7 @@ def main(arguments: list[str]) -> None:
 
 def of_traffic(case: Case) -> Record:
     """The bytes that a case's kernels load and store, interpreted."""
-    program = case.program()
+    program = case.build(False)
     with traffic.counting() as counted:
         jax.block_until_ready(jax.jit(program.call)(*program.arguments()))
     return {
@@ -106,9 +109,9 @@ def of_traffic(case: Case) -> Record:
 
 def of_card(case: Case, card: aot.GPU, folder: Path) -> Record:
     """What a case's kernels ask of a card, and what else the compiled program launches."""
-    program, served = case.program(), case.program(SERVED)
+    program, in_use = case.build(False), case.build(True)
     compiled, kernels = resources.compile_for(program.call, program.shapes, card, folder)
-    blocks = resources.grids(served.call, served.shapes, card)
+    blocks = resources.grids(in_use.call, in_use.shapes, card)
     launches = traffic.launches(compiled.as_text() or "")
     ours = [launch for launch in launches if re.search("triton|mosaic", launch.target)]
     return {
@@ -117,7 +120,7 @@ def of_card(case: Case, card: aot.GPU, folder: Path) -> Record:
         "kernels": [
             vars(kernel)
             | {"code": kernel.code._asdict()}
-            | {"per_multiprocessor": kernel.per_multiprocessor(card), "served_blocks": blocks[kernel.name]}
+            | {"per_multiprocessor": kernel.per_multiprocessor(card), "blocks_in_use": blocks[kernel.name]}
             for kernel in kernels
         ],
     }
@@ -125,7 +128,13 @@ def of_card(case: Case, card: aot.GPU, folder: Path) -> Record:
 
 def record(case: Case, card: aot.GPU, moved: Record, found: Record) -> Record:
     """The two findings as one record; `failed` or `refused` in place of figures where there are none."""
-    start = {"kind": "kernel", "case": case.name, "gpu": card.name, "unit": case.unit, "most": case.most}
+    start = {
+        "kind": "kernel",
+        "case": case.name,
+        "gpu": card.name,
+        "unit": case.unit,
+        "most": None if case.most == math.inf else case.most,
+    }
     for finding in (found, moved):
         if reason := {"refused", "failed"} & finding.keys():
             return start | {key: finding[key] for key in reason}
@@ -142,7 +151,7 @@ def record(case: Case, card: aot.GPU, moved: Record, found: Record) -> Record:
             {key: kernel[key] for key in ("name", "compiler", "registers", "spilled", "shared_memory", "threads")}
             | {
                 "per_multiprocessor": kernel["per_multiprocessor"],
-                "waves": kernel["served_blocks"] / at_once if at_once else None,
+                "waves": kernel["blocks_in_use"] / at_once if at_once else None,
                 "turns": turns,
                 "loop": kernel["code"]["loop"],
                 "rest": kernel["code"]["rest"],
@@ -165,66 +174,6 @@ def record(case: Case, card: aot.GPU, moved: Record, found: Record) -> Record:
 def budget(card: aot.GPU, bytes_per_unit: float) -> float:
     """Instructions per unit that a card issues while its memory moves the unit's bytes."""
     return card.multiprocessors * 128 * card.clock / (card.bandwidth / bytes_per_unit)
-
-
-def faults(found: Record, baseline: Record | None) -> list[str]:
-    """What is wrong with a record by itself, and worse than in the baseline."""
-    if "refused" in found:
-        return [found["refused"]] if baseline and "refused" not in baseline else []
-    if "failed" in found:
-        return [found["failed"]]
-    wrong = []
-    for kernel in found["kernels"]:
-        if kernel["compiler"] in OWN and kernel["spilled"]:
-            wrong.append(f"{kernel['name']} spills {kernel['spilled']} bytes of registers")
-        if kernel["shared_memory"] > found["shared_memory_limit"]:
-            limit = found["shared_memory_limit"]
-            wrong.append(
-                f"{kernel['name']} asks for {kernel['shared_memory']} bytes of shared memory; a block has {limit}"
-            )
-    if found["ratio"] > found["most"]:
-        wrong.append(f"moves {found['ratio']:.3f} times the floor; at most {found['most']} is allowed")
-    if found["races"]:
-        wrong.append("has a race")
-    if baseline and not {"refused", "failed"} & baseline.keys():
-        for what, slack in (("ratio", 1.01), ("instructions", 1.05), ("launches", 1.0)):
-            if found[what] > baseline[what] * slack:
-                wrong.append(f"{what} {found[what]:.4g}, where it was {baseline[what]:.4g}")
-    return wrong
-
-
-def regressions(found: Sequence[Record], baseline: Sequence[Record]) -> list[str]:
-    """One line for everything that is wrong; a case of the baseline that is missing is."""
-    before = {(one["case"], one["gpu"]): one for one in baseline}
-    cards = {one["gpu"] for one in found}
-    lines = [
-        f"{one['case']} on {one['gpu']}: {line}"
-        for one in found
-        for line in faults(one, before.pop((one["case"], one["gpu"]), None))
-    ]
-    return lines + [f"{case} on {gpu}: is not there any more" for case, gpu in before if gpu in cards]
-
-
-def table(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows, a row per case and card; of several kernels the one that most is asked for."""
-    columns = [
-        "kernel", "GPU", "registers", "spilled", "shared, KiB", "blocks/SM", "waves", "moved / floor", "instructions/unit",
-        "budget", "launches",
-    ]  # fmt: skip
-    rows = []
-    for one in found:
-        if reason := {"refused", "failed"} & one.keys():
-            (key,) = reason
-            rows.append([one["case"], one["gpu"], f"{key}: {one[key]}"[:60], *[""] * (len(columns) - 3)])
-            continue
-        ours = [kernel for kernel in one["kernels"] if kernel["compiler"] in OWN] or one["kernels"]
-        waves = [kernel["waves"] for kernel in ours if kernel["waves"]]
-        rows.append([
-            one["case"], one["gpu"], str(max(kernel["registers"] for kernel in ours)), str(sum(kernel["spilled"] for kernel in ours)),
-            f"{max(kernel['shared_memory'] for kernel in ours) / 1024:.1f}", str(min(kernel["per_multiprocessor"] for kernel in ours)),
-            f"{max(waves):.2f}" if waves else "", f"{one['ratio']:.3f}", f"{one['instructions']:.2f}", f"{one['budget']:.2f}", str(one["launches"]),
-        ])  # fmt: skip
-    return columns, rows
 
 
 if __name__ == "__main__":

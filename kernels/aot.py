@@ -33,6 +33,12 @@ class GPU:
         return float(found[1]) if found else 0.0
 
     @property
+    def full_name(self) -> str:
+        """As the compiler calls it."""
+        found = re.search(r'device_description_str: "([^"]*)"', self.text)
+        return found[1] if found else self.name
+
+    @property
     def capability(self) -> tuple[int, int]:
         major, minor = self.number("major"), self.number("minor")
         return int(major), int(minor)
