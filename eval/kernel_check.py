@@ -20,6 +20,7 @@ from kvcascade.eval.records import Record
 from kvcascade.kernels import aot, resources, traffic
 
 OWN = ("triton", "mosaic")
+CHILD = (sys.executable, "-m", "kvcascade.eval.kernel_check")
 
 
 def cards(names: Sequence[str]) -> list[aot.GPU]:
@@ -55,14 +56,16 @@ def _in_a_process(what: str, names: list[str], folder: Path, told: Callable[[], 
     environment = {"JAX_PLATFORMS": "cpu"} if what == "traffic" else resources.environment(folder)
     found: dict[str, Record] = {}
     while left := [name for name in names if name not in found]:
-        with (folder / "stderr").open("w+") as errors:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "kvcascade.eval.kernel_check", what, str(folder), *left],
+        with (
+            (folder / "stderr").open("w+") as errors,
+            subprocess.Popen(
+                [*CHILD, what, str(folder), *left],
                 env=os.environ | environment,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-            )
+            ) as child,
+        ):
             assert child.stdout is not None
             for line in child.stdout:
                 if line.startswith("{"):

@@ -43,3 +43,14 @@ def put(index, value, slots, S: tl.constexpr):
 @no_type_check
 def sum_of_bf16(x, out):
     tl.store(out, tl.load(x) + tl.load(x))
+
+
+@triton.jit
+@no_type_check
+def square(x, out, N: tl.constexpr, TIMES: tl.constexpr):
+    i = tl.arange(0, N)
+    at = i[:, None] * N + i[None, :]
+    total = tl.zeros((N, N), tl.float32)
+    for _ in tl.static_range(TIMES):
+        total += tl.load(x + at)
+    tl.store(out + at, tl.dot(total, total, input_precision="tf32"))
