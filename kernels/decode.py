@@ -26,14 +26,19 @@ def decode(
 ) -> Result:
     """`partial.attend_all` for one query per row: normalised attention in float32, and each slot's mass if `observed`.
 
-    `xla` runs everywhere, `native` is C++ for a CPU, `triton` a GPU's kernel; None takes the best that there is on the platform compiled for.
+    `xla` runs everywhere, `native` is C++ for a CPU, `mosaic` takes all tiers in one launch on Hopper, `triton` a tier in each on other
+    GPUs; None takes the best that there is on the platform compiled for.
     """
     slots, formats = zip(*held, strict=True)
-    reference, on_cpu, on_gpu = (
-        functools.partial(each, formats, observed, window) for each in (_xla, _native, _triton)
+    reference, on_cpu, on_hopper, on_gpu = (
+        functools.partial(each, formats, observed, window) for each in (_xla, _native, _mosaic, _triton)
     )
     known = lambda q, q_pos, slots: all(native.reads(tier.k) for tier in slots)
-    kernels = {"native": native.kernel(on_cpu, known), "triton": Kernel(on_gpu, _triton_refuses)}
+    kernels = {
+        "native": native.kernel(on_cpu, known),
+        "mosaic": Kernel(on_hopper, _mosaic_refuses),
+        "triton": Kernel(on_gpu, _triton_refuses),
+    }
     return run(implementation, reference, kernels, q_BNH, q_pos_B, slots)
 
 
@@ -58,18 +63,27 @@ def _native(formats, observed, window, q_BNH, q_pos_B, slots) -> Result:
     return out_BNH, masses
 
 
+def _mosaic(formats, observed, window, q_BNH, q_pos_B, slots, interpret) -> Result:
+    from kvcascade.kernels import decode_mosaic
+
+    turned = [form.turn(q_BNH) for form in formats]
+    return _merge(formats, *decode_mosaic.attend(turned, q_pos_B, slots, observed, window, interpret))
+
+
+def _mosaic_refuses(q_BNH, q_pos_B, slots) -> str | None:
+    from kvcascade.kernels import decode_mosaic
+
+    return decode_mosaic.refuses(q_BNH, slots)
+
+
 def _triton(formats, observed, window, q_BNH, q_pos_B, slots, interpret) -> Result:
     from kvcascade.kernels import decode_triton
 
-    parts, logits = [], []
-    for form, tier in zip(formats, slots, strict=True):
-        part, logits_BKGS = decode_triton.attend(form.turn(q_BNH), q_pos_B, tier, observed, window, interpret)
-        parts.append(part._replace(out_BTNH=form.turn(part.out_BTNH)))
-        logits.append(logits_BKGS)
-    out_BTNH, top_BTN, total_BTN = combine(Partial(*map(jnp.concatenate, zip(*parts, strict=True))))
-    over_slots = lambda x_BTN, logits_BKGS: x_BTN.reshape(*logits_BKGS.shape[:-1], 1)
-    mass = lambda x: (jnp.exp(x - over_slots(top_BTN, x)) / over_slots(total_BTN, x)).sum(2)
-    return out_BTNH[:, 0], [mass(x) for x in logits] if observed else []
+    found = [
+        decode_triton.attend(form.turn(q_BNH), q_pos_B, tier, observed, window, interpret)
+        for form, tier in zip(formats, slots, strict=True)
+    ]
+    return _merge(formats, [part for part, _ in found], [logits for _, logits in found if logits is not None])
 
 
 def _triton_refuses(q_BNH, q_pos_B, slots) -> str | None:
@@ -78,3 +92,12 @@ def _triton_refuses(q_BNH, q_pos_B, slots) -> str | None:
     from kvcascade.kernels import decode_triton
 
     return next(filter(None, map(decode_triton.refuses, slots)), None)
+
+
+def _merge(formats, parts: list[Partial], logits: list[Float[Array, "B K G _"]]) -> Result:
+    """All splits of all tiers, those along a leading axis, in one; and what the logits say of each slot's mass."""
+    parts = [p._replace(out_BTNH=form.turn(p.out_BTNH)) for form, p in zip(formats, parts, strict=True)]
+    out_BTNH, top_BTN, total_BTN = combine(Partial(*map(jnp.concatenate, zip(*parts, strict=True))))
+    over_slots = lambda x_BTN, logits_BKGS: x_BTN.reshape(*logits_BKGS.shape[:-1], 1)
+    mass = lambda x: (jnp.exp(x - over_slots(top_BTN, x)) / over_slots(total_BTN, x)).sum(2)
+    return out_BTNH[:, 0], [mass(x) for x in logits]

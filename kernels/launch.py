@@ -74,9 +74,9 @@ def launch(
 
 @functools.cache
 def _jax_triton() -> Any:
-    import jax_triton
+    import jax_triton  # pyright: ignore
     from jax._src.interpreters import partial_eval
-    from jax_triton import triton_lib
+    from jax_triton import triton_lib  # pyright: ignore
 
     # jax-triton 0.4.1 knows the rule for dead code as it was before JAX 0.12, and fails in every jit.
     if len(inspect.signature(triton_lib._triton_kernel_call_dce_rule).parameters) == 2:

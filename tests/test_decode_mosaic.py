@@ -1,0 +1,77 @@
+"""The Mosaic GPU kernel for decode attention, interpreted with race detection, against float64 over the same stored values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from slots_reference import dense, held
+
+from kvcascade.cache.codec import CODECS
+from kvcascade.kernels import decode_mosaic
+from kvcascade.kernels.decode import decode
+
+
+def check(tiers, group, head_dim, batch=1, kv_heads=1, window=0):
+    rng = np.random.default_rng(0)
+    slots = [(held(rng, name, batch, kv_heads, count, head_dim), CODECS[name]) for name, count in tiers]
+    q = jnp.asarray(rng.normal(size=(batch, kv_heads * group, head_dim)), jnp.float32)
+    # Row 0 sees most slots, row 1 nothing.
+    now = jnp.asarray([60, -1][:batch], jnp.int32)
+    out, masses = decode(q, now, slots, True, window, implementation="mosaic")
+    exact, exact_masses = dense(q, now, slots, window)
+    # The sums are rounded by their size, and of a large output as much more than of one.
+    np.testing.assert_allclose(out, exact, atol=1e-5 * max(1, np.abs(exact).max()))
+    for mass, expected in zip(masses, exact_masses, strict=True):
+        np.testing.assert_allclose(mass, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "tiers, group, head_dim",
+    [
+        ([("bf16", 70)], 3, 64),
+        ([("fp8", 1)], 8, 64),
+        ([("int8", 129)], 4, 128),
+        ([("int8", 65)], 1, 80),
+        ([("int4", 63)], 2, 96),
+        ([("int4h", 66)], 8, 128),
+        ([("bf16", 4), ("bf16", 60), ("int8", 5), ("int4h", 100)], 3, 64),
+    ],
+    ids=str,
+)
+def test_decode_equals_float64(tiers, group, head_dim):
+    check(tiers, group, head_dim)
+
+
+def test_rows_heads_and_a_window():
+    check([("int8", 70), ("int4", 3)], 2, 64, batch=2, kv_heads=2, window=30)
+
+
+def test_splits_of_a_long_tier(monkeypatch):
+    """Three splits, the last of one tile, refilled stages, and a last tile that is part full."""
+    monkeypatch.setattr(decode_mosaic, "LEAST", 5)
+    check([("int8", 11 * 64 - 7)], 2, 64)
+
+
+def test_without_masses_the_output_is_the_same():
+    rng = np.random.default_rng(0)
+    slots = [(held(rng, "int4", 1, 1, 30, 64), CODECS["int4"])]
+    q, now = jnp.ones((1, 2, 64)), jnp.asarray([9], jnp.int32)
+    call = jax.jit(lambda observed: decode(q, now, slots, observed, implementation="mosaic"), static_argnums=0)
+    np.testing.assert_array_equal(call(False)[0], call(True)[0])
+    assert call(False)[1] == []
+
+
+@pytest.mark.parametrize(
+    "codec_name, head_dim, group, reason",
+    [
+        ("f32", 64, 1, "made for slots in bf16, fp8, int8 and int4"),
+        ("nvfp4", 64, 1, "made for slots in bf16, fp8, int8 and int4"),
+        ("bf16", 80, 1, "a multiple of 64, not 80"),
+        ("int4", 80, 1, "a multiple of 16, not 40"),
+        ("int8", 64, 9, "made for 8 query heads to a KV head"),
+    ],
+)
+def test_what_it_is_not_made_for_is_told(codec_name, head_dim, group, reason):
+    slots = [(held(np.random.default_rng(0), codec_name, 1, 1, 5, head_dim), CODECS[codec_name])]
+    with pytest.raises(NotImplementedError, match=reason):
+        decode(jnp.ones((1, group, head_dim)), jnp.asarray([3]), slots, False, implementation="mosaic")
