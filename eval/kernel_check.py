@@ -77,7 +77,7 @@ def _in_a_process(what: str, names: list[str], folder: Path, told: Callable[[], 
             said = [line.strip() for line in errors if line.strip()]
         left = [name for name in names if name not in found]
         if left:
-            found[left[0]] = {"failed": said[-1] if said else f"the compiler ended with status {status}"}
+            found[left[0]] = {"failed": f"ended with status {status}: {said[-1] if said else 'without a word'}"}
             told()
     return found
 
@@ -93,7 +93,8 @@ def main(arguments: list[str]) -> None:
         except NotImplementedError as error:
             found = {"refused": str(error)}
         except Exception as error:  # whatever a compiler raises is the case's result
-            found = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            told = f"{type(error).__name__}: {error}"
+            found = {"failed": " ".join(told[max(0, told.find("RACE DETECTED")) :].split())[:300]}
         print(json.dumps({"case": name} | found), flush=True)
 
 

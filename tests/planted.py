@@ -50,29 +50,30 @@ def case(name, implementation, call, shape=(ROWS, COLUMNS)):
     return Case(name, "", implementation, lambda in_use: Program(call, arguments, ROWS * COLUMNS), "element", 1.1)
 
 
-def of_triton(name, repeats: int = 1, width: int = 32, **options):
-    """A product of a matrix with itself after so many reads; `width` tells how much of it is kept in shared memory."""
-    import triton_samples
+def of_triton(repeats: int = 1, **options):
+    """A matrix's product with itself, tile by tile, of which so many are on their way at once; each is read so many times."""
+    N, tiles = 64, 8
 
     def call(x):
-        like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        interpret = backend.capability() is None
-        return launch(triton_samples.square, (1,), [x], [like], interpret=interpret, N=width, TIMES=repeats, **options)[
-            0
-        ]
+        # Imported here: the other kernels need no Triton.
+        import triton_samples
 
-    return case(name, "triton", call, (width, width))
+        like = jax.ShapeDtypeStruct((N, N), x.dtype)
+        constants = {"ROWS": N * tiles, "N": N, "TIMES": repeats}
+        interpret = backend.capability() is None
+        return launch(triton_samples.gram, (1,), [x], [like], interpret=interpret, **options, **constants)[0]
+
+    return case("gram", "triton", call, (N * tiles, N))
 
 
 CASES = {
     "race": of_mosaic(fenced=False),
     "no race": of_mosaic(fenced=True),
     "abort": of_mosaic(fenced=True, aborts=True),
-    "extra read": of_triton("square", repeats=2),
-    "one read": of_triton("square"),
-    "spill": of_triton("square", width=64, registers=32),
-    "no spill": of_triton("square", width=64),
-    "overflow": of_triton("square", width=256, warps=16),
+    "extra read": of_triton(repeats=2),
+    "one read": of_triton(stages=2),
+    "spill": of_triton(warps=2, registers=64),
+    "overflow": of_triton(stages=20),
 }
 
 if __name__ == "__main__":

@@ -47,10 +47,13 @@ def sum_of_bf16(x, out):
 
 @triton.jit
 @no_type_check
-def square(x, out, N: tl.constexpr, TIMES: tl.constexpr):
+def gram(x, out, ROWS: tl.constexpr, N: tl.constexpr, TIMES: tl.constexpr):
     i = tl.arange(0, N)
-    at = i[:, None] * N + i[None, :]
     total = tl.zeros((N, N), tl.float32)
-    for _ in tl.static_range(TIMES):
-        total += tl.load(x + at)
-    tl.store(out + at, tl.dot(total, total, input_precision="tf32"))
+    for row in range(0, ROWS, N):
+        at = (row + i)[:, None] * N + i[None, :]
+        tile = tl.load(x + at)
+        for _ in tl.static_range(TIMES - 1):
+            tile += tl.load(x + at)
+        total = tl.dot(tl.trans(tile), tile, total, input_precision="tf32")
+    tl.store(out + i[:, None] * N + i[None, :], total)
