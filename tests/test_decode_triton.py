@@ -16,7 +16,7 @@ from kvcascade.kernels.paged import paged_decode
 from kvcascade.kernels.slots import Slots
 
 pytest.importorskip("triton")
-from kvcascade.kernels.interpreter import counting  # noqa: E402
+from kvcascade.kernels.traffic import counting  # noqa: E402
 
 FORMATS = sorted(set(CODECS) - {"f32"})
 
