@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from kvcascade.kernels.backend import capability, target
+
 
 def causal_attention(
     q_BTNH: Float[Array, "B T N H"], k_BTKH: Float[Array, "B T K H"], v_BTKH: Float[Array, "B T K H"], window: int = 0
@@ -14,11 +16,36 @@ def causal_attention(
     """Attend from every token to itself and to the tokens before it, of a `window` the last ones only, scaled by 1/sqrt(H).
 
     Query head n reads KV head n // (N/K). On a CPU it runs block by block and never holds more than one row's logits
-    (FlashAttention, Dao et al. 2022, algorithms 1 and 4); elsewhere it is `jax.nn.dot_product_attention`.
+    (FlashAttention, Dao et al. 2022, algorithms 1 and 4); elsewhere it is `jax.nn.dot_product_attention`, by cuDNN where that can.
     """
+    elsewhere = cudnn if capability() and not cudnn_refuses(q_BTNH, k_BTKH, v_BTKH) else _xla
+    on_cpu, elsewhere = functools.partial(_blockwise, window), functools.partial(elsewhere, window)
+    return lax.platform_dependent(q_BTNH, k_BTKH, v_BTKH, cpu=on_cpu, default=elsewhere)
+
+
+def _xla(window, q_BTNH, k_BTKH, v_BTKH, implementation=None):
     local = (window - 1, 0) if window else None
-    elsewhere = functools.partial(jax.nn.dot_product_attention, is_causal=True, local_window_size=local)
-    return lax.platform_dependent(q_BTNH, k_BTKH, v_BTKH, cpu=functools.partial(_blockwise, window), default=elsewhere)
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=local, implementation=implementation
+    )
+
+
+def cudnn(
+    window: int, q_BTNH: Float[Array, "B T N H"], k_BTKH: Float[Array, "B T K H"], v_BTKH: Float[Array, "B T K H"]
+) -> Float[Array, "B T N H"]:
+    """`causal_attention` by NVIDIA's library, in 16 bits."""
+    return _xla(window, q_BTNH, k_BTKH, v_BTKH, "cudnn")
+
+
+def cudnn_refuses(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array) -> str | None:
+    """Why cuDNN cannot, or None: it says by itself which types and head widths it takes, and whether it is installed."""
+    if target.value:
+        return "cuDNN cannot be asked about a GPU that is not there"
+    try:
+        jax.eval_shape(functools.partial(cudnn, 0), q_BTNH, k_BTKH, v_BTKH)
+    except (NotImplementedError, RuntimeError, ValueError) as refused:
+        return f"cuDNN: {refused}"
+    return None
 
 
 product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

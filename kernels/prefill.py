@@ -2,14 +2,13 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kvcascade.kernels import launch
-from kvcascade.kernels.backend import Implementation, Kernel, capability, run, target
-from kvcascade.kernels.causal import by_row, causal_attention, to_tokens
+from kvcascade.kernels.backend import Implementation, Kernel, capability, run
+from kvcascade.kernels.causal import by_row, causal_attention, cudnn, cudnn_refuses, to_tokens
 
 type Result = tuple[Float[Array, "B T N H"], Float[Array, "B K T"]]
 
@@ -82,27 +81,10 @@ def _block(window, last, length, k_KSH, v_KSH, mass_KT, block):
 def _triton(window, last, q_BTNH, k_BTKH, v_BTKH, length_B, interpret) -> Result:
     from kvcascade.kernels import prefill_triton
 
-    attention = causal_attention if interpret else _flash
+    attention = functools.partial(causal_attention, window=window) if interpret else functools.partial(cudnn, window)
     mass_BKT = prefill_triton.mass(q_BTNH, k_BTKH, length_B, window, last, interpret)
-    return attention(q_BTNH, k_BTKH, v_BTKH, window), mass_BKT
-
-
-def _flash(q_BTNH, k_BTKH, v_BTKH, window):
-    local = (window - 1, 0) if window else None
-    return jax.nn.dot_product_attention(
-        q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=local, implementation="cudnn"
-    )
+    return attention(q_BTNH, k_BTKH, v_BTKH), mass_BKT
 
 
 def _triton_refuses(q_BTNH, k_BTKH, v_BTKH, length_B) -> str | None:
-    if reason := launch.refuses():
-        return reason
-    if not capability():
-        return None
-    if target.value:
-        return "cuDNN cannot be asked about a GPU that is not there"
-    try:  # cuDNN says by itself which types and head widths it takes, and whether it is installed
-        jax.eval_shape(functools.partial(_flash, window=0), q_BTNH, k_BTKH, v_BTKH)
-    except (NotImplementedError, RuntimeError, ValueError) as refused:
-        return f"cuDNN: {refused}"
-    return None
+    return launch.refuses() or (cudnn_refuses(q_BTNH, k_BTKH, v_BTKH) if capability() else None)

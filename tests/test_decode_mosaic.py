@@ -29,13 +29,13 @@ def check(tiers, group, head_dim, batch=1, kv_heads=1, window=0):
     "tiers, group, head_dim",
     [
         ([("bf16", 72)], 3, 64),
-        ([("bf16", 70)], 1, 80),
-        ([("fp8", 1)], 8, 64),
-        ([("int8", 129)], 4, 128),
-        ([("int8", 65)], 1, 80),
-        ([("int4", 63)], 2, 96),
-        ([("int4h", 66)], 8, 128),
-        ([("bf16", 4), ("bf16", 60), ("int8", 5), ("int4h", 100)], 3, 64),
+        ([("bf16", 72)], 1, 80),
+        ([("fp8", 8)], 8, 64),
+        ([("int8", 136)], 4, 128),
+        ([("int8", 64)], 1, 80),
+        ([("int4", 56)], 2, 96),
+        ([("int4h", 72)], 8, 128),
+        ([("bf16", 8), ("bf16", 64), ("int8", 8), ("int4h", 104)], 3, 64),
     ],
     ids=str,
 )
@@ -44,18 +44,19 @@ def test_decode_equals_float64(tiers, group, head_dim):
 
 
 def test_rows_heads_and_a_window():
-    check([("int8", 70), ("int4", 3)], 2, 64, batch=2, kv_heads=2, window=30)
+    """Rows begin at slots that are no multiple of eight, where copies begin."""
+    check([("int8", 70), ("int4", 2)], 2, 64, batch=2, kv_heads=2, window=30)
 
 
 def test_splits_of_a_long_tier(monkeypatch):
     """Three splits, the last of one tile, refilled stages, and a last tile that is part full."""
     monkeypatch.setattr(decode_mosaic, "SHARE", 4)
-    check([("int8", 11 * 64 - 7)], 2, 64)
+    check([("int8", 11 * 64 - 8)], 2, 64)
 
 
 def test_without_masses_the_output_is_the_same():
     rng = np.random.default_rng(0)
-    slots = [(held(rng, "int4", 1, 1, 30, 64), CODECS["int4"])]
+    slots = [(held(rng, "int4", 1, 1, 32, 64), CODECS["int4"])]
     q, now = jnp.ones((1, 2, 64)), jnp.asarray([9], jnp.int32)
     call = jax.jit(lambda observed: decode(q, now, slots, observed, implementation="mosaic"), static_argnums=0)
     np.testing.assert_array_equal(call(False)[0], call(True)[0])
@@ -63,16 +64,23 @@ def test_without_masses_the_output_is_the_same():
 
 
 @pytest.mark.parametrize(
-    "codec_name, head_dim, group, reason",
+    "codec_name, slots, head_dim, group, reason",
     [
-        ("f32", 64, 1, "made for slots in bf16, fp8, int8 and int4"),
-        ("nvfp4", 64, 1, "made for slots in bf16, fp8, int8 and int4"),
-        ("bf16", 24, 1, "a multiple of 16, not 24"),
-        ("int4", 80, 1, "a multiple of 16, not 40"),
-        ("int8", 64, 9, "made for 8 query heads to a KV head"),
+        ("f32", 8, 64, 1, "made for slots in bf16, fp8, int8 and int4"),
+        ("nvfp4", 8, 64, 1, "made for slots in bf16, fp8, int8 and int4"),
+        ("bf16", 8, 24, 1, "a multiple of 16, not 24"),
+        ("int4", 8, 80, 1, "a multiple of 16, not 40"),
+        ("int8", 8, 64, 9, "made for 8 query heads to a KV head"),
+        ("int8", 5, 64, 1, "a multiple of 8, not 5"),
     ],
 )
-def test_what_it_is_not_made_for_is_told(codec_name, head_dim, group, reason):
-    slots = [(held(np.random.default_rng(0), codec_name, 1, 1, 5, head_dim), CODECS[codec_name])]
+def test_what_it_is_not_made_for_is_told(codec_name, slots, head_dim, group, reason):
+    tier = held(np.random.default_rng(0), codec_name, 1, 1, slots, head_dim)
     with pytest.raises(NotImplementedError, match=reason):
-        decode(jnp.ones((1, group, head_dim)), jnp.asarray([3]), slots, False, implementation="mosaic")
+        decode(
+            jnp.ones((1, group, head_dim)),
+            jnp.asarray([3]),
+            [(tier, CODECS[codec_name])],
+            False,
+            implementation="mosaic",
+        )
