@@ -192,6 +192,11 @@ def figures(**changes) -> dict:
         ({"ratio": 1.06, "instructions": 10.5}, []),
         ({"ratio": 1.07}, ["a on h100: ratio 1.07, where it was 1.05"]),
         ({"instructions": 10.6}, ["a on h100: instructions 10.6, where it was 10"]),
+        ({"own": 1.02}, ["a on h100: own 1.02, where it was 1"]),
+        (
+            {"own": 1.2},
+            ["a on h100: moves 1.200 times the floor; at most 1.1 is allowed", "a on h100: own 1.2, where it was 1"],
+        ),
         ({"launches": 3}, ["a on h100: launches 3, where it was 2"]),
         ({"case": "b"}, ["a on h100: is not there any more"]),
         ({"gpu": "a100"}, []),
