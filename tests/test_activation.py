@@ -126,7 +126,7 @@ def test_triton_takes_any_width(columns) -> None:
 @pytest.mark.parametrize(("kind", "arrays"), [("gelu", 1), ("swiglu", 2)])
 def test_every_byte_moves_once(kind, arrays) -> None:
     """The forward pass reads each element once and writes one for it; the backward pass reads one more and writes as many as it reads."""
-    from kvcascade.kernels import activation_triton, interpreter
+    from kvcascade.kernels import activation_triton, traffic
 
     inputs, dout = draw(2, *BLOCKS, kind, False, "bfloat16")
     inputs = inputs._replace(words=threefry.key_words(KEY))
@@ -135,9 +135,9 @@ def test_every_byte_moves_once(kind, arrays) -> None:
         (functools.partial(activation_triton.forward, kind, 0.1, inputs), arrays, 1),
         (functools.partial(activation_triton.backward, kind, 0.1, inputs, dout), arrays + 1, arrays),
     ):
-        with traffic.counting() as traffic:
+        with traffic.counting() as counted:
             jax.block_until_ready(function(interpret=True))
-        assert (traffic.read.total(), traffic.written.total()) == (read * one + words, written * one)
+        assert (counted.read.total(), counted.written.total()) == (read * one + words, written * one)
 
 
 @pytest.mark.parametrize("implementation", ["xla", *KERNELS])

@@ -177,6 +177,7 @@ def figures(**changes) -> dict:
         "case": "a",
         "gpu": "h100",
         "most": 1.1,
+        "own": 1.0,
         "ratio": 1.05,
         "instructions": 10.0,
         "launches": 2,
