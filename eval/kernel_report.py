@@ -61,7 +61,7 @@ def table(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     for one in found:
         if reason := {"refused", "failed"} & one.keys():
             (key,) = reason
-            rows.append([one["case"], one["gpu"], f"{key}: {one[key]}"[:60], *[""] * (len(columns) - 3)])
+            rows.append([one["case"], one["gpu"], key, *[""] * (len(columns) - 3)])
             continue
         ours = [kernel for kernel in one["kernels"] if kernel["compiler"] in OWN] or one["kernels"]
         waves = [kernel["waves"] for kernel in ours if kernel["waves"]]
