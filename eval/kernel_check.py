@@ -114,7 +114,7 @@ def of_traffic(case: Case) -> Record:
 def of_card(case: Case, card: aot.GPU, folder: Path) -> Record:
     """What a case's kernels ask of a card, and what else the compiled program launches."""
     program, in_use = case.build(False), case.build(True)
-    compiled, kernels = resources.compile_for(program.call, program.shapes, card, folder)
+    compiled, kernels = resources.compile_for(program.call, program.shapes, card, folder, program.donated)
     blocks = resources.grids(in_use.call, in_use.shapes, card)
     launches = traffic.launches(compiled.as_text() or "")
     ours = [launch for launch in launches if re.search("triton|mosaic", launch.target)]
@@ -166,6 +166,7 @@ def record(case: Case, card: aot.GPU, moved: Record, found: Record) -> Record:
         "launches": found["launches"],
         "moved": total,
         "floor": moved["floor"],
+        "own": moved["moved"] / moved["floor"],
         "ratio": total / moved["floor"],
         "instructions": instructions / moved["units"],
         "budget": budget(card, moved["floor"] / moved["units"]),

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def case(name, implementation, call, shape=(ROWS, COLUMNS)):
     return Case(name, "", implementation, lambda in_use: Program(call, arguments, ROWS * COLUMNS), "element", 1.1)
 
 
-def of_triton(repeats: int = 1, **options):
+def of_triton(repeats: int = 1, **options: Any):
     """A matrix's product with itself, tile by tile, of which so many are on their way at once; each is read so many times."""
     N, tiles = 64, 8
 
@@ -59,7 +60,7 @@ def of_triton(repeats: int = 1, **options):
         import triton_samples
 
         like = jax.ShapeDtypeStruct((N, N), x.dtype)
-        constants = {"ROWS": N * tiles, "N": N, "TIMES": repeats}
+        constants: dict[str, Any] = {"ROWS": N * tiles, "N": N, "TIMES": repeats}
         interpret = backend.capability() is None
         return launch(triton_samples.gram, (1,), [x], [like], interpret=interpret, **options, **constants)[0]
 
