@@ -14,6 +14,7 @@ from kvcascade.cache.tier import Tier, empty, take_in
 from kvcascade.kernels.causal import causal_attention
 from kvcascade.kernels.decode import decode
 from kvcascade.kernels.partial import attend_all
+from kvcascade.kernels.prefill import observed_attention
 from kvcascade.kernels.slots import Entry, Format, Slots
 
 
@@ -84,13 +85,17 @@ class LayerCache:
             cache = self.append(entry, now_B11)
             out_BNH, mass = decode(q_BTNH[:, 0], positions_BT[:, 0], cache.held, cache.observed, window)
             return out_BNH[:, None].astype(q_BTNH.dtype), cache.observe(mass)
-        if fresh and not self.observed:
-            out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, window)
+        if fresh:
+            if self.observed:
+                length_B = (positions_BT >= 0).sum(-1)
+                out_BTNH, mass_BKT = observed_attention(q_BTNH, k_BTKH, v_BTKH, length_B, window)
+                entry = dataclasses.replace(entry, score_BKT=mass_BKT)
+            else:
+                out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, window)
             return out_BTNH, self.append(entry, now_B11)
-        held = [] if fresh else self.held
         among = (Slots(f32.encode(entry.k), f32.encode(entry.v), pos_BKT, None), f32)
-        out_BTNH, mass = attend_all(q_BTNH, positions_BT, [*held, among], self.observed, window)
-        cache = self if fresh else self.observe(mass[:-1])
+        out_BTNH, mass = attend_all(q_BTNH, positions_BT, [*self.held, among], self.observed, window)
+        cache = self.observe(mass[:-1])
         entry = dataclasses.replace(entry, score_BKT=mass[-1]) if self.observed else entry
         return out_BTNH.astype(q_BTNH.dtype), cache.append(entry, now_B11)
 

@@ -17,6 +17,11 @@ type Table = tuple[list[str], list[list[str]]]
 
 def write(path: Path, records: list[Record], command: str) -> None:
     """Write the study's page: self-contained, figures inline."""
+    render("report.html.j2", path, sections(records) | {"command": command})
+
+
+def render(template: str, path: Path, values: dict) -> None:
+    """Write a page from one of the templates beside this file."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -24,8 +29,7 @@ def write(path: Path, records: list[Record], command: str) -> None:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    page = environment.get_template("report.html.j2").render(sections(records) | {"command": command})
-    write_whole(path, page.encode())
+    write_whole(path, environment.get_template(template).render(values).encode())
 
 
 def of_kind(records: list[Record], kind: str) -> list[Record]:

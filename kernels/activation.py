@@ -1,10 +1,14 @@
-"""The activation of an MLP, with its gate and its dropout."""
+"""The activation of an MLP in one pass over memory: bias, activation, gate and dropout, forward and backward."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-ACTIVATIONS = ("relu", "gelu", "swiglu")
+from kvcascade.kernels import activation_mosaic, threefry
+from kvcascade.kernels.backend import Implementation, Kernel, run
+from kvcascade.kernels.nonlinear import ACTIVATIONS, Inputs, slopes, value
 
 
 def activate(
@@ -13,17 +17,72 @@ def activate(
     kind: str,
     rate: float = 0.0,
     key: Key[Array, ""] | None = None,
+    bias: Float[Array, " F"] | None = None,
+    gate_bias: Float[Array, " F"] | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "*B F"]:
-    """Apply `relu`, `gelu` (tanh form) or `swiglu` (silu(gate) * up, Shazeer 2020), then dropout at `rate` if a key is given."""
-    match kind:
-        case "relu":
-            hidden = jax.nn.relu(up)
-        case "gelu":
-            hidden = jax.nn.gelu(up)
-        case "swiglu" if gate is not None:
-            hidden = jax.nn.silu(gate) * up
-        case _:
-            raise ValueError(f"no activation {kind!r}; choose from {', '.join(ACTIVATIONS)}")
-    if key is None or rate == 0.0:
-        return hidden
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, hidden.shape), hidden / (1 - rate), 0)
+    """Add the biases, apply `relu`, `gelu` (tanh form) or `swiglu`, silu(gate) * up (Shazeer 2020), then dropout at `rate` if a key is given.
+
+    Computed in float32, returned in the type of up. The backward pass keeps the inputs alone and draws the mask again from the key
+    (`threefry.keep`), so that a mask is never in memory. Raises ValueError for another kind, a rate outside [0, 1), or a key of another
+    generator than threefry2x32; NotImplementedError for an implementation that is asked for and cannot.
+    """
+    if kind not in ACTIVATIONS or (kind == "swiglu" and gate is None):
+        raise ValueError(
+            f"no activation {kind!r} without a gate; choose from {', '.join(ACTIVATIONS)}; swiglu has a gate"
+        )
+    if kind != "swiglu":
+        gate = gate_bias = None
+    if not 0 <= rate < 1:
+        raise ValueError(f"a dropout rate of {rate}; it must be at least 0 and below 1")
+    rows = lambda x: None if x is None else x.reshape(-1, x.shape[-1])
+    wide = lambda x: None if x is None else x.astype(jnp.float32)
+    words = None if key is None or rate == 0 else threefry.key_words(key)
+    inputs = Inputs(up.reshape(-1, up.shape[-1]), rows(gate), wide(bias), wide(gate_bias), words)
+    return _activate(kind, rate, implementation, inputs).reshape(up.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _activate(kind, rate, implementation, inputs):
+    return _on(implementation, forward, "forward", kind, rate)(inputs)
+
+
+def _pull(kind, rate, implementation, inputs, dout):
+    return (_on(implementation, backward, "backward", kind, rate)(inputs, dout),)
+
+
+_activate.defvjp(lambda *arguments: (_activate(*arguments), arguments[-1]), _pull)
+
+
+def _on(implementation, reference, name, kind, rate):
+    of = lambda function: functools.partial(function, kind, rate)
+    mosaic = Kernel(of(getattr(activation_mosaic, name)), of(activation_mosaic.refuses))
+    return functools.partial(run, implementation, of(reference), {"mosaic": mosaic})
+
+
+def _read(inputs: Inputs):
+    """Up and gate in float32, with their biases."""
+    added = lambda x, bias: x.astype(jnp.float32) if bias is None else x.astype(jnp.float32) + bias
+    return added(inputs.up, inputs.bias), None if inputs.gate is None else added(inputs.gate, inputs.gate_bias)
+
+
+def _dropped(x, inputs: Inputs, rate: float):
+    if inputs.words is None:
+        return x
+    return jnp.where(threefry.mask(inputs.words, rate, *x.shape), x * (1 / (1 - rate)), 0)
+
+
+def forward(kind: str, rate: float, inputs: Inputs) -> Float[Array, "R F"]:
+    """The reference: the activation of rows, in the type of up."""
+    return _dropped(value(kind, *_read(inputs)), inputs, rate).astype(inputs.up.dtype)
+
+
+def backward(kind: str, rate: float, inputs: Inputs, dout: Float[Array, "R F"]) -> Inputs:
+    """The reference: the gradients of the inputs, those of biases summed over rows in float32."""
+    dout = _dropped(dout.astype(jnp.float32), inputs, rate)
+    by_up, by_gate = slopes(kind, *_read(inputs))
+    dup, dgate = dout * by_up, None if by_gate is None else dout * by_gate
+    summed = lambda x, bias: None if bias is None else x.sum(0)
+    sums = summed(dup, inputs.bias), summed(dgate, inputs.gate_bias)
+    dtype = inputs.up.dtype
+    return Inputs(dup.astype(dtype), None if dgate is None else dgate.astype(dtype), *sums, None)

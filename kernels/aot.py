@@ -27,35 +27,42 @@ class GPU:
     text: str
     """The description that the compiler takes, a GpuTargetConfigProto as text."""
 
-    def _number(self, field: str) -> float:
+    def number(self, field: str) -> float:
+        """A figure of the description by its name there, 0 if it has none."""
         found = re.search(rf"\b{field}: ([\d.e+]+)", self.text)
         return float(found[1]) if found else 0.0
 
     @property
+    def full_name(self) -> str:
+        """As the compiler calls it."""
+        found = re.search(r'device_description_str: "([^"]*)"', self.text)
+        return found[1] if found else self.name
+
+    @property
     def capability(self) -> tuple[int, int]:
-        major, minor = self._number("major"), self._number("minor")
+        major, minor = self.number("major"), self.number("minor")
         return int(major), int(minor)
 
     @property
     def memory(self) -> int:
-        return int(self._number("device_memory_size"))
+        return int(self.number("device_memory_size"))
 
     @property
     def bandwidth(self) -> float:
-        return self._number("memory_bandwidth")
+        return self.number("memory_bandwidth")
 
     @property
     def multiprocessors(self) -> int:
-        return int(self._number("core_count"))
+        return int(self.number("core_count"))
 
     @property
     def clock(self) -> float:
-        return self._number("clock_rate_ghz") * 1e9
+        return self.number("clock_rate_ghz") * 1e9
 
     @property
     def shared_memory(self) -> int:
         """What one block may have of it."""
-        return int(self._number("shared_memory_per_block_optin"))
+        return int(self.number("shared_memory_per_block_optin"))
 
 
 KNOWN = {
@@ -84,6 +91,9 @@ DERIVED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+MISSING = "compiling for a GPU needs more packages: pip install 'kvcascade[aot]'"
+
+
 class NotInstalled(Exception):
     """The extra `[aot]` is missing."""
 
@@ -106,7 +116,7 @@ def _descriptions() -> dict[str, str]:
     folders = plugins.submodule_search_locations if plugins and plugins.submodule_search_locations else []
     libraries = [library for folder in folders for library in Path(folder).glob("*/xla_cuda_plugin.so")]
     if not libraries:
-        raise NotInstalled("compiling for a GPU needs more packages: pip install 'kvcascade[aot]'")
+        raise NotInstalled(MISSING)
     found = re.findall(rb'(gpu_device_info \{[\t\n -~]+?device_description_str: "([^"]+)")', libraries[0].read_bytes())
     return {name.decode(): text.decode() for text, name in found}
 

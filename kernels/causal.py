@@ -71,14 +71,14 @@ def _row_backward(window, residuals):
 
 
 # Row by row (`lax.map`): one row's blocks stay in the caches, which on two cores halved the time of the whole batch at once.
-def _by_row(q_BTNH, k_BTKH, v_BTKH):
+def by_row(q_BTNH, k_BTKH, v_BTKH):
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     q = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     return q, k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
 
 
-def _to_tokens(x_BKGTH, like_BTNH):
+def to_tokens(x_BKGTH, like_BTNH):
     return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(like_BTNH.shape).astype(like_BTNH.dtype)
 
 
@@ -88,18 +88,18 @@ def _blockwise(window, q_BTNH, k_BTKH, v_BTKH):
 
 
 def _blockwise_forward(window, q_BTNH, k_BTKH, v_BTKH):
-    out, lse = lax.map(functools.partial(_row_forward, window), _by_row(q_BTNH, k_BTKH, v_BTKH))
-    return _to_tokens(out, q_BTNH), (q_BTNH, k_BTKH, v_BTKH, out, lse)
+    out, lse = lax.map(functools.partial(_row_forward, window), by_row(q_BTNH, k_BTKH, v_BTKH))
+    return to_tokens(out, q_BTNH), (q_BTNH, k_BTKH, v_BTKH, out, lse)
 
 
 def _blockwise_backward(window, residuals, dout_BTNH):
     q_BTNH, k_BTKH, v_BTKH, out, lse = residuals
-    q, k, v = _by_row(q_BTNH, k_BTKH, v_BTKH)
+    q, k, v = by_row(q_BTNH, k_BTKH, v_BTKH)
     B, T, N, H = q_BTNH.shape
     dout = dout_BTNH.reshape(B, T, k.shape[1], N // k.shape[1], H).transpose(0, 2, 3, 1, 4).astype(jnp.float32)
     dq, dk_BKHT, dv_BKHT = lax.map(functools.partial(_row_backward, window), (q, k, v, out, lse, dout))
     to_kv = lambda x_BKHT, like: x_BKHT.transpose(0, 3, 1, 2).astype(like.dtype)
-    return _to_tokens(dq * H**-0.5, q_BTNH), to_kv(dk_BKHT, k_BTKH), to_kv(dv_BKHT, v_BTKH)
+    return to_tokens(dq * H**-0.5, q_BTNH), to_kv(dk_BKHT, k_BTKH), to_kv(dv_BKHT, v_BTKH)
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)

@@ -3,9 +3,8 @@
 import contextlib
 import threading
 import types
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
+from kvcascade.kernels import traffic
+
 TYPES = {
     "bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32, "float64": tl.float64, "float8_e4m3fn": tl.float8e4nv,
     "float8_e5m2": tl.float8e5, "int8": tl.int8, "int16": tl.int16, "int32": tl.int32, "int64": tl.int64,
@@ -21,26 +22,7 @@ TYPES = {
 }  # fmt: skip
 
 
-class Traffic(NamedTuple):
-    """Bytes that kernels loaded and stored, by (kernel, parameter); an element that is loaded twice counts twice, a masked one never."""
-
-    read: Counter[tuple[str, str]]
-    written: Counter[tuple[str, str]]
-
-
-_observers: list[Traffic] = []
 _lock = threading.RLock()
-
-
-@contextlib.contextmanager
-def counting() -> Iterator[Traffic]:
-    """Count what all interpreted kernels move inside of the block; wait for the results (`jax.block_until_ready`) before it ends."""
-    traffic = Traffic(Counter(), Counter())
-    _observers.append(traffic)
-    try:
-        yield traffic
-    finally:
-        _observers.remove(traffic)
 
 
 class Builder(interpreter.InterpreterBuilder):
@@ -49,7 +31,7 @@ class Builder(interpreter.InterpreterBuilder):
     kernel = ""
     arguments: Mapping[str, np.ndarray] = {}
 
-    def _access(self, pointers, mask, counts: list[Counter]) -> None:
+    def _access(self, pointers, mask, loads: bool) -> None:
         addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.int64)
         if not addresses.size:
             return
@@ -57,17 +39,17 @@ class Builder(interpreter.InterpreterBuilder):
         for name, array in self.arguments.items():
             start = array.ctypes.data
             if start <= addresses.min() and addresses.max() + size <= start + array.nbytes:
-                for count in counts:
-                    count[self.kernel, name] += addresses.size * size
+                # Lanes of one instruction that ask for the same element share it.
+                traffic.note((self.kernel, name), loads, np.unique(addresses).size * size)
                 return
         raise IndexError(f"{self.kernel} reads or writes outside of its arrays")
 
     def create_masked_load(self, ptrs, mask, other, cache_policy, is_volatile):
-        self._access(ptrs, mask, [traffic.read for traffic in _observers])
+        self._access(ptrs, mask, loads=True)
         return super().create_masked_load(ptrs, mask, other, cache_policy, is_volatile)
 
     def create_masked_store(self, ptrs, value, mask, cache_policy):
-        self._access(ptrs, mask, [traffic.written for traffic in _observers])
+        self._access(ptrs, mask, loads=False)
         return super().create_masked_store(ptrs, value, mask, cache_policy)
 
     def cast_impl(self, src, dst_type):

@@ -43,7 +43,7 @@ def launch(
     type checker puts around them in tests has another one.
     `in_place` counts the arrays that the kernel writes into; they are returned, in that order, before the results. All arrays are contiguous.
     A thread may use so many `registers`; unless it is told, ptxas spills a few to fit one more block.
-    Interpreted, the arrays are copies, and `interpreter.counting` sees every load and store.
+    Interpreted, the arrays are copies, and `traffic.counting` sees every load and store.
     """
     written = [jax.ShapeDtypeStruct(arrays[i].shape, arrays[i].dtype) for i in in_place]
     out_types = [*written, *results]

@@ -14,7 +14,7 @@ from kvcascade.kernels.activation import activate
 from kvcascade.kernels.loss import token_nll
 from kvcascade.model.attention import Attention
 from kvcascade.model.config import ModelConfig
-from kvcascade.model.linear import Embedding, Linear, together
+from kvcascade.model.linear import Embedding, Linear, products
 
 type Params = dict[str, Any]
 
@@ -43,8 +43,13 @@ class Block(nnx.Module):
         out, cache = self.attention(self.attention_norm(x_BTM), positions_BT, cache, fresh)
         x_BTM = x_BTM + out
         h = self.mlp_norm(x_BTM)
-        up, gate = together(h, self.up, self.gate) if self.activation == "swiglu" else (self.up(h), None)
-        return x_BTM + self.down(activate(up, gate, self.activation, self.dropout, dropout_key)), cache
+        # Their biases are added in the one pass that the activation makes over the products.
+        if self.activation == "swiglu":
+            (up, gate), gate_bias = products(h, self.up, self.gate), self.gate.added
+        else:
+            (up,), gate, gate_bias = products(h, self.up), None, None
+        hidden = activate(up, gate, self.activation, self.dropout, dropout_key, self.up.added, gate_bias)
+        return x_BTM + self.down(hidden), cache
 
 
 class GPT(nnx.Module):

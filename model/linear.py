@@ -36,15 +36,24 @@ class Linear(Stored):
         if use_bias:
             self.bias = nnx.Param(jnp.zeros(outputs))
 
+    @property
+    def added(self):
+        """The bias, None without one."""
+        return self.bias[...] if hasattr(self, "bias") else None
+
     def __call__(self, x):
         return together(x, self)[0]
 
 
+def products(x, *linears: Linear) -> list:
+    """Products with several Linears' matrices, read in one go; the biases are not added."""
+    return linear.products(x.astype(linears[0].dtype), [each.matrix for each in linears])
+
+
 def together(x, *linears: Linear) -> list:
     """Several Linears of the same x, their matrices read in one go."""
-    found = linear.products(x.astype(linears[0].dtype), [each.matrix for each in linears])
-    biases = (each.bias[...].astype(each.dtype) if hasattr(each, "bias") else None for each in linears)
-    return [y if bias is None else y + bias for y, bias in zip(found, biases, strict=True)]
+    found = zip(products(x, *linears), (each.added for each in linears), strict=True)
+    return [y if bias is None else y + bias.astype(y.dtype) for y, bias in found]
 
 
 class Embedding(Stored):

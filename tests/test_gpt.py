@@ -142,9 +142,9 @@ def test_layers_drop_different_activations(monkeypatch: pytest.MonkeyPatch) -> N
     """Each block has a key of its own, made from the step's."""
     keys = []
 
-    def listening(up, gate, kind, rate, key):
+    def listening(up, gate, kind, rate, key, *biases):
         keys.append(tuple(jax.random.key_data(key).tolist()))
-        return activate(up, gate, kind, rate, key)
+        return activate(up, gate, kind, rate, key, *biases)
 
     monkeypatch.setattr(gpt, "activate", listening)
     shape = dataclasses.replace(TINY, layers=3, dropout=0.5)

@@ -7,11 +7,10 @@ import pytest
 
 from kvcascade.kernels import launch as launching
 from kvcascade.kernels.launch import launch
+from kvcascade.kernels.traffic import counting
 
 pytest.importorskip("triton")
 import triton_samples as samples  # noqa: E402
-
-from kvcascade.kernels.interpreter import counting  # noqa: E402
 
 
 def row_sums(x):

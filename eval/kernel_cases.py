@@ -1,0 +1,190 @@
+"""The kernels that are checked and timed, each at the shapes of models that are in use."""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kvcascade.cache.codec import CODECS
+from kvcascade.eval import two_kernel
+from kvcascade.kernels import activation, activation_mosaic, aot, backend
+from kvcascade.kernels.backend import Implementation
+from kvcascade.kernels.decode import decode
+from kvcascade.kernels.nonlinear import Inputs
+from kvcascade.kernels.paged import paged_decode
+from kvcascade.kernels.slots import Slots
+
+
+class Program(NamedTuple):
+    """A function of arrays, and what makes arrays for it."""
+
+    call: Callable
+    arguments: Callable[[], tuple[Any, ...]]
+    units: int
+    """How many of the case's units it works on."""
+    aside: int = 0
+    """Bytes of its arguments and results that another way to do the same would not have."""
+
+    @property
+    def shapes(self) -> tuple[Any, ...]:
+        """The arguments by shape and type."""
+        return jax.eval_shape(self.arguments)
+
+    @property
+    def floor(self) -> int:
+        """Bytes if every argument is read once and every result written once."""
+        return nbytes(self.shapes) + nbytes(jax.eval_shape(self.call, *self.shapes)) - self.aside
+
+
+def nbytes(tree) -> int:
+    """Bytes of all arrays in a tree."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One operation at one shape, by one implementation."""
+
+    operation: str
+    shape: str
+    implementation: Implementation
+    build: Callable[[bool], Program]
+    """Makes the program: a small one, in which one row and one KV head stand for all, or one of the size that is in use."""
+    unit: str
+    """What instructions are counted per."""
+    most: float
+    """How many times its floor the program may move."""
+    turn: int = 0
+    """Units that a block works on in one turn of its loop; 0 without a loop."""
+    peer: Callable[[bool], Program] | None = None
+    """The same by XLA."""
+
+    @property
+    def name(self) -> str:
+        """What tells it from the others."""
+        return f"{self.operation}, {self.shape}, {self.implementation}"
+
+
+# KV heads, query heads of each, head width: SmolLM2-135M, Llama-3-8B, Phi-2, and a group of eight at Phi-3-mini's width.
+HEADS = ((3, 3, 64), (8, 4, 128), (32, 1, 80), (4, 8, 96))
+SLOTS = 4096
+BATCH = 8
+CODEC_NAMES = ("bf16", "fp8", "int8", "int4", "nvfp4")
+# Rows of a step's tokens and MLP width, small and in use.
+HIDDEN = {False: (64, 1024), True: (8192, 4096)}
+RATE = 0.1
+
+
+@functools.cache
+def cases() -> dict[str, Case]:
+    """All of them by name. Raises `aot.NotInstalled` without Triton."""
+    if not importlib.util.find_spec("triton"):
+        raise aot.NotInstalled(aot.MISSING)
+    return {case.name: case for case in (*_decoding(), *_activations())}
+
+
+def _decoding() -> Iterator[Case]:
+    from kvcascade.kernels import decode_triton
+
+    for codec in CODEC_NAMES:
+        for heads in HEADS:
+            if codec == "nvfp4" and heads[2] % 32:
+                continue
+            shape = f"{codec}, H {heads[2]}, G {heads[1]}"
+            turn = decode_triton.TILE * 2 * CODECS[codec].nbytes(heads[2])
+            for observed in (False, True):
+                # The logits of an observed step are written, and read again for the mass once all tiers have been seen.
+                most = 1.45 if observed else 1.1
+                ours, peer = (functools.partial(_decode, codec, *heads, observed, name) for name in ("triton", "xla"))
+                operation = "decode observed" if observed else "decode"
+                yield Case(operation, shape, "triton", ours, "KV byte", most, turn, peer)
+            ours, peer = (functools.partial(_paged, codec, *heads, name) for name in ("triton", "xla"))
+            yield Case("decode paged", shape, "triton", ours, "KV byte", 1.1, turn, peer)
+
+
+def _slots(codec: str, *shape: int) -> Slots:
+    """Full slots of random vectors; the shape is that of the vectors."""
+    keys = jax.random.split(jax.random.key(0))
+    k, v = (CODECS[codec].encode(jax.random.normal(key, shape)) for key in keys)
+    return Slots(k, v, jnp.broadcast_to(jnp.arange(shape[2], dtype=jnp.int32), shape[:3]), None)
+
+
+def _decode(codec, kv_heads, group, head_dim, observed, implementation, in_use) -> Program:
+    B, K, form = BATCH if in_use else 1, kv_heads if in_use else 1, CODECS[codec]
+
+    def arguments():
+        q_BNH = jax.random.normal(jax.random.key(1), (B, K * group, head_dim))
+        return q_BNH, jnp.full(B, SLOTS, jnp.int32), _slots(codec, B, K, SLOTS, head_dim)
+
+    call = lambda q, now, slots: decode(q, now, [(slots, form)], observed, implementation=implementation)
+    return Program(call, arguments, 2 * B * K * SLOTS * form.nbytes(head_dim))
+
+
+def _paged(codec, kv_heads, group, head_dim, implementation, in_use) -> Program:
+    B, K, form, page = BATCH if in_use else 1, kv_heads if in_use else 1, CODECS[codec], 64
+
+    def arguments():
+        q_BNH = jax.random.normal(jax.random.key(1), (B, K * group, head_dim))
+        pages = B * SLOTS // page
+        table_BP = jax.random.permutation(jax.random.key(2), pages).reshape(B, -1).astype(jnp.int32)
+        return q_BNH, jnp.full(B, SLOTS, jnp.int32), _slots(codec, pages, K, page, head_dim), table_BP
+
+    call = lambda q, now, pool, table: paged_decode(q, now, pool, table, form, implementation=implementation)
+    return Program(call, arguments, 2 * B * K * SLOTS * form.nbytes(head_dim))
+
+
+def _activations() -> Iterator[Case]:
+    for kind in ("swiglu", "gelu"):
+        for forward in (True, False):
+            operation = f"{kind} {'forward' if forward else 'backward'}"
+            shape = f"dropout {RATE}" + (", bias" if kind == "gelu" else "")
+            # Every block reads the two words of the key. A bias is read once for every 32 rows, and its gradient summed over as many.
+            most = 1.001 if kind == "swiglu" else 1.1
+            ours, peer = (functools.partial(_activation, kind, forward, name) for name in ("mosaic", "xla"))
+            yield Case(operation, shape, "mosaic", ours, "element", most, peer=peer)
+            yield Case(operation, shape, "xla", peer, "element", math.inf)
+            build = functools.partial(_in_two, kind, forward)
+            yield Case(f"{operation} in two", shape, "xla", build, "element", math.inf)
+
+
+def _hidden(kind, in_use, arrays: int):
+    """Inputs of a backward pass, as many arrays of the activation's shape, and the dropout's words."""
+    rows, columns = HIDDEN[in_use]
+    wide = [jax.random.normal(jax.random.key(i), (rows, columns), jnp.bfloat16) for i in range(arrays)]
+    gate, bias = (wide.pop(), None) if kind == "swiglu" else (None, jnp.zeros(columns))
+    return Inputs(wide[0], gate, bias, None, jnp.arange(2, dtype=jnp.uint32)), *wide[1:]
+
+
+def _activation(kind, forward, implementation, in_use) -> Program:
+    def call(*arguments):
+        if implementation == "xla":
+            return (activation.forward if forward else activation.backward)(kind, RATE, *arguments)
+        kernel = activation_mosaic.forward if forward else activation_mosaic.backward
+        return kernel(kind, RATE, *arguments, interpret=backend.capability() is None)
+
+    arguments = functools.partial(_hidden, kind, in_use, 1 + (kind == "swiglu") + (not forward))
+    return Program(call, arguments, math.prod(HIDDEN[in_use]))
+
+
+def _in_two(kind, forward, in_use) -> Program:
+    """The same with the dropout as a kernel of its own, and its mask in memory."""
+
+    def of_forward(inputs):
+        hidden = jax.lax.optimization_barrier(two_kernel.activate(kind, inputs))
+        return two_kernel.drop(RATE, hidden, inputs.words)
+
+    def of_backward(inputs, dout, mask):
+        dhidden = jax.lax.optimization_barrier(two_kernel.drop_backward(RATE, mask, dout))
+        return two_kernel.activate_backward(kind, inputs, dhidden)
+
+    def arguments():
+        some = _hidden(kind, in_use, 1 + (kind == "swiglu") + (not forward))
+        return some if forward else (*some, jnp.ones(HIDDEN[in_use], bool))
+
+    elements = math.prod(HIDDEN[in_use])
+    return Program(of_forward if forward else of_backward, arguments, elements, aside=elements)

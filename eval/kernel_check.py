@@ -1,0 +1,180 @@
+"""What every kernel costs on every card, without one: registers, spills, shared memory, bytes moved, instructions, occupancy."""
+
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+
+from kvcascade.cache.errors import BadInput
+from kvcascade.eval.kernel_cases import Case, cases
+from kvcascade.eval.records import Record
+from kvcascade.kernels import aot, resources, traffic
+
+OWN = ("triton", "mosaic")
+
+
+def cards(names: Sequence[str]) -> list[aot.GPU]:
+    """Cards by their names. Raises BadInput for one that is not known, `aot.NotInstalled` without the compiler."""
+    known = [*aot.KNOWN, *aot.DERIVED]
+    for name in names:
+        if name not in known:
+            raise BadInput(f"no GPU {name!r}; there are {', '.join(known)}")
+    return [aot.gpu(name) for name in dict.fromkeys(names)]
+
+
+def check(
+    some: Sequence[Case], on: Sequence[aot.GPU], done: Callable[[int], None] = lambda count: None
+) -> list[Record]:
+    """A record per case and card, in processes of their own: a compiler that ends its process fails one case, not the check."""
+    # This process only adds up; with the compilers installed, JAX would look for a GPU.
+    jax.config.update("jax_platforms", "cpu")
+    count = itertools.count(1)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        told = lambda: done(next(count))
+        run = lambda what: _in_a_process(what, [case.name for case in some], Path(folder, what), told)
+        moved, *by_card = pool.map(run, ["traffic", *(card.name for card in on)])
+    return [
+        record(case, card, moved[case.name], found[case.name])
+        for card, found in zip(on, by_card, strict=True)
+        for case in some
+    ]
+
+
+def _in_a_process(what: str, names: list[str], folder: Path, told: Callable[[], None]) -> dict[str, Record]:
+    """What a child finds out of each case. One that ends before its time has failed at the case that it was at."""
+    folder.mkdir()
+    environment = {"JAX_PLATFORMS": "cpu"} if what == "traffic" else resources.environment(folder)
+    found: dict[str, Record] = {}
+    while left := [name for name in names if name not in found]:
+        with (folder / "stderr").open("w+") as errors:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "kvcascade.eval.kernel_check", what, str(folder), *left],
+                env=os.environ | environment,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+            assert child.stdout is not None
+            for line in child.stdout:
+                if line.startswith("{"):
+                    one = json.loads(line)
+                    found[one.pop("case")] = one
+                    told()
+            status = child.wait()
+            errors.seek(0)
+            said = [line.strip() for line in errors if line.strip()]
+        left = [name for name in names if name not in found]
+        if left:
+            found[left[0]] = {"failed": said[-1] if said else f"the compiler ended with status {status}"}
+            told()
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    """A child: say of each case, in a line of JSON, what it moves (`traffic`) or what it asks of a card."""
+    what, folder, *names = arguments
+    for name in names:
+        try:
+            found = (
+                of_traffic(cases()[name]) if what == "traffic" else of_card(cases()[name], aot.gpu(what), Path(folder))
+            )
+        except NotImplementedError as error:
+            found = {"refused": str(error)}
+        except Exception as error:  # whatever a compiler raises is the case's result
+            found = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        print(json.dumps({"case": name} | found), flush=True)
+
+
+def of_traffic(case: Case) -> Record:
+    """The bytes that a case's kernels load and store, interpreted."""
+    program = case.build(False)
+    with traffic.counting() as counted:
+        jax.block_until_ready(jax.jit(program.call)(*program.arguments()))
+    return {
+        "moved": counted.read.total() + counted.written.total(),
+        "floor": program.floor,
+        "units": program.units,
+        "races": counted.races,
+    }
+
+
+def of_card(case: Case, card: aot.GPU, folder: Path) -> Record:
+    """What a case's kernels ask of a card, and what else the compiled program launches."""
+    program, in_use = case.build(False), case.build(True)
+    compiled, kernels = resources.compile_for(program.call, program.shapes, card, folder)
+    blocks = resources.grids(in_use.call, in_use.shapes, card)
+    launches = traffic.launches(compiled.as_text() or "")
+    ours = [launch for launch in launches if re.search("triton|mosaic", launch.target)]
+    return {
+        "launches": len(launches),
+        "around": sum(launch.moved for launch in launches) - sum(launch.moved for launch in ours),
+        "kernels": [
+            vars(kernel)
+            | {"code": kernel.code._asdict()}
+            | {"per_multiprocessor": kernel.per_multiprocessor(card), "blocks_in_use": blocks[kernel.name]}
+            for kernel in kernels
+        ],
+    }
+
+
+def record(case: Case, card: aot.GPU, moved: Record, found: Record) -> Record:
+    """The two findings as one record; `failed` or `refused` in place of figures where there are none."""
+    start = {
+        "kind": "kernel",
+        "case": case.name,
+        "gpu": card.name,
+        "unit": case.unit,
+        "most": None if case.most == math.inf else case.most,
+    }
+    for finding in (found, moved):
+        if reason := {"refused", "failed"} & finding.keys():
+            return start | {key: finding[key] for key in reason}
+    instructions = 0.0
+    kernels = []
+    for kernel in found["kernels"]:
+        loop, rest = (sum(kernel["code"][part].values()) for part in ("loop", "rest"))
+        ours = kernel["compiler"] in OWN and case.turn
+        turns = moved["units"] / (kernel["blocks"] * case.turn) if ours else 1
+        executed = (rest + loop * turns) * kernel["threads"] * kernel["blocks"]
+        instructions += executed
+        at_once = kernel["per_multiprocessor"] * card.multiprocessors
+        kernels.append(
+            {key: kernel[key] for key in ("name", "compiler", "registers", "spilled", "shared_memory", "threads")}
+            | {
+                "per_multiprocessor": kernel["per_multiprocessor"],
+                "waves": kernel["blocks_in_use"] / at_once if at_once else None,
+                "turns": turns,
+                "loop": kernel["code"]["loop"],
+                "rest": kernel["code"]["rest"],
+            }
+        )
+    total = moved["moved"] + found["around"]
+    return start | {
+        "launches": found["launches"],
+        "moved": total,
+        "floor": moved["floor"],
+        "ratio": total / moved["floor"],
+        "instructions": instructions / moved["units"],
+        "budget": budget(card, moved["floor"] / moved["units"]),
+        "races": moved["races"],
+        "shared_memory_limit": card.shared_memory,
+        "kernels": kernels,
+    }
+
+
+def budget(card: aot.GPU, bytes_per_unit: float) -> float:
+    """Instructions per unit that a card issues while its memory moves the unit's bytes."""
+    return card.multiprocessors * 128 * card.clock / (card.bandwidth / bytes_per_unit)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,101 @@
+"""What the check of the kernels found: what is wrong, a table, a page."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvcascade.eval import report
+from kvcascade.eval.kernel_check import OWN
+from kvcascade.eval.records import Record
+from kvcascade.kernels import aot
+
+BASELINE = Path(__file__).parent / "results" / "kernels.jsonl"
+"""What the figures are compared with; it is not in a wheel."""
+
+
+def faults(found: Record, baseline: Record | None) -> list[str]:
+    """What is wrong with a record by itself, and worse than in the baseline."""
+    if "refused" in found:
+        return [found["refused"]] if baseline and "refused" not in baseline else []
+    if "failed" in found:
+        return [found["failed"]]
+    wrong = []
+    for kernel in found["kernels"]:
+        if kernel["compiler"] in OWN and kernel["spilled"]:
+            wrong.append(f"{kernel['name']} spills {kernel['spilled']} bytes of registers")
+        if kernel["shared_memory"] > found["shared_memory_limit"]:
+            limit = found["shared_memory_limit"]
+            wrong.append(
+                f"{kernel['name']} asks for {kernel['shared_memory']} bytes of shared memory; a block has {limit}"
+            )
+    if found["most"] and found["ratio"] > found["most"]:
+        wrong.append(f"moves {found['ratio']:.3f} times the floor; at most {found['most']} is allowed")
+    if found["races"]:
+        wrong.append("has a race")
+    if baseline and not {"refused", "failed"} & baseline.keys():
+        for what, slack in (("ratio", 1.01), ("instructions", 1.05), ("launches", 1.0)):
+            if found[what] > baseline[what] * slack:
+                wrong.append(f"{what} {found[what]:.4g}, where it was {baseline[what]:.4g}")
+    return wrong
+
+
+def regressions(found: Sequence[Record], baseline: Sequence[Record]) -> list[str]:
+    """One line for everything that is wrong; a case of the baseline that is missing is."""
+    before = {(one["case"], one["gpu"]): one for one in baseline}
+    cards = {one["gpu"] for one in found}
+    lines = [
+        f"{one['case']} on {one['gpu']}: {line}"
+        for one in found
+        for line in faults(one, before.pop((one["case"], one["gpu"]), None))
+    ]
+    return lines + [f"{case} on {gpu}: is not there any more" for case, gpu in before if gpu in cards]
+
+
+def table(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows, a row per case and card; of several kernels the one that most is asked for."""
+    columns = [
+        "kernel", "GPU", "registers", "spilled", "shared, KiB", "blocks/SM", "waves", "moved / floor", "instructions/unit",
+        "budget", "launches",
+    ]  # fmt: skip
+    rows = []
+    for one in found:
+        if reason := {"refused", "failed"} & one.keys():
+            (key,) = reason
+            rows.append([one["case"], one["gpu"], f"{key}: {one[key]}"[:60], *[""] * (len(columns) - 3)])
+            continue
+        ours = [kernel for kernel in one["kernels"] if kernel["compiler"] in OWN] or one["kernels"]
+        waves = [kernel["waves"] for kernel in ours if kernel["waves"]]
+        rows.append([
+            one["case"], one["gpu"], str(max(kernel["registers"] for kernel in ours)), str(sum(kernel["spilled"] for kernel in ours)),
+            f"{max(kernel['shared_memory'] for kernel in ours) / 1024:.1f}", str(min(kernel["per_multiprocessor"] for kernel in ours)),
+            f"{max(waves):.2f}" if waves else "", f"{one['ratio']:.3f}", f"{one['instructions']:.2f}", f"{one['budget']:.2f}", str(one["launches"]),
+        ])  # fmt: skip
+    return columns, rows
+
+
+def write(path: Path, found: Sequence[Record], wrong: Sequence[str], command: str) -> None:
+    """Write a page: a table for every card, and the instructions of every kernel."""
+    sections = []
+    for name in dict.fromkeys(one["gpu"] for one in found):
+        card, mine = aot.gpu(name), [one for one in found if one["gpu"] == name]
+        columns, rows = table(mine)
+        sections.append({
+            "name": card.full_name, "card": card, "table": (columns[:1] + columns[2:], [row[:1] + row[2:] for row in rows]),
+            "instructions": _instructions(mine),
+        })  # fmt: skip
+    report.render(
+        "kernels.html.j2", path, {"sections": sections, "wrong": wrong, "command": command, "first": found[0]}
+    )
+
+
+def _instructions(found: Sequence[Record]) -> report.Table:
+    """The ten most frequent machine instructions of each kernel, of its loop where it has one."""
+    rows = []
+    for one in found:
+        for kernel in one.get("kernels", []):
+            mix = Counter(kernel["loop"] or kernel["rest"])
+            turns = f"{kernel['turns']:.0f} × {mix.total()}" if kernel["loop"] else str(mix.total())
+            rows.append(
+                [f"{one['case']}: {kernel['name']}", turns, ", ".join(f"{n} {name}" for name, n in mix.most_common(10))]
+            )
+    return ["kernel", "instructions", "of these"], rows

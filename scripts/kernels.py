@@ -1,0 +1,77 @@
+"""What the GPU kernels cost: `kvcascade kernels check --gpu h100 --gpu a100`, about three minutes; `kvcascade kernels bench` on a GPU."""
+
+import dataclasses
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import tyro
+
+from kvcascade.cache.errors import BadInput
+from kvcascade.eval import kernel_bench, kernel_cases, kernel_check, kernel_report, records
+from kvcascade.kernels import aot
+from kvcascade.scripts import console
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """Compile every kernel for cards that need not be there; status 1 if one spills, does not fit, moves too much or got worse."""
+
+    gpu: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A card: h100, a100, rtx4090, …; give it several times. By default h100 and a100."""
+    case: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Only kernels that have these words in their name."""
+    baseline: Path = kernel_report.BASELINE
+    """Records of an earlier check; no figure may be worse."""
+    out: Path | None = None
+    """File that one JSON object per kernel and card is appended to."""
+    page: Path | None = None
+    """A page to write."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Time every kernel on the GPU at hand, in turns with XLA's own, against its copy bandwidth."""
+
+    case: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Only kernels that have these words in their name."""
+    out: Path | None = None
+    """File that one JSON object per kernel is appended to."""
+
+
+def main(arguments: list[str]) -> None:
+    """Check or time the kernels, print a table, append the records."""
+    commands = {"check": Check, "bench": Bench}
+    args = tyro.extras.subcommand_cli_from_dict(commands, prog="kvcascade kernels", args=arguments)
+    try:
+        chosen = [one for name, one in kernel_cases.cases().items() if all(words in name for words in args.case)]
+        cards = [] if isinstance(args, Bench) else kernel_check.cards(args.gpu or ("h100", "a100"))
+    except aot.NotInstalled as error:
+        raise BadInput(str(error)) from error
+    if not chosen:
+        raise BadInput(f"no kernel has {', '.join(map(repr, args.case))} in its name")
+    records.check_writable(args.out)
+    if isinstance(args, Bench):
+        found, wrong = kernel_bench.bench(chosen), []
+        console.table(*kernel_bench.table(found))
+    else:
+        found, wrong = _check(args, chosen, cards, shlex.join(["kvcascade", "kernels", *arguments]))
+    if args.out:
+        records.append(args.out, found)
+    if wrong:
+        sys.exit(1)
+
+
+def _check(args: Check, chosen: list[kernel_cases.Case], cards: list[aot.GPU], command: str):
+    start, names = time.monotonic(), {case.name for case in chosen}
+    with console.progress("check", len(chosen) * (1 + len(cards))) as show:
+        found = kernel_check.check(chosen, cards, lambda count: show(count, ""))
+    found = [records.stamp(one, time.monotonic() - start) for one in found]
+    before = records.read(args.baseline) if args.baseline.exists() else []
+    wrong = kernel_report.regressions(found, [one for one in before if one["case"] in names or not args.case])
+    if args.page:
+        kernel_report.write(args.page, found, wrong, command)
+    console.table(f"{len(found)} kernels on cards, {len(before)} in the baseline", *kernel_report.table(found))
+    print(*(f"kvcascade: {line}" for line in wrong), sep="\n", end="\n" * bool(wrong), file=sys.stderr)
+    return found, wrong
