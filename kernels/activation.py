@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from kvcascade.kernels import activation_mosaic, threefry
+from kvcascade.kernels import activation_mosaic, launch, threefry
 from kvcascade.kernels.backend import Implementation, Kernel, run
 from kvcascade.kernels.nonlinear import ACTIVATIONS, Inputs, slopes, value
 
@@ -56,8 +56,25 @@ _activate.defvjp(lambda *arguments: (_activate(*arguments), arguments[-1]), _pul
 
 def _on(implementation, reference, name, kind, rate):
     of = lambda function: functools.partial(function, kind, rate)
-    mosaic = Kernel(of(getattr(activation_mosaic, name)), of(activation_mosaic.refuses))
-    return functools.partial(run, implementation, of(reference), {"mosaic": mosaic})
+    kernels = {
+        "mosaic": Kernel(of(getattr(activation_mosaic, name)), of(activation_mosaic.refuses)),
+        "triton": Kernel(of(functools.partial(_triton, name)), of(_triton_refuses)),
+    }
+    return functools.partial(run, implementation, of(reference), kernels)
+
+
+def _triton(name, *arguments, interpret):
+    from kvcascade.kernels import activation_triton
+
+    return getattr(activation_triton, name)(*arguments, interpret)
+
+
+def _triton_refuses(*arguments):
+    if reason := launch.refuses():
+        return reason
+    from kvcascade.kernels import activation_triton
+
+    return activation_triton.refuses(*arguments)
 
 
 def _read(inputs: Inputs):

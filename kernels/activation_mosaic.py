@@ -22,12 +22,12 @@ def refuses(kind: str, rate: float, inputs: Inputs, *_) -> str | None:
     return None
 
 
-def forward(kind: str, rate: float, inputs: Inputs, interpret: bool = False) -> jax.Array:
+def forward(kind: str, rate: float, inputs: Inputs, interpret: bool) -> jax.Array:
     """`activation.forward` in one pass: each input read once, the output written once."""
     return _call(kind, rate, inputs, None, interpret)
 
 
-def backward(kind: str, rate: float, inputs: Inputs, dout: jax.Array, interpret: bool = False) -> Inputs:
+def backward(kind: str, rate: float, inputs: Inputs, dout: jax.Array, interpret: bool) -> Inputs:
     """`activation.backward` in one pass, the gradients of biases summed per block of rows and the blocks' sums by XLA."""
     up, gate, bias, gate_bias = _call(kind, rate, inputs, dout, interpret)
     total = lambda blocks: None if blocks is None else blocks.sum(0)

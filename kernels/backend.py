@@ -58,7 +58,9 @@ def run[R](
             raise NotImplementedError(f"{implementation}: {reason}")
         willing = [implementation]
     else:
-        willing = [name for name, kernel in kernels.items() if not kernel.refuses(*arguments)]
+        # Where there is no GPU its kernels are not asked: answering may import a compiler.
+        possible = [name for name in kernels if name == "native" or capability()]
+        willing = [name for name in possible if not kernels[name].refuses(*arguments)]
     branches = {}
     if "native" in willing:
         branches["cpu"] = kernels["native"].call

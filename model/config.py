@@ -4,8 +4,8 @@ import dataclasses
 import math
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.kernels.activation import ACTIVATIONS
 from kvcascade.kernels.linear import WEIGHTS
+from kvcascade.kernels.nonlinear import ACTIVATIONS
 
 CHOICES = {
     "weights": WEIGHTS,

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -17,7 +18,8 @@ from kvcascade.kernels import activation, backend, threefry
 from kvcascade.kernels.activation import activate
 from kvcascade.kernels.nonlinear import ACTIVATIONS, Inputs
 
-KERNELS = ["mosaic"]
+needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
+KERNELS = ["mosaic", pytest.param("triton", marks=needs_triton)]
 BLOCKS = (32, 256)  # what every kernel takes
 KEY = jax.random.key(11)
 
@@ -113,6 +115,31 @@ def test_kernels(implementation, kind, rate, biased, dtype) -> None:
         assert not get_races().races_found
 
 
+@needs_triton
+@pytest.mark.parametrize("columns", [8, 70, 257])
+def test_triton_takes_any_width(columns) -> None:
+    """Blocks that end outside of the array, in rows and in each quarter of the columns."""
+    check("swiglu", 0.3, *draw(1, 45, columns, "swiglu", True), "triton")
+
+
+@needs_triton
+@pytest.mark.parametrize(("kind", "arrays"), [("gelu", 1), ("swiglu", 2)])
+def test_every_byte_moves_once(kind, arrays) -> None:
+    """The forward pass reads each element once and writes one for it; the backward pass reads one more and writes as many as it reads."""
+    from kvcascade.kernels import activation_triton, interpreter
+
+    inputs, dout = draw(2, *BLOCKS, kind, False, "bfloat16")
+    inputs = inputs._replace(words=threefry.key_words(KEY))
+    one, words = dout.nbytes, 8 * BLOCKS[1] // 256
+    for function, read, written in (
+        (functools.partial(activation_triton.forward, kind, 0.1, inputs), arrays, 1),
+        (functools.partial(activation_triton.backward, kind, 0.1, inputs, dout), arrays + 1, arrays),
+    ):
+        with interpreter.counting() as traffic:
+            jax.block_until_ready(function(interpret=True))
+        assert (traffic.read.total(), traffic.written.total()) == (read * one + words, written * one)
+
+
 @pytest.mark.parametrize("implementation", ["xla", *KERNELS])
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_one_mask(implementation, kind) -> None:
@@ -133,7 +160,9 @@ def test_gradients_of_the_formulas(kind) -> None:
     inputs, dout = draw(3, 6, 20, kind, True)
     inputs = inputs._replace(words=threefry.key_words(KEY))
     ours = activation.backward(kind, 0.2, inputs, dout)
-    forward = lambda *parts: activation.forward(kind, 0.2, Inputs(*(*parts, inputs.words)))
+    forward = lambda up, gate, bias, gate_bias: activation.forward(
+        kind, 0.2, Inputs(up, gate, bias, gate_bias, inputs.words)
+    )
     theirs = jax.vjp(forward, *inputs[:4])[1](dout)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours[:4], theirs)
 
@@ -214,7 +243,7 @@ def test_what_it_cannot_do_is_an_error() -> None:
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_a_kernel_says_what_it_refuses(implementation) -> None:
     """Asked for, it says why; not asked for, the reference takes its place."""
-    for up, reason in ((jnp.ones((3, 256)), "3 rows of 256"), (jnp.ones(BLOCKS, jnp.float16), "float16")):
+    for up, reason in ((jnp.ones((3, 256)), "3 rows"), (jnp.ones(BLOCKS, jnp.float16), "float16")):
         with pytest.raises(NotImplementedError, match=f"{implementation}: .*{reason}"):
             activate(up, None, "gelu", implementation=implementation)
         with backend.target((9, 0)):

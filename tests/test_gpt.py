@@ -11,7 +11,9 @@ import pytest
 from flax import nnx
 
 from kvcascade.cache.errors import BadInput
+from kvcascade.kernels import backend
 from kvcascade.kernels.activation import activate
+from kvcascade.kernels.nonlinear import ACTIVATIONS
 from kvcascade.model import gpt
 from kvcascade.model.attention import rope
 from kvcascade.model.config import ModelConfig
@@ -150,6 +152,17 @@ def test_layers_drop_different_activations(monkeypatch: pytest.MonkeyPatch) -> N
     shape = dataclasses.replace(TINY, layers=3, dropout=0.5)
     logits(shape, gpt.init(shape, 0), key=jax.random.key(0))
     assert len(set(keys)) == 3
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_training_on_a_gpu_takes_the_kernels(activation: str) -> None:
+    """One launch per layer and pass, with the bias inside: nothing of an MLP's width is added to before."""
+    shape = dataclasses.replace(TINY, layers=2, mlp=256, dropout=0.1, biases="all", activation=activation)
+    rows, params = jnp.zeros((2, 17), jnp.int32), gpt.init(shape, 0)
+    loss = lambda params: gpt.nll(shape, params, rows, jax.random.key(0)).mean()
+    with backend.target((9, 0)):
+        program = str(jax.make_jaxpr(jax.grad(loss))(params))
+    assert program.count("name=activation_forward") == program.count("name=activation_backward") == 2
 
 
 def test_dropout_only_with_a_key() -> None:
