@@ -65,7 +65,10 @@ class Builder(interpreter.InterpreterBuilder):
     def binary_op(self, lhs, rhs, op):
         if lhs.dtype.scalar == tl.bfloat16:
             raise TypeError("Triton's interpreter computes with the bit patterns of bf16: convert to float32 first")
-        return super().binary_op(lhs, rhs, op)
+        result = super().binary_op(lhs, rhs, op)
+        if result.data.dtype == bool:  # of which it says that it has the type of what was compared
+            return interpreter.TensorHandle(result.data, tl.int1)
+        return result
 
 
 _builder = interpreter.interpreter_builder = interpreter.interpreter_semantic.builder = Builder()

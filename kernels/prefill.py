@@ -2,12 +2,14 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kvcascade.kernels.backend import Implementation, run
-from kvcascade.kernels.causal import by_row, to_tokens
+from kvcascade.kernels import launch
+from kvcascade.kernels.backend import Implementation, Kernel, capability, run, target
+from kvcascade.kernels.causal import by_row, causal_attention, to_tokens
 
 type Result = tuple[Float[Array, "B T N H"], Float[Array, "B K T"]]
 
@@ -26,9 +28,11 @@ def observed_attention(
     A row has `length` tokens; what is on their right is padding, which counts for nothing, and whose output means nothing.
     With `last` only the row's last so many queries count: SnapKV's score of a prompt's keys before it is pooled (Li et al. 2024,
     §4.1, with an observation window of `last`). Never holds more than a block of queries' weights: memory is linear in T.
+    `xla` runs everywhere, in float32; `triton` is for a GPU: cuDNN's attention, and a kernel of ours for the mass.
     """
-    reference = functools.partial(_blockwise, window, last)
-    return run(implementation, reference, {}, q_BTNH, k_BTKH, v_BTKH, length_B)
+    reference, on_gpu = (functools.partial(each, window, last) for each in (_blockwise, _triton))
+    kernels = {"triton": Kernel(on_gpu, _triton_refuses)}
+    return run(implementation, reference, kernels, q_BTNH, k_BTKH, v_BTKH, length_B)
 
 
 def _blockwise(window, last, q_BTNH, k_BTKH, v_BTKH, length_B) -> Result:
@@ -73,3 +77,32 @@ def _block(window, last, length, k_KSH, v_KSH, mass_KT, block):
     counts_T1 = ((index_T < length) & (index_T >= length - (last or tokens)))[:, None]
     mass_KT = mass_KT.at[:, :S].add(jnp.einsum("KGTS,KGTX->KS", weights, counts_T1 / total))
     return mass_KT, jnp.einsum("KGTS,KSH->KGTH", weights, v_KSH) / total
+
+
+def _triton(window, last, q_BTNH, k_BTKH, v_BTKH, length_B, interpret) -> Result:
+    from kvcascade.kernels import prefill_triton
+
+    attention = causal_attention if interpret else _flash
+    mass_BKT = prefill_triton.mass(q_BTNH, k_BTKH, length_B, window, last, interpret)
+    return attention(q_BTNH, k_BTKH, v_BTKH, window), mass_BKT
+
+
+def _flash(q_BTNH, k_BTKH, v_BTKH, window):
+    local = (window - 1, 0) if window else None
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=local, implementation="cudnn"
+    )
+
+
+def _triton_refuses(q_BTNH, k_BTKH, v_BTKH, length_B) -> str | None:
+    if reason := launch.refuses():
+        return reason
+    if not capability():
+        return None
+    if target.value:
+        return "cuDNN cannot be asked about a GPU that is not there"
+    try:  # cuDNN says by itself which types and head widths it takes, and whether it is installed
+        jax.eval_shape(functools.partial(_flash, window=0), q_BTNH, k_BTKH, v_BTKH)
+    except (NotImplementedError, RuntimeError, ValueError) as refused:
+        return f"cuDNN: {refused}"
+    return None

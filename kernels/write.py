@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from kvcascade.kernels import native
-from kvcascade.kernels.backend import Implementation, run
+from kvcascade.kernels import launch, native
+from kvcascade.kernels.backend import Implementation, Kernel, run
 from kvcascade.kernels.slots import Entry, Format, Slots
 
 
@@ -24,11 +24,12 @@ def exchange(
 
     `priority` ranks the S slots, then the T newcomers. A slot that stays is not written again, so nothing is quantised twice,
     and a tie leaves things as they are. With `forget` nobody asks for those left over, and None is returned for them.
-    `xla` runs everywhere; `native` is C++ for a CPU and T = 1; None takes the best that there is.
+    `xla` runs everywhere; `native` is C++ for a CPU and `triton` a GPU's kernel, both for T = 1; None takes the best that there is.
     """
-    reference, kernel = (functools.partial(each, form, forget) for each in (_xla, _native))
+    reference, on_cpu, on_gpu = (functools.partial(each, form, forget) for each in (_xla, _native, _triton))
     suits = lambda slots, entry, priority: entry.pos_BKT.shape[-1] == 1 and native.reads(slots.k)
-    return run(implementation, reference, {"native": native.kernel(kernel, suits)}, slots, entry, priority_BKST)
+    kernels = {"native": native.kernel(on_cpu, suits), "triton": Kernel(on_gpu, _triton_refuses)}
+    return run(implementation, reference, kernels, slots, entry, priority_BKST)
 
 
 def _xla(form, forget, slots, entry, priority):
@@ -92,3 +93,17 @@ def _native(form, forget, slots, entry, priority):
     k, v = native.named(slots.k, results[:per_vector]), native.named(slots.v, results[per_vector : 2 * per_vector])
     score = None if slots.score_BKS is None else results[2 * per_vector]
     return Slots(k, v, pos, score), None if forget else Entry(*results[-4:])
+
+
+def _triton(form, forget, slots, entry, priority, interpret):
+    from kvcascade.kernels import write_triton
+
+    return write_triton.exchange(slots, entry, priority, form.turned, forget, interpret)
+
+
+def _triton_refuses(slots, entry, priority) -> str | None:
+    if reason := launch.refuses():
+        return reason
+    from kvcascade.kernels import write_triton
+
+    return write_triton.refuses(slots, entry)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvcascade.cache.cascade import Cascade
 from kvcascade.cache.codec import f32
 from kvcascade.cache.tier import heavy, recent
+from kvcascade.kernels import launch
 from kvcascade.kernels.partial import attend_all
 from kvcascade.kernels.prefill import observed_attention
 from kvcascade.kernels.slots import Slots
@@ -67,6 +68,31 @@ def test_observed_attention_equals_float64(B, T, K, G, H, window, last, seed):
     check(np.random.default_rng(seed), B, T, K, G, H, window, last, "xla")
 
 
+@pytest.mark.skipif(bool(launch.refuses()), reason="no Triton")
+@given(
+    B=st.integers(1, 2),
+    T=st.integers(1, 150),
+    K=st.integers(1, 2),
+    G=st.integers(1, 8),
+    H=st.sampled_from([8, 64, 80, 96, 128]),
+    window=st.sampled_from([0, 0, 1, 7, 70]),
+    last=st.sampled_from([0, 0, 1, 5, 300]),
+    seed=st.integers(0, 2**16),
+)
+def test_the_triton_kernel_equals_float64(B, T, K, G, H, window, last, seed):
+    check(np.random.default_rng(seed), B, T, K, G, H, window, last, "triton")
+
+
+@pytest.mark.skipif(bool(launch.refuses()), reason="no Triton")
+def test_the_triton_kernel_multiplies_16_bits_exactly():
+    q, k, v = (x.astype(jnp.bfloat16) for x in prompt(np.random.default_rng(0), 2, 100, 2, 3, 64))
+    length_B = jnp.asarray([100, 70])
+    out, mass = called(q, k, v, length_B, 0, 0, "triton")
+    exact_out, exact_mass = dense(q, k, v, length_B, 0, 0)
+    np.testing.assert_allclose(mass, exact_mass, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(out.astype("float32"), exact_out, atol=0.1)  # bf16's own error
+
+
 def test_every_query_that_counts_gives_a_mass_of_one():
     q, k, v = prompt(np.random.default_rng(0), 2, 100, 2, 3, 8)
     for last, counting in ((0, [100, 40]), (32, [32, 32]), (64, [64, 40])):
@@ -77,9 +103,9 @@ def test_every_query_that_counts_gives_a_mass_of_one():
 
 def test_padding_does_not_matter():
     q, k, v = prompt(np.random.default_rng(0), 1, 70, 1, 2, 8)
-    poisoned = [x.at[:, 50:].set(1e4) for x in (q, k, v)]
     _, mass = observed_attention(q, k, v, jnp.asarray([50]))
-    _, again = observed_attention(*poisoned, jnp.asarray([50]))
+    poisoned = lambda x: x.at[:, 50:].set(1e4)
+    _, again = observed_attention(poisoned(q), poisoned(k), poisoned(v), jnp.asarray([50]))
     np.testing.assert_array_equal(mass, again)
 
 
@@ -106,8 +132,8 @@ def test_gradients_are_those_of_all_weights_at_once():
         return out_BTNH, mass_BKT
 
     def gradients(function):
-        def loss(*qkv):
-            out_BTNH, mass_BKT = function(*qkv, length_B)
+        def loss(q, k, v):
+            out_BTNH, mass_BKT = function(q, k, v, length_B)
             return (out_BTNH[:, :33] * left).sum() + (mass_BKT * right).sum()
 
         return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
