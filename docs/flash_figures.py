@@ -1,0 +1,2 @@
+def tables(f): return {}
+def drawn(f): return {}
