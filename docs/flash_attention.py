@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kvcascade.cache.codec import CODECS
-from kvcascade.eval import kernel_cases, records, report
+from kvcascade.eval import kernel_cases, kernel_check, records, report
 from kvcascade.eval.kernel_cases import nbytes
 from kvcascade.eval.records import Record
 from kvcascade.kernels import aot, traffic
@@ -83,6 +83,7 @@ def described(card: aot.GPU) -> Record:
         "multiprocessors": card.multiprocessors,
         "clock": card.clock,
         "flops": card.multiprocessors * units * products * 2 * clock * 1e9,
+        "instructions_per_byte": kernel_check.budget(card, 1),
     }
 
 
