@@ -1,6 +1,7 @@
 # make demo: the main job on real text, about ten minutes on two cores; make test: everything that is checked.
-# Both set up .venv first, with uv where it is there and pip otherwise.
-.PHONY: setup demo smoke test lint readme clean
+# make kernels: compiles every GPU kernel for cards that need not be there, in .venv-aot.
+# All set up their .venv first, with uv where it is there and pip otherwise.
+.PHONY: setup demo smoke test lint readme kernels clean
 
 PYTHON ?= python3
 STUDY ?= runs/study
@@ -22,6 +23,25 @@ setup: .venv/ready
 	fi
 	@touch $@
 
+# The compilers, in an environment of their own: where the CUDA plug-in is installed, every start of JAX without a GPU complains.
+.venv-aot/ready: requirements.lock pyproject.toml
+	@sed 's/ \\$$//; /^ *--hash/d' requirements.lock > .constraints-aot
+	@if command -v uv >/dev/null 2>&1; then \
+	  uv venv --quiet --allow-existing --python '>=3.12' .venv-aot \
+	  && uv pip install --quiet --python .venv-aot/bin/python -r requirements.lock \
+	  && uv pip install --quiet --python .venv-aot/bin/python -c .constraints-aot --no-build-isolation -e '.[aot]'; \
+	else \
+	  $(PYTHON) -m venv .venv-aot \
+	  && .venv-aot/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock \
+	  && .venv-aot/bin/python -m pip install --quiet --disable-pip-version-check -c .constraints-aot --no-build-isolation -e '.[aot]'; \
+	fi
+	@rm -f .constraints-aot
+	@touch $@
+
+kernels: .venv-aot/ready
+	JAX_PLATFORMS=cpu .venv-aot/bin/pytest -q tests/test_kernels_check.py
+	JAX_PLATFORMS=cpu .venv-aot/bin/kvcascade kernels check --gpu h100 --gpu a100
+
 demo: setup
 	.venv/bin/kvcascade study --preset quick --dir $(STUDY)
 
@@ -40,5 +60,5 @@ readme: setup
 	.venv/bin/python -m kvcascade.scripts.readme
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-aot build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,7 +17,8 @@ from kvcascade.kernels.backend import Implementation
 from kvcascade.kernels.decode import decode
 from kvcascade.kernels.nonlinear import Inputs
 from kvcascade.kernels.paged import paged_decode
-from kvcascade.kernels.slots import Slots
+from kvcascade.kernels.slots import Entry, Slots
+from kvcascade.kernels.write import exchange
 
 
 class Program(NamedTuple):
@@ -28,7 +29,9 @@ class Program(NamedTuple):
     units: int
     """How many of the case's units it works on."""
     aside: int = 0
-    """Bytes of its arguments and results that another way to do the same would not have."""
+    """Bytes of its arguments and results that are not touched, or that another way to do the same would not have."""
+    donated: tuple[int, ...] = ()
+    """Which arguments are written in place."""
 
     @property
     def shapes(self) -> tuple[Any, ...]:
@@ -85,26 +88,28 @@ def cases() -> dict[str, Case]:
     """All of them by name. Raises `aot.NotInstalled` without Triton."""
     if not importlib.util.find_spec("triton"):
         raise aot.NotInstalled(aot.MISSING)
-    return {case.name: case for case in (*_decoding(), *_activations())}
+    return {case.name: case for case in (*_decoding(), *_filling(), *_activations())}
 
 
 def _decoding() -> Iterator[Case]:
-    from kvcascade.kernels import decode_triton
+    from kvcascade.kernels import decode_mosaic, decode_triton
 
+    assert decode_mosaic.TILE == decode_triton.TILE
     for codec in CODEC_NAMES:
         for heads in HEADS:
-            if codec == "nvfp4" and heads[2] % 32:
+            if codec in ("fp8", "nvfp4") and heads not in HEADS[:2]:
                 continue
             shape = f"{codec}, H {heads[2]}, G {heads[1]}"
             turn = decode_triton.TILE * 2 * CODECS[codec].nbytes(heads[2])
-            for observed in (False, True):
-                # The logits of an observed step are written, and read again for the mass once all tiers have been seen.
-                most = 1.45 if observed else 1.1
-                ours, peer = (functools.partial(_decode, codec, *heads, observed, name) for name in ("triton", "xla"))
-                operation = "decode observed" if observed else "decode"
-                yield Case(operation, shape, "triton", ours, "KV byte", most, turn, peer)
-            ours, peer = (functools.partial(_paged, codec, *heads, name) for name in ("triton", "xla"))
-            yield Case("decode paged", shape, "triton", ours, "KV byte", 1.1, turn, peer)
+            # Under `observed` the logits are written, and read again for the mass once all tiers have been seen.
+            ways = [("decode", 1.1, functools.partial(_decode, codec, *heads, False))]
+            if heads == HEADS[1]:
+                ways.append(("decode observed", 1.45, functools.partial(_decode, codec, *heads, True)))
+                ways.append(("decode paged", 1.1, functools.partial(_paged, codec, *heads)))
+            for operation, most, build in ways:
+                peer = functools.partial(build, "xla")
+                for name in ("triton",) if operation == "decode paged" else ("mosaic", "triton"):
+                    yield Case(operation, shape, name, functools.partial(build, name), "KV byte", most, turn, peer)
 
 
 def _slots(codec: str, *shape: int) -> Slots:
@@ -138,6 +143,44 @@ def _paged(codec, kv_heads, group, head_dim, implementation, in_use) -> Program:
     return Program(call, arguments, 2 * B * K * SLOTS * form.nbytes(head_dim))
 
 
+def _filling() -> Iterator[Case]:
+    for codec in CODEC_NAMES:
+        build = functools.partial(_append, codec, *HEADS[1])
+        ours, peer = functools.partial(build, "triton"), functools.partial(build, "xla")
+        yield Case("append", f"{codec}, H {HEADS[1][2]}", "triton", ours, "slot", 1.1, peer=peer)
+    for heads in HEADS[:2]:
+        build = functools.partial(_mass, *heads)
+        # Keys and queries come again for every block of the others: what counts is that it does not get worse.
+        yield Case("prefill mass", f"H {heads[2]}, G {heads[1]}", "triton", build, "query and key", math.inf)
+
+
+def _append(codec, kv_heads, group, head_dim, implementation, in_use) -> Program:
+    B, K, form = BATCH if in_use else 1, kv_heads if in_use else 1, CODECS[codec]
+
+    def arguments():
+        k, v = (jax.random.normal(jax.random.key(i), (B, K, 1, head_dim)) for i in (3, 4))
+        entry = Entry(k, v, jnp.full((B, K, 1), SLOTS, jnp.int32), jnp.ones((B, K, 1)))
+        return _slots(codec, B, K, SLOTS, head_dim), entry, jax.random.uniform(jax.random.key(5), (B, K, SLOTS + 1))
+
+    call = lambda slots, entry, priority: exchange(slots, entry, priority, form, False, implementation=implementation)
+    # Of the slots one per head is read and written.
+    slot = B * K * (2 * form.nbytes(head_dim) + 4)
+    return Program(call, arguments, B * K * SLOTS, aside=2 * (SLOTS - 1) * slot, donated=(0,))
+
+
+def _mass(kv_heads, group, head_dim, in_use) -> Program:
+    from kvcascade.kernels import prefill_triton
+
+    B, K, T = (BATCH, kv_heads, SLOTS) if in_use else (1, 1, 512)
+
+    def arguments():
+        q, k = (jax.random.normal(jax.random.key(6), (B, T, N, head_dim), jnp.bfloat16) for N in (K * group, K))
+        return q, k, jnp.full(B, T, jnp.int32)
+
+    call = lambda q, k, length: prefill_triton.mass(q, k, length, 0, 0, backend.capability() is None)
+    return Program(call, arguments, B * K * group * T * T // 2)
+
+
 def _activations() -> Iterator[Case]:
     for kind in ("swiglu", "gelu"):
         for forward in (True, False):
@@ -145,11 +188,14 @@ def _activations() -> Iterator[Case]:
             shape = f"dropout {RATE}" + (", bias" if kind == "gelu" else "")
             # Every block reads the two words of the key. A bias is read once for every 32 rows, and its gradient summed over as many.
             most = 1.001 if kind == "swiglu" else 1.1
-            ours, peer = (functools.partial(_activation, kind, forward, name) for name in ("mosaic", "xla"))
-            yield Case(operation, shape, "mosaic", ours, "element", most, peer=peer)
+            build = functools.partial(_activation, kind, forward)
+            peer = functools.partial(build, "xla")
+            for name in ("mosaic", "triton"):
+                yield Case(operation, shape, name, functools.partial(build, name), "element", most, peer=peer)
             yield Case(operation, shape, "xla", peer, "element", math.inf)
-            build = functools.partial(_in_two, kind, forward)
-            yield Case(f"{operation} in two", shape, "xla", build, "element", math.inf)
+            yield Case(
+                f"{operation} in two", shape, "xla", functools.partial(_in_two, kind, forward), "element", math.inf
+            )
 
 
 def _hidden(kind, in_use, arrays: int):
@@ -164,8 +210,12 @@ def _activation(kind, forward, implementation, in_use) -> Program:
     def call(*arguments):
         if implementation == "xla":
             return (activation.forward if forward else activation.backward)(kind, RATE, *arguments)
-        kernel = activation_mosaic.forward if forward else activation_mosaic.backward
-        return kernel(kind, RATE, *arguments, interpret=backend.capability() is None)
+        from kvcascade.kernels import activation_triton
+
+        passes = {"mosaic": activation_mosaic, "triton": activation_triton}[implementation]
+        return (passes.forward if forward else passes.backward)(
+            kind, RATE, *arguments, interpret=backend.capability() is None
+        )
 
     arguments = functools.partial(_hidden, kind, in_use, 1 + (kind == "swiglu") + (not forward))
     return Program(call, arguments, math.prod(HIDDEN[in_use]))

@@ -20,6 +20,7 @@ from kvcascade.eval.records import Record
 from kvcascade.kernels import aot, resources, traffic
 
 OWN = ("triton", "mosaic")
+CHILD = (sys.executable, "-m", "kvcascade.eval.kernel_check")
 
 
 def cards(names: Sequence[str]) -> list[aot.GPU]:
@@ -55,14 +56,16 @@ def _in_a_process(what: str, names: list[str], folder: Path, told: Callable[[], 
     environment = {"JAX_PLATFORMS": "cpu"} if what == "traffic" else resources.environment(folder)
     found: dict[str, Record] = {}
     while left := [name for name in names if name not in found]:
-        with (folder / "stderr").open("w+") as errors:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "kvcascade.eval.kernel_check", what, str(folder), *left],
+        with (
+            (folder / "stderr").open("w+") as errors,
+            subprocess.Popen(
+                [*CHILD, what, str(folder), *left],
                 env=os.environ | environment,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-            )
+            ) as child,
+        ):
             assert child.stdout is not None
             for line in child.stdout:
                 if line.startswith("{"):
@@ -74,7 +77,7 @@ def _in_a_process(what: str, names: list[str], folder: Path, told: Callable[[], 
             said = [line.strip() for line in errors if line.strip()]
         left = [name for name in names if name not in found]
         if left:
-            found[left[0]] = {"failed": said[-1] if said else f"the compiler ended with status {status}"}
+            found[left[0]] = {"failed": f"ended with status {status}: {said[-1] if said else 'without a word'}"}
             told()
     return found
 
@@ -90,7 +93,8 @@ def main(arguments: list[str]) -> None:
         except NotImplementedError as error:
             found = {"refused": str(error)}
         except Exception as error:  # whatever a compiler raises is the case's result
-            found = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            told = f"{type(error).__name__}: {error}"
+            found = {"failed": " ".join(told[max(0, told.find("RACE DETECTED")) :].split())[:300]}
         print(json.dumps({"case": name} | found), flush=True)
 
 
@@ -110,7 +114,7 @@ def of_traffic(case: Case) -> Record:
 def of_card(case: Case, card: aot.GPU, folder: Path) -> Record:
     """What a case's kernels ask of a card, and what else the compiled program launches."""
     program, in_use = case.build(False), case.build(True)
-    compiled, kernels = resources.compile_for(program.call, program.shapes, card, folder)
+    compiled, kernels = resources.compile_for(program.call, program.shapes, card, folder, program.donated)
     blocks = resources.grids(in_use.call, in_use.shapes, card)
     launches = traffic.launches(compiled.as_text() or "")
     ours = [launch for launch in launches if re.search("triton|mosaic", launch.target)]
@@ -162,6 +166,7 @@ def record(case: Case, card: aot.GPU, moved: Record, found: Record) -> Record:
         "launches": found["launches"],
         "moved": total,
         "floor": moved["floor"],
+        "own": moved["moved"] / moved["floor"],
         "ratio": total / moved["floor"],
         "instructions": instructions / moved["units"],
         "budget": budget(card, moved["floor"] / moved["units"]),

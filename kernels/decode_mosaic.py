@@ -41,7 +41,6 @@ class Tier:
     """What the kernel is told of a tier when it is traced."""
 
     slots: int
-    tiles: int
     per_split: int
     """Tiles of a split."""
     first: int
@@ -52,8 +51,22 @@ class Tier:
     """Stored numbers per vector: H, or H/2 where a byte holds two."""
 
     @property
+    def ahead(self) -> int:
+        """Slots of the row before that the first tile may begin with, since copies begin at every eighth slot of all rows together."""
+        return 8 if self.slots % 8 else 0
+
+    @property
+    def tiles(self) -> int:
+        return pl.cdiv(self.slots + max(self.ahead - 1, 0), TILE)
+
+    @property
     def splits(self) -> int:
         return pl.cdiv(self.tiles, self.per_split)
+
+    @property
+    def direct(self) -> bool:
+        """Whether the slots are copied to where matrix instructions read them; others go through registers."""
+        return self.dtype == jnp.bfloat16 and self.width % 64 == 0
 
     @property
     def swizzle(self) -> int:
@@ -71,13 +84,12 @@ def refuses(q_BNH: Float[Array, "B N H"], slots: Sequence[Slots]) -> str | None:
         return f"made for {HEADS} query heads to a KV head and heads 128 wide at most, not {group} and {H}"
     for tier in slots:
         codes = _codes(tier.k)
-        multiple = 16 if "codes" in tier.k else 64
         if "scales" in tier.k or codes.dtype.name not in ("bfloat16", "float8_e4m3fn", "int8", "uint8"):
             return "made for slots in bf16, fp8, int8 and int4"
-        if codes.shape[-1] % multiple:
-            return (
-                f"made for {codes.dtype} vectors whose stored width is a multiple of {multiple}, not {codes.shape[-1]}"
-            )
+        if tier.pos_BKS.size % 8:
+            return f"made for tiers whose slots in all rows are a multiple of 8, not {tier.pos_BKS.size}"
+        if codes.shape[-1] % 16:
+            return f"made for {codes.dtype} vectors whose stored width is a multiple of 16, not {codes.shape[-1]}"
     return None
 
 
@@ -96,10 +108,11 @@ def attend(
     (B, N, H), K = turned[0].shape, slots[0].pos_BKS.shape[1]
     tiers, operands, first = [], [], 0
     for tier, q_BNH in zip(slots, turned, strict=True):
-        codes, S = _codes(tier.k), tier.pos_BKS.shape[-1]
-        tiles = pl.cdiv(S, TILE)
-        per_split = max(min(LEAST, tiles), tiles // pl.cdiv(FULL, B * K))
-        tiers.append(Tier(S, tiles, per_split, first, codes.dtype, codes.shape[-1]))
+        codes = _codes(tier.k)
+        each = Tier(tier.pos_BKS.shape[-1], 1, first, codes.dtype, codes.shape[-1])
+        tiers.append(
+            dataclasses.replace(each, per_split=max(min(LEAST, each.tiles), each.tiles // pl.cdiv(FULL, B * K)))
+        )
         operands.append(_operands(q_BNH.astype(jnp.float32) * H**-0.5, tier))
         first += tiers[-1].splits
     like = lambda *shape: jax.ShapeDtypeStruct((B * K, *shape), jnp.float32)
@@ -109,7 +122,7 @@ def attend(
         out_type=[
             like(first, pl.cdiv(H, 64) * 64, COLUMNS),
             like(first, 3, COLUMNS),
-            *(like(N // K, tier.tiles * TILE) for tier in tiers if observed),
+            *(like(N // K, tier.ahead + tier.tiles * TILE) for tier in tiers if observed),
         ],
         grid=(B * K, first),
         grid_names=("row", "split"),
@@ -119,7 +132,8 @@ def attend(
     )
     out, stats, *logits = kernel(q_pos_B, *leaves)
     parts = [_partial(tier, (B, N, H), out, stats) for tier in tiers]
-    logits = [x.reshape(B, K, N // K, -1)[..., : tier.slots] for x, tier in zip(logits, tiers, strict=False)]
+    own = lambda tier: slice(tier.ahead, tier.ahead + tier.slots)
+    logits = [x.reshape(B, K, N // K, -1)[..., own(tier)] for x, tier in zip(logits, tiers, strict=False)]
     return parts, logits
 
 
@@ -129,7 +143,7 @@ def _codes(stored):
 
 def _operands(q_BNH, tier):
     """The arrays of one tier in the shapes that the kernel reads."""
-    B, K, S = tier.pos_BKS.shape
+    B, K, _ = tier.pos_BKS.shape
     N, H = q_BNH.shape[1:]
     q = jnp.pad(q_BNH.reshape(B * K, N // K, H), ((0, 0), (0, HEADS - N // K), (0, 0)))
     sums = jnp.pad(q.sum(-1), ((0, 0), (0, COLUMNS - HEADS)))
@@ -141,7 +155,8 @@ def _operands(q_BNH, tier):
         q = q - terms[-1]
     q = jnp.stack(terms, 2).astype(jnp.bfloat16)
     stored = lambda x: (
-        {"codes": _codes(x).reshape(B * K, S, -1)} | {n: x[n].reshape(-1) for n in ("scale", "low") if n in x}
+        {"codes": _codes(x).reshape(-1, _codes(x).shape[-1])}
+        | {n: x[n].reshape(-1) for n in ("scale", "low") if n in x}
     )
     return {
         "q": q.reshape(B * K, -1, q.shape[-1]),
@@ -172,13 +187,12 @@ def _body(tiers, tree, H, group, K, window, now_ref, *refs):
 def _scratch(tier, arrays, H):
     """The shared memory of a block: stages of what is on its way, and the operands of the matrix instructions."""
     padded, parts = pl.cdiv(H, 64) * 64, H // tier.width
-    plain = "scale" not in arrays["k"]
     per_slot = lambda dtype: plgpu.SMEM((STAGES, TILE), dtype)
 
     def stages(vectors, swizzle):
         codes = (STAGES, TILE, tier.width)
         scales = {name: per_slot(vectors[name].dtype) for name in vectors if name != "codes"}
-        return {"codes": _tiled(codes, tier.dtype, swizzle) if plain else plgpu.SMEM(codes, tier.dtype), **scales}
+        return {"codes": _tiled(codes, tier.dtype, swizzle) if tier.direct else plgpu.SMEM(codes, tier.dtype), **scales}
 
     def barrier(copies):
         return plgpu.Barrier(num_barriers=STAGES, num_arrivals=copies)
@@ -191,8 +205,8 @@ def _scratch(tier, arrays, H):
         "v": stages(arrays["v"], 32),
         "v_there": barrier(len(arrays["v"])),
         "p": _tiled((TILE, TERMS * COLUMNS), jnp.bfloat16, 32),
-        "k16": [] if plain else [_tiled((TILE, tier.width), jnp.bfloat16, tier.swizzle) for _ in range(parts)],
-        "v16": [] if plain else [_tiled((TILE, padded), jnp.bfloat16, 32)],
+        "k16": [] if tier.direct else [_tiled((TILE, tier.width), jnp.bfloat16, tier.swizzle) for _ in range(parts)],
+        "v16": [] if tier.direct else [_tiled((TILE, padded), jnp.bfloat16, 32)],
     }
 
 
@@ -201,19 +215,17 @@ def _attend(tier, arrays, H, group, window, now, out_ref, stats_ref, logits_ref,
     row, split = lax.axis_index("row"), lax.axis_index("split")
     first = (split - tier.first) * tier.per_split
     tiles = jnp.minimum(tier.per_split, tier.tiles - first)
-    parts, plain = H // tier.width, not sm["k16"]
+    ahead = row * tier.slots % 8
+    parts = H // tier.width
 
     def fetch(tile, stage):
-        start = (first + tile) * TILE
-        # Past a row's last slot the codes are zeros; scales and positions are the next row's, and never looked at.
+        # What lies before a row's first slot and after its last one is another row's, or nothing, and never looked at.
+        here = pl.ds(pl.multiple_of(row * tier.slots - ahead + (first + tile) * TILE, 8), TILE)
         for name, there in (("k", "k_there"), ("v", "v_there")):
             to, barrier = sm[name], sm[there].at[stage]
-            codes = to["codes"].at[stage]
-            plgpu.copy_gmem_to_smem(arrays[name]["codes"].at[row, pl.ds(start, TILE)], codes, barrier)
             for each in to:
-                if each != "codes":
-                    ref = arrays["pos"] if each == "pos" else arrays[name][each]
-                    plgpu.copy_gmem_to_smem(ref.at[pl.ds(row * tier.slots + start, TILE)], to[each].at[stage], barrier)
+                source = arrays["pos"] if each == "pos" else arrays[name][each]
+                plgpu.copy_gmem_to_smem(source.at[here], to[each].at[stage], barrier)
 
     for term in range(parts * TERMS):
         source, to = arrays["q"].at[row, pl.ds(term * HEADS, HEADS)], sm["q"].at[pl.ds(term * COLUMNS, HEADS)]
@@ -244,14 +256,14 @@ def _attend(tier, arrays, H, group, window, now, out_ref, stats_ref, logits_ref,
     def step(tile, carry):
         acc, top, total, lows = carry
         stage = lax.rem(tile, STAGES)
-        start = (first + tile) * TILE
+        start = (first + tile) * TILE - ahead
         plgpu.barrier_wait(sm["k_there"].at[stage])
-        if not plain:
+        if not tier.direct:
             unpack(sm["k"]["codes"].at[stage], sm["k16"])
 
         def products(acc_ref):
             for part in range(parts):
-                keys = sm["k"]["codes"].at[stage] if plain else sm["k16"][part]
+                keys = sm["k"]["codes"].at[stage] if tier.direct else sm["k16"][part]
                 q = sm["q"].at[pl.ds(part * TERMS * COLUMNS, TERMS * COLUMNS)]
                 plgpu.wgmma(acc_ref, keys, q.transpose((1, 0)))
             return acc_ref[...]
@@ -263,7 +275,7 @@ def _attend(tier, arrays, H, group, window, now, out_ref, stats_ref, logits_ref,
             logits = logits + across(per_slot(sm["k"]["low"], stage).astype(jnp.float32)) * down(sums)
         pos = per_slot(sm["k"]["pos"], stage)
         slot = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=SLOT) + start
-        seen = (slot < tier.slots) & (pos >= 0) & (pos <= now)
+        seen = (slot >= 0) & (slot < tier.slots) & (pos >= 0) & (pos <= now)
         if window:
             seen &= now - pos < window
         logits = jnp.where(across(seen), logits, NEVER)
@@ -271,7 +283,7 @@ def _attend(tier, arrays, H, group, window, now, out_ref, stats_ref, logits_ref,
             column = plgpu.broadcasted_iota(jnp.int32, (TILE, COLUMNS), 1, layout=GRID)
             for g in range(group):
                 own = jnp.where(column == g, logits, -jnp.inf).max(axis=1)
-                plgpu.store(logits_ref.at[row, g, pl.ds(start, TILE)], own, optimized=False)
+                plgpu.store(logits_ref.at[row, g, pl.ds(tier.ahead + start, TILE)], own, optimized=False)
 
         new_top = jnp.maximum(top, logits.max(axis=0))
         faded = jnp.exp(top - new_top)
@@ -282,7 +294,7 @@ def _attend(tier, arrays, H, group, window, now, out_ref, stats_ref, logits_ref,
             lows = lows * down(faded) + weights * across(per_slot(sm["v"]["low"], stage).astype(jnp.float32))
         if "scale" in sm["v"]:
             weights = weights * across(per_slot(sm["v"]["scale"], stage).astype(jnp.float32))
-        if not plain:
+        if not tier.direct:
             halves = [sm["v16"][0].at[:, pl.ds(part * tier.width, tier.width)] for part in range(parts)]
             unpack(sm["v"]["codes"].at[stage], halves)
         for term in range(TERMS):
@@ -292,7 +304,7 @@ def _attend(tier, arrays, H, group, window, now, out_ref, stats_ref, logits_ref,
         plgpu.commit_smem()
 
         def weighted(acc_ref):
-            values = sm["v"]["codes"].at[stage] if plain else sm["v16"][0]
+            values = sm["v"]["codes"].at[stage] if tier.direct else sm["v16"][0]
             plgpu.wgmma(acc_ref, values.transpose((1, 0)), sm["p"])
             return acc_ref[...]
 

@@ -135,7 +135,7 @@ def test_every_byte_moves_once(kind, arrays) -> None:
         (functools.partial(activation_triton.forward, kind, 0.1, inputs), arrays, 1),
         (functools.partial(activation_triton.backward, kind, 0.1, inputs, dout), arrays + 1, arrays),
     ):
-        with interpreter.counting() as traffic:
+        with traffic.counting() as traffic:
             jax.block_until_ready(function(interpret=True))
         assert (traffic.read.total(), traffic.written.total()) == (read * one + words, written * one)
 

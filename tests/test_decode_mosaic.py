@@ -28,7 +28,8 @@ def check(tiers, group, head_dim, batch=1, kv_heads=1, window=0):
 @pytest.mark.parametrize(
     "tiers, group, head_dim",
     [
-        ([("bf16", 70)], 3, 64),
+        ([("bf16", 72)], 3, 64),
+        ([("bf16", 70)], 1, 80),
         ([("fp8", 1)], 8, 64),
         ([("int8", 129)], 4, 128),
         ([("int8", 65)], 1, 80),
@@ -66,7 +67,7 @@ def test_without_masses_the_output_is_the_same():
     [
         ("f32", 64, 1, "made for slots in bf16, fp8, int8 and int4"),
         ("nvfp4", 64, 1, "made for slots in bf16, fp8, int8 and int4"),
-        ("bf16", 80, 1, "a multiple of 64, not 80"),
+        ("bf16", 24, 1, "a multiple of 16, not 24"),
         ("int4", 80, 1, "a multiple of 16, not 40"),
         ("int8", 64, 9, "made for 8 query heads to a KV head"),
     ],

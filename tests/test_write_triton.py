@@ -13,7 +13,7 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.kernels.write import exchange
 
 pytest.importorskip("triton")
-from kvcascade.kernels.interpreter import counting  # noqa: E402
+from kvcascade.kernels.traffic import counting  # noqa: E402
 
 
 @given(

@@ -43,3 +43,17 @@ def put(index, value, slots, S: tl.constexpr):
 @no_type_check
 def sum_of_bf16(x, out):
     tl.store(out, tl.load(x) + tl.load(x))
+
+
+@triton.jit
+@no_type_check
+def gram(x, out, ROWS: tl.constexpr, N: tl.constexpr, TIMES: tl.constexpr):
+    i = tl.arange(0, N)
+    total = tl.zeros((N, N), tl.float32)
+    for row in range(0, ROWS, N):
+        at = (row + i)[:, None] * N + i[None, :]
+        tile = tl.load(x + at)
+        for _ in tl.static_range(TIMES - 1):
+            tile += tl.load(x + at)
+        total = tl.dot(tl.trans(tile), tile, total, input_precision="tf32")
+    tl.store(out + i[:, None] * N + i[None, :], total)
