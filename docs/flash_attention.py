@@ -149,7 +149,8 @@ def decoding(card: aot.GPU) -> list[Record]:
             with traffic.counting() as counted:
                 jax.block_until_ready(jax.jit(ours)(*arguments))
             compiled = _compiled(ours, shapes, card)
-            one["moved"] = counted.read.total() + counted.written.total() + compiled["moved"] - compiled["kernel"]
+            one["own"] = counted.read.total() + counted.written.total()
+            one["moved"] = one["own"] + compiled["moved"] - compiled["kernel"]
             one["launches"] = compiled["launches"]
             one["xla"] = _compiled(by_xla, shapes, card)
             found.append(one)
