@@ -76,7 +76,14 @@ def _forward(records: list[Record]):
         axes.plot(*_of(records, name, "moved"), color=colour, marker=marker, linestyle="", markersize=7, label=label)
         if name in lines:
             axes.plot(tokens, [lines[name](n) for n in tokens], color=colour, linewidth=1)
-    axes.plot(tokens, [floor_bytes(n) for n in tokens], color="#888", linestyle="--", linewidth=1.2, label="Q, K, V and output once")
+    axes.plot(
+        tokens,
+        [floor_bytes(n) for n in tokens],
+        color="#888",
+        linestyle="--",
+        linewidth=1.2,
+        label="Q, K, V and output once",
+    )
     _logarithmic(axes, tokens, "tokens N; lines are formulas, points are counted")
     axes.set_ylabel("bytes moved, one head, forward")
     axes.legend(fontsize=9.5)
@@ -89,7 +96,14 @@ def _backward(records: list[Record]):
     for name, label in (("naive", "naive: weights kept"), ("loop", "loop: weights computed again")):
         _, colour, marker = PROGRAMS[name]
         axes.plot(*_of(records, name, "temporaries"), color=colour, marker=marker, label=label)
-    axes.plot(tokens, [floor_bytes(n) // 4 for n in tokens], color="#888", linestyle="--", linewidth=1.2, label="one of Q, K, V")
+    axes.plot(
+        tokens,
+        [floor_bytes(n) // 4 for n in tokens],
+        color="#888",
+        linestyle="--",
+        linewidth=1.2,
+        label="one of Q, K, V",
+    )
     _logarithmic(axes, tokens, "tokens N")
     axes.set_ylabel("temporary memory, one head,\nforward and backward")
     axes.legend(fontsize=9.5)
@@ -122,7 +136,9 @@ def _decode(records: list[Record]):
         (0, BLUE, "our kernel", lambda one: one["moved"] / one["slots"]),
         (0.27, RED, "XLA", lambda one: one["xla"]["moved"] / one["slots"]),
     ):
-        bars = below.bar([i + offset for i in range(len(last))], [value(one) for one in last], 0.25, color=colour, label=label)
+        bars = below.bar(
+            [i + offset for i in range(len(last))], [value(one) for one in last], 0.25, color=colour, label=label
+        )
         below.bar_label(bars, [f"{value(one):,.0f}" for one in last], padding=2, fontsize=9)
     below.set_xticks(range(len(last)), FORMATS)
     below.set_ylabel(f"bytes moved per slot\nat {slots[-1]:,} slots")
@@ -141,9 +157,18 @@ def _roofline(found: Record):
     for x, label, colour, above in intensities(found):
         y = min(peak, x * card["bandwidth"] / 1e12)
         axes.plot([x], [y], color=colour, marker="o", markersize=8, clip_on=False)
-        axes.annotate(label, (x, y), (-8, 5) if above else (9, -9), textcoords="offset points", fontsize=9.5, ha="right" if above else "left")
+        axes.annotate(
+            label,
+            (x, y),
+            (-8, 5) if above else (9, -9),
+            textcoords="offset points",
+            fontsize=9.5,
+            ha="right" if above else "left",
+        )
     axes.annotate(f"{peak:,.0f} TFLOP/s", (ridge, peak), (0, 5), textcoords="offset points", color="#555", fontsize=9.5)
-    axes.annotate(f"{ridge:.0f} FLOP per byte", (ridge, 1.6), (5, 0), textcoords="offset points", color="#555", fontsize=9.5)
+    axes.annotate(
+        f"{ridge:.0f} FLOP per byte", (ridge, 1.6), (5, 0), textcoords="offset points", color="#555", fontsize=9.5
+    )
     axes.axvline(ridge, color="#888", linestyle="--", linewidth=1)
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -181,7 +206,16 @@ def _memory(card: Record):
     )
     for i, (name, size, holds, width, colour) in enumerate(levels):
         y = 3 - i
-        left.add_patch(FancyBboxPatch((0.5 - width / 2, y + 0.08), width, 0.76, boxstyle="round,pad=0,rounding_size=0.04", facecolor=colour, edgecolor="#999"))
+        left.add_patch(
+            FancyBboxPatch(
+                (0.5 - width / 2, y + 0.08),
+                width,
+                0.76,
+                boxstyle="round,pad=0,rounding_size=0.04",
+                facecolor=colour,
+                edgecolor="#999",
+            )
+        )
         left.text(0.5, y + 0.6, f"{name}: {size}", ha="center", va="center", fontsize=9.5)
         left.text(0.5, y + 0.3, holds, ha="center", va="center", fontsize=8.5, color="#555")
     left.text(0.5, -0.2, f"HBM reads {card['bandwidth'] / 1e12:.2f} TB/s", ha="center", fontsize=9.5)
@@ -259,7 +293,10 @@ def _forward_table(records: list[Record]) -> str:
 def _backward_table(records: list[Record]) -> str:
     rows = []
     for tokens in sorted({one["tokens"] for one in records}):
-        naive, loop = (next(one for one in records if (one["program"], one["tokens"]) == (name, tokens)) for name in ("naive", "loop"))
+        naive, loop = (
+            next(one for one in records if (one["program"], one["tokens"]) == (name, tokens))
+            for name in ("naive", "loop")
+        )
         rows.append([f"{tokens:,}", *(_mib(one[key]) for key in ("temporaries", "moved") for one in (naive, loop))])
     return markdown((["N", "temporaries: naive", "loop", "moved: naive", "loop"], rows))
 
@@ -274,7 +311,16 @@ def _decode_table(found: Record) -> str:
             f"{one['own'] / one['floor']:.3f}", f"{one['moved'] / one['floor']:.3f}", f"{one['xla']['moved'] / one['floor']:.2f}",
             bytes_label(one["xla"]["temporaries"]),
         ])  # fmt: skip
-    columns = ["format", "bytes per slot", "bits per number", "instructions per number", "our kernel / floor", "with the merge", "XLA / floor", "XLA's temporaries"]
+    columns = [
+        "format",
+        "bytes per slot",
+        "bits per number",
+        "instructions per number",
+        "our kernel / floor",
+        "with the merge",
+        "XLA / floor",
+        "XLA's temporaries",
+    ]
     return markdown((columns, rows))
 
 

@@ -42,7 +42,7 @@ def _axes():
     return figure, axes
 
 
-def bytes_label(value: float, _=None) -> str:
+def bytes_label(value: float | int, _=None) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024 or unit == "GiB":
             return f"{value:.3g} {unit}"
