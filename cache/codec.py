@@ -111,7 +111,8 @@ class Int4(Codec):
         return head_dim // 2 + 4
 
     def turn(self, x):
-        return x.astype(jnp.float32) @ _hadamard(x.shape[-1]) if self.turned else x
+        # On a GPU the products would otherwise be rounded to TF32's eleven bits.
+        return jnp.matmul(x.astype(jnp.float32), _hadamard(x.shape[-1]), precision="highest") if self.turned else x
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from jax import lax
 type Implementation = Literal["xla", "native", "mosaic", "triton"]
 
 using = jax.make_user_context()
-"""`with using("mosaic"):` asks every operation that has such an implementation for it, as if it were passed; programs are traced anew."""
+"""`with using("mosaic"):` gives every operation that implementation where it has it and it does not refuse; programs are traced anew."""
 
 target = jax.make_user_context()
 """The compute capability (major, minor) of the GPU that programs are compiled for ahead of time; None: that of the GPU at hand."""
@@ -47,8 +47,11 @@ def run[R](
     A GPU's kernel that is asked for where there is no GPU is interpreted. Raises NotImplementedError, with the reason, for a kernel that
     is asked for and refuses.
     """
-    if implementation is None and using.value in (*kernels, "xla"):
-        implementation = using.value
+    preferred = using.value
+    if implementation is None and (
+        preferred == "xla" or preferred in kernels and not kernels[preferred].refuses(*arguments)
+    ):
+        implementation = preferred
     if implementation == "xla":
         return reference(*arguments)
     if implementation:

@@ -37,7 +37,7 @@ def decode(
     kernels = {
         "native": native.kernel(on_cpu, known),
         "mosaic": Kernel(on_hopper, _mosaic_refuses),
-        "triton": Kernel(on_gpu, _triton_refuses),
+        "triton": Kernel(on_gpu, lambda q, q_pos, slots: triton_refuses(*slots)),
     }
     return run(implementation, reference, kernels, q_BNH, q_pos_B, slots)
 
@@ -86,7 +86,8 @@ def _triton(formats, observed, window, q_BNH, q_pos_B, slots, interpret) -> Resu
     return _merge(formats, [part for part, _ in found], [logits for _, logits in found if logits is not None])
 
 
-def _triton_refuses(q_BNH, q_pos_B, slots) -> str | None:
+def triton_refuses(*slots: Slots) -> str | None:
+    """Why the Triton kernel cannot read these slots here, or None."""
     if reason := launch.refuses():
         return reason
     from kvcascade.kernels import decode_triton

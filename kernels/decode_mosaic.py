@@ -29,7 +29,7 @@ COLUMNS = 16  # the narrowest tile of probabilities that an instruction reads fr
 TERMS = 3  # bf16 numbers whose sum is a float32
 STAGES = 3  # tiles on their way at once
 FULL = 264  # blocks that fill the card: two for each of an H100's multiprocessors
-LEAST = 8  # tiles that a split has, where there are so many: what it reads of queries and writes of results should be little next to them
+SHARE = 16  # how many times the bytes of its own query and results a split reads, where there are so many slots
 
 ACC = plgpu.ACC  # pyright: ignore
 GRID = plgpu.Layout.WGMMA
@@ -93,6 +93,8 @@ def refuses(q_BNH: Float[Array, "B N H"], slots: Sequence[Slots]) -> str | None:
     return None
 
 
+# Compiled by itself, so that layers of one shape share one kernel: making it takes seconds.
+@functools.partial(jax.jit, static_argnames=("observed", "window", "interpret"))
 def attend(
     turned: Sequence[Float[Array, "B N H"]],
     q_pos_B: Int[Array, " B"],
@@ -110,9 +112,10 @@ def attend(
     for tier, q_BNH in zip(slots, turned, strict=True):
         codes = _codes(tier.k)
         each = Tier(tier.pos_BKS.shape[-1], 1, first, codes.dtype, codes.shape[-1])
-        tiers.append(
-            dataclasses.replace(each, per_split=max(min(LEAST, each.tiles), each.tiles // pl.cdiv(FULL, B * K)))
-        )
+        per_slot = 4 + sum(x.shape[-1] * x.dtype.itemsize for x in jax.tree.leaves((tier.k, tier.v)))
+        least = pl.cdiv(SHARE * HEADS * H * (2 * TERMS + 4), TILE * per_slot)
+        per_split = max(min(least, each.tiles), each.tiles // pl.cdiv(FULL, B * K))
+        tiers.append(dataclasses.replace(each, per_split=per_split))
         operands.append(_operands(q_BNH.astype(jnp.float32) * H**-0.5, tier))
         first += tiers[-1].splits
     like = lambda *shape: jax.ShapeDtypeStruct((B * K, *shape), jnp.float32)
@@ -120,7 +123,7 @@ def attend(
     kernel = plgpu.kernel(
         functools.partial(_body, tiers, tree, H, N // K, K, window),
         out_type=[
-            like(first, pl.cdiv(H, 64) * 64, COLUMNS),
+            like(first, pl.cdiv(H, 64) * 64, HEADS),
             like(first, 3, COLUMNS),
             *(like(N // K, tier.ahead + tier.tiles * TILE) for tier in tiers if observed),
         ],
@@ -321,7 +324,7 @@ def _attend(tier, arrays, H, group, window, now, out_ref, stats_ref, logits_ref,
     top = full((COLUMNS,), NEVER / 10, HEAD)
     carry = full((out_ref.shape[2], COLUMNS), 0.0, GRID), top, zeros, zeros
     acc, top, total, lows = lax.fori_loop(0, tiles, step, carry)
-    plgpu.store(out_ref.at[row, split], acc, optimized=False)
+    plgpu.store(out_ref.at[row, split], acc[:, :HEADS], optimized=False)
     for index, each in enumerate((top, total.sum(axis=0), lows.sum(axis=0))):
         plgpu.store(stats_ref.at[row, split, index], each, optimized=False)
 

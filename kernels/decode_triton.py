@@ -17,8 +17,7 @@ from kvcascade.kernels.partial import Partial
 from kvcascade.kernels.slots import Slots, Stored
 
 TILE = 64  # slots at once
-REGISTERS = 168  # of a thread: three blocks fit on a multiprocessor, and nothing is spilled
-BLOCKS = 3 * 132  # what fills an H100
+BLOCKS = 2 * 132  # what fills an H100
 
 
 def refuses(slots: Slots) -> str | None:
@@ -75,7 +74,7 @@ def attend(
         [q_BNH, q_pos_B, q_pos_B if table_BP is None else table_BP, slots.pos_BKS, *_arrays(slots.k), *_arrays(slots.v)],
         [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results],
         interpret=interpret,
-        registers=REGISTERS,
+        registers=255,
         K=K, G=G, S=S, Z=Z, H=H, ROWS=max(16, triton.next_power_of_2(G)), HALF=max(16, triton.next_power_of_2(H // 2)),
         FORM=kind, BLOCK=min(16, H // 2), PAGED=table_BP is not None, WINDOW=window, OBSERVED=observed,
         SCALE=H**-0.5, TILE=TILE, TILES=tiles,

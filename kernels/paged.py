@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvcascade.kernels import launch
 from kvcascade.kernels.backend import Implementation, Kernel, run
-from kvcascade.kernels.decode import decode
+from kvcascade.kernels.decode import decode, triton_refuses
 from kvcascade.kernels.partial import combine
 from kvcascade.kernels.slots import Format, Slots
 
@@ -28,7 +27,7 @@ def paged_decode(
     name are shared. Positions stand in the pool like everything else, so pages need no order and may be part full.
     """
     reference, on_gpu = (functools.partial(each, form, window) for each in (_xla, _triton))
-    kernels = {"triton": Kernel(on_gpu, _triton_refuses)}
+    kernels = {"triton": Kernel(on_gpu, lambda q, q_pos, pool, table: triton_refuses(pool))}
     return run(implementation, reference, kernels, q_BNH, q_pos_B, pool, table_BP)
 
 
@@ -48,11 +47,3 @@ def _triton(form, window, q_BNH, q_pos_B, pool, table_BP, interpret):
 
     parts, _ = decode_triton.attend(form.turn(q_BNH), q_pos_B, pool, False, window, interpret, table_BP)
     return form.turn(combine(parts).out_BTNH)[:, 0]
-
-
-def _triton_refuses(q_BNH, q_pos_B, pool, table_BP) -> str | None:
-    if reason := launch.refuses():
-        return reason
-    from kvcascade.kernels import decode_triton
-
-    return decode_triton.refuses(pool)

@@ -17,6 +17,7 @@ from kvcascade.eval import two_kernel
 from kvcascade.kernels import activation, backend, threefry
 from kvcascade.kernels.activation import activate
 from kvcascade.kernels.nonlinear import ACTIVATIONS, Inputs
+from kvcascade.kernels.traffic import counting
 
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
 KERNELS = ["mosaic", pytest.param("triton", marks=needs_triton)]
@@ -126,7 +127,7 @@ def test_triton_takes_any_width(columns) -> None:
 @pytest.mark.parametrize(("kind", "arrays"), [("gelu", 1), ("swiglu", 2)])
 def test_every_byte_moves_once(kind, arrays) -> None:
     """The forward pass reads each element once and writes one for it; the backward pass reads one more and writes as many as it reads."""
-    from kvcascade.kernels import activation_triton, interpreter
+    from kvcascade.kernels import activation_triton
 
     inputs, dout = draw(2, *BLOCKS, kind, False, "bfloat16")
     inputs = inputs._replace(words=threefry.key_words(KEY))
@@ -135,7 +136,7 @@ def test_every_byte_moves_once(kind, arrays) -> None:
         (functools.partial(activation_triton.forward, kind, 0.1, inputs), arrays, 1),
         (functools.partial(activation_triton.backward, kind, 0.1, inputs, dout), arrays + 1, arrays),
     ):
-        with traffic.counting() as traffic:
+        with counting() as traffic:
             jax.block_until_ready(function(interpret=True))
         assert (traffic.read.total(), traffic.written.total()) == (read * one + words, written * one)
 

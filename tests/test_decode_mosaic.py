@@ -49,7 +49,7 @@ def test_rows_heads_and_a_window():
 
 def test_splits_of_a_long_tier(monkeypatch):
     """Three splits, the last of one tile, refilled stages, and a last tile that is part full."""
-    monkeypatch.setattr(decode_mosaic, "LEAST", 5)
+    monkeypatch.setattr(decode_mosaic, "SHARE", 4)
     check([("int8", 11 * 64 - 7)], 2, 64)
 
 
