@@ -65,10 +65,12 @@ def table(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
             continue
         ours = [kernel for kernel in one["kernels"] if kernel["compiler"] in OWN] or one["kernels"]
         waves = [kernel["waves"] for kernel in ours if kernel["waves"]]
+        most = lambda key, ours=ours: max(kernel[key] for kernel in ours)
         rows.append([
-            one["case"], one["gpu"], str(max(kernel["registers"] for kernel in ours)), str(sum(kernel["spilled"] for kernel in ours)),
-            f"{max(kernel['shared_memory'] for kernel in ours) / 1024:.1f}", str(min(kernel["per_multiprocessor"] for kernel in ours)),
-            f"{max(waves):.2f}" if waves else "", f"{one['own']:.3f}" if one["own"] else "", f"{one['ratio']:.3f}", f"{one['instructions']:.2f}", f"{one['budget']:.2f}", str(one["launches"]),
+            one["case"], one["gpu"], str(most("registers")), str(most("spilled")), f"{most('shared_memory') / 1024:.1f}",
+            str(min(kernel["per_multiprocessor"] for kernel in ours)), f"{max(waves):.2f}" if waves else "",
+            f"{one['own']:.3f}" if one["own"] else "", f"{one['ratio']:.3f}", f"{one['instructions']:.2f}", f"{one['budget']:.2f}",
+            str(one["launches"]),
         ])  # fmt: skip
     return columns, rows
 

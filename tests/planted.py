@@ -60,7 +60,7 @@ def of_triton(repeats: int = 1, **options: Any):
         import triton_samples
 
         like = jax.ShapeDtypeStruct((N, N), x.dtype)
-        constants = {"ROWS": N * tiles, "N": N, "TIMES": repeats}
+        constants: dict[str, Any] = {"ROWS": N * tiles, "N": N, "TIMES": repeats}
         interpret = backend.capability() is None
         return launch(triton_samples.gram, (1,), [x], [like], interpret=interpret, **options, **constants)[0]
 

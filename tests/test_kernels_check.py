@@ -11,6 +11,7 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.eval import kernel_bench, kernel_check, kernel_report
 from kvcascade.eval.kernel_cases import Program
 from kvcascade.kernels import aot, resources, traffic
+from kvcascade.scripts import cli
 
 pytest.importorskip("triton")
 import planted  # noqa: E402
@@ -172,11 +173,29 @@ def test_launches_of_a_program_and_the_bytes_that_each_moves():
     assert three.moved == 512 + 512 + 4096 and three.target == "triton_kernel_call_ffi"
 
 
+def test_the_page_shows_every_kernel_and_what_is_wrong(monkeypatch, tmp_path):
+    monkeypatch.setattr(aot, "gpu", lambda name: CARD)
+    found = kernel_check.record(
+        planted.CASES["one read"], CARD, {"moved": 10, "floor": 5, "units": 1, "races": False},
+        COMPILED | {"kernels": [vars(kernel()) | {"per_multiprocessor": 8, "blocks_in_use": 80, "code": {"loop": {}, "rest": {"MOV": 3}}}]},
+    )  # fmt: skip
+    assert found["kernels"][0]["waves"] == 0.1 and found["instructions"] == 3 * 128
+    found |= {"versions": {"jax": "1"}, "commit": "c"}
+    kernel_report.write(
+        tmp_path / "page.html", [found, found | {"failed": "<no>"}], ["a & b"], "kvcascade kernels check"
+    )
+    page = (tmp_path / "page.html").read_text()
+    assert (
+        "<td>gram, , triton</td>" in page and "a &amp; b" in page and "failed: &lt;no&gt;" in page and "3 MOV" in page
+    )
+
+
 def figures(**changes) -> dict:
     start = {
         "case": "a",
         "gpu": "h100",
         "most": 1.1,
+        "own": 1.0,
         "ratio": 1.05,
         "instructions": 10.0,
         "launches": 2,
@@ -216,6 +235,16 @@ def test_what_failed_or_is_refused():
 def test_an_unknown_card_is_named():
     with pytest.raises(BadInput, match="no GPU 'h101'; there are h100"):
         kernel_check.cards(["h101"])
+
+
+def test_without_the_compilers_one_line_says_what_to_install(monkeypatch, capfd):
+    def missing(name):
+        raise aot.NotInstalled(aot.MISSING)
+
+    monkeypatch.setattr(aot, "gpu", missing)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["kernels", "check"])
+    assert capfd.readouterr().err == f"kvcascade: {aot.MISSING}\n"
 
 
 def test_the_budget_is_what_a_card_issues_while_its_memory_moves_a_unit():
