@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import flash_figures
+import flash_tables
 import jax
 import jax.numpy as jnp
+from flash_tables import GROUP, H
 from jax import lax
 
 from kvcascade.cache.codec import CODECS
@@ -30,10 +32,6 @@ from kvcascade.kernels.slots import Slots
 FOLDER = Path(__file__).parent
 PAGE, NUMBERS = FOLDER / "flash_attention.md", FOLDER / "flash_attention.json"
 CARD = "h100"
-H = 128
-"""The head's width, that of Llama 3."""
-GROUP = 4
-"""Query heads to a KV head, as in Llama 3 8B."""
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
 COUNTED = 4096
 """Interpreting a kernel takes its time: no more tokens than these."""
@@ -172,7 +170,7 @@ def _decode(codec: str, implementation) -> Callable:
 
 def generated(found: Record) -> dict[Path, str]:
     """The page, with its tables, and its figures."""
-    parts = flash_figures.tables(found)
+    parts = flash_tables.tables(found)
     drawn = {FOLDER / f"{name}.svg": svg for name, svg in flash_figures.drawn(found).items()}
     return {PAGE: report.fill(PAGE.read_text(), parts), **drawn}
 

@@ -25,6 +25,7 @@ SIZE = (7.2, 4.3)
 
 
 def to_svg(figure: Figure) -> str:
+    """A figure as SVG text, without a size and the same from run to run; it is closed."""
     file = io.StringIO()
     figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     plt.close(figure)
@@ -43,6 +44,7 @@ def _axes():
 
 
 def bytes_label(value: float | int, _=None) -> str:
+    """Bytes in the largest unit that leaves at least one, as an axis has them."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024 or unit == "GiB":
             return f"{value:.3g} {unit}"
