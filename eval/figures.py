@@ -24,7 +24,8 @@ STYLE: dict[Any, Any] = {
 SIZE = (7.2, 4.3)
 
 
-def _svg(figure: Figure) -> str:
+def to_svg(figure: Figure) -> str:
+    """A figure as SVG text, without a size and the same from run to run; it is closed."""
     file = io.StringIO()
     figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     plt.close(figure)
@@ -42,7 +43,8 @@ def _axes():
     return figure, axes
 
 
-def _bytes(value: float, _=None) -> str:
+def bytes_label(value: float | int, _=None) -> str:
+    """Bytes in the largest unit that leaves at least one, as an axis has them."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024 or unit == "GiB":
             return f"{value:.3g} {unit}"
@@ -66,7 +68,7 @@ def loss_curves(trainings: list[Record]) -> str:
         axes.set_xlabel("million tokens trained on by this run")
         axes.set_ylabel("validation loss, nats per token")
         axes.legend()
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def quality_against_bytes(evaluations: list[Record], groups: dict[str, str]) -> str:
@@ -105,11 +107,11 @@ def quality_against_bytes(evaluations: list[Record], groups: dict[str, str]) -> 
             axes.set_ylim(bottom=0.9 * min(perplexities))
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(LogLocator(2))
-        axes.xaxis.set_major_formatter(FuncFormatter(_bytes))
+        axes.xaxis.set_major_formatter(FuncFormatter(bytes_label))
         axes.set_xlabel("measured bytes of one row's cache")
         axes.set_ylabel("perplexity (lower is better)")
         axes.legend(fontsize=9)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def bytes_by_kind(layers: list[Record]) -> str:
@@ -130,7 +132,7 @@ def bytes_by_kind(layers: list[Record]) -> str:
         axes.set_ylabel("bytes per token and layer")
         axes.grid(axis="x", visible=False)
         axes.legend()
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def growth(records: list[Record]) -> str:
@@ -144,12 +146,12 @@ def growth(records: list[Record]) -> str:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        axes.yaxis.set_major_formatter(FuncFormatter(_bytes))
+        axes.yaxis.set_major_formatter(FuncFormatter(bytes_label))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("context, tokens")
         axes.set_ylabel("measured bytes of one row's cache")
         axes.legend(fontsize=9)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def latency(records: list[Record]) -> str:
@@ -170,7 +172,7 @@ def latency(records: list[Record]) -> str:
         axes.set_yticks(range(len(records)), [f"{r['model']}: {r['cache']}" for r in reversed(records)])
         axes.set_xlabel("milliseconds per decode step of the batch")
         axes.grid(axis="y", visible=False)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def retrieval(records: list[Record]) -> str:
@@ -208,4 +210,4 @@ def retrieval(records: list[Record]) -> str:
         figure.supxlabel("tokens of context", fontsize=10)
         figure.supylabel("depth of the answer", fontsize=10)
         figure.tight_layout()
-        return _svg(figure)
+        return to_svg(figure)
