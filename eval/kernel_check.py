@@ -15,8 +15,10 @@ from pathlib import Path
 import jax
 
 from kvcascade.cache.errors import BadInput
+from kvcascade.eval import whole_step
 from kvcascade.eval.kernel_cases import Case, cases
 from kvcascade.eval.records import Record
+from kvcascade.eval.whole_step import Step
 from kvcascade.kernels import aot, resources, traffic
 
 OWN = ("triton", "mosaic")
@@ -33,21 +35,28 @@ def cards(names: Sequence[str]) -> list[aot.GPU]:
 
 
 def check(
-    some: Sequence[Case], on: Sequence[aot.GPU], done: Callable[[int], None] = lambda count: None
+    some: Sequence[Case],
+    on: Sequence[aot.GPU],
+    done: Callable[[int], None] = lambda count: None,
+    steps: Sequence[Step] = (),
 ) -> list[Record]:
-    """A record per case and card, in processes of their own: a compiler that ends its process fails one case, not the check."""
+    """A record per case and card, then one per whole step and card.
+
+    In processes of their own: a compiler that ends its process fails one case, not the check.
+    """
     # This process only adds up; with the compilers installed, JAX would look for a GPU.
     jax.config.update("jax_platforms", "cpu")
     count = itertools.count(1)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         told = lambda: done(next(count))
-        run = lambda what: _in_a_process(what, [case.name for case in some], Path(folder, what), told)
+        names, whole = [case.name for case in some], [step.name for step in steps]
+        run = lambda what: _in_a_process(what, names + whole * (what != "traffic"), Path(folder, what), told)
         moved, *by_card = pool.map(run, ["traffic", *(card.name for card in on)])
-    return [
-        record(case, card, moved[case.name], found[case.name])
-        for card, found in zip(on, by_card, strict=True)
-        for case in some
+    every = list(zip(on, by_card, strict=True))
+    of_steps = [
+        {"kind": "step", "case": name, "gpu": card.name} | found[name] for card, found in every for name in whole
     ]
+    return [record(case, card, moved[case.name], found[case.name]) for card, found in every for case in some] + of_steps
 
 
 def _in_a_process(what: str, names: list[str], folder: Path, told: Callable[[], None]) -> dict[str, Record]:
@@ -87,9 +96,12 @@ def main(arguments: list[str]) -> None:
     what, folder, *names = arguments
     for name in names:
         try:
-            found = (
-                of_traffic(cases()[name]) if what == "traffic" else of_card(cases()[name], aot.gpu(what), Path(folder))
-            )
+            if name in whole_step.STEPS:
+                found = whole_step.measure(whole_step.STEPS[name], aot.gpu(what))
+            elif what == "traffic":
+                found = of_traffic(cases()[name])
+            else:
+                found = of_card(cases()[name], aot.gpu(what), Path(folder))
         except NotImplementedError as error:
             found = {"refused": str(error)}
         except Exception as error:  # whatever a compiler raises is the case's result

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvcascade.eval import report
+from kvcascade.eval import report, whole_step
 from kvcascade.eval.kernel_check import OWN
 from kvcascade.eval.records import Record
 from kvcascade.kernels import aot
@@ -43,10 +43,11 @@ def regressions(found: Sequence[Record], baseline: Sequence[Record]) -> list[str
     """One line for everything that is wrong; a case of the baseline that is missing is."""
     before = {(one["case"], one["gpu"]): one for one in baseline}
     cards = {one["gpu"] for one in found}
+    judge = {"kernel": faults, "step": whole_step.faults}
     lines = [
         f"{one['case']} on {one['gpu']}: {line}"
         for one in found
-        for line in faults(one, before.pop((one["case"], one["gpu"]), None))
+        for line in judge[one["kind"]](one, before.pop((one["case"], one["gpu"]), None))
     ]
     return lines + [f"{case} on {gpu}: is not there any more" for case, gpu in before if gpu in cards]
 
@@ -79,11 +80,14 @@ def write(path: Path, found: Sequence[Record], wrong: Sequence[str], command: st
     """Write a page: a table for every card, and the instructions of every kernel."""
     sections = []
     for name in dict.fromkeys(one["gpu"] for one in found):
-        card, mine = aot.gpu(name), [one for one in found if one["gpu"] == name]
+        card = aot.gpu(name)
+        mine, steps = (
+            report.of_kind([one for one in found if one["gpu"] == name], kind) for kind in ("kernel", "step")
+        )
         columns, rows = table(mine)
         sections.append({
             "name": card.full_name, "card": card, "table": (columns[:1] + columns[2:], [row[:1] + row[2:] for row in rows]),
-            "instructions": _instructions(mine),
+            "instructions": _instructions(mine), "steps": whole_step.table(steps) if steps else None,
         })  # fmt: skip
     report.render(
         "kernels.html.j2", path, {"sections": sections, "wrong": wrong, "command": command, "first": found[0]}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +36,19 @@ LLAMA3_8B = ModelConfig(
     layers=32, width=4096, heads=32, kv_heads=8, mlp=14336, vocab=128256, context=8192, activation="swiglu", rope_base=500_000.0,
     tied=False, weights="bfloat16", dtype="bfloat16",
 )  # fmt: skip
-STEPS = {each.name: each for each in (Step("SmolLM2-135M", SMOLLM2, 64), Step("Llama-3-8B", LLAMA3_8B, 32))}
+STEPS = {
+    each.name: each
+    for each in (
+        Step("decode step of SmolLM2-135M, 64 rows", SMOLLM2, 64),
+        Step("decode step of Llama-3-8B, 32 rows", LLAMA3_8B, 32),
+    )
+}
+SPARE = 0.05
+"""Temporaries that a step may have, as a share of its cache."""
 
 
 def measure(step: Step, card: aot.GPU) -> Record:
-    """Bytes of the cache, those aliased by its donation, temporaries, copies of K and V, launches; from the compiled program."""
+    """Bytes of the cache, those aliased by its donation, temporaries, copies of K and V, launches: all from the compiled program."""
     model, spec = step.model, parse(step.cache)
     params = gpt.graph(model)[1]
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
@@ -56,12 +65,58 @@ def measure(step: Step, card: aot.GPU) -> Record:
     launches = traffic.launches(program)
     cache_bytes = spec.nbytes(model.layers, model.kv_heads, model.head_dim, step.context) * step.batch
     return {
-        "kind": "step", "case": f"decode step, {step.name}", "gpu": card.name, "cache": step.cache, "batch": step.batch,
-        "context": step.context, "cache_bytes": cache_bytes, "aliased": memory.alias_size_in_bytes,
-        "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
-        "copies": copies(program, held), "launches": len(launches),
-        "kernels": sum(launch.operation == "custom-call" for launch in launches),
-    }  # fmt: skip
+        "cache": step.cache,
+        "batch": step.batch,
+        "context": step.context,
+        "cache_bytes": cache_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "copies": copies(program, held),
+        "launches": len(launches),
+    }
+
+
+def faults(found: Record, baseline: Record | None) -> list[str]:
+    """What is wrong with a step by itself, and worse than in the baseline."""
+    if "failed" in found:
+        return [found["failed"]]
+    wrong = []
+    if found["aliased"] != found["cache_bytes"]:
+        wrong.append(f"{found['aliased']} of the cache's {found['cache_bytes']} bytes are aliased")
+    if found["copies"]:
+        wrong.append(f"copies keys or values {found['copies']} times")
+    if found["temporaries"] > SPARE * found["cache_bytes"]:
+        wrong.append(f"temporaries of {found['temporaries']} bytes, above {SPARE:.0%} of the cache")
+    for what in ("temporaries", "launches"):
+        if baseline and "failed" not in baseline and found[what] > 1.05 * baseline[what]:
+            wrong.append(f"{what} {found[what]}, where it was {baseline[what]}")
+    return wrong
+
+
+def table(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows, a row per step and card."""
+    columns = [
+        "program",
+        "GPU",
+        "cache, MiB",
+        "aliased",
+        "copies of K and V",
+        "temporaries, MiB",
+        "of the cache",
+        "launches",
+    ]
+    rows = []
+    for one in found:
+        if "failed" in one:
+            rows.append([one["case"], one["gpu"], f"failed: {one['failed']}"[:60], *[""] * (len(columns) - 3)])
+            continue
+        share = one["temporaries"] / one["cache_bytes"]
+        rows.append([
+            one["case"], one["gpu"], f"{one['cache_bytes'] / 2**20:,.0f}", f"{one['aliased'] / one['cache_bytes']:.0%}", str(one["copies"]),
+            f"{one['temporaries'] / 2**20:.1f}", f"{share:.1%}", f"{one['launches']:,}",
+        ])  # fmt: skip
+    return columns, rows
 
 
 def copies(program: str, held: list) -> int:

@@ -9,7 +9,8 @@ from pathlib import Path
 import tyro
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import kernel_bench, kernel_cases, kernel_check, kernel_report, records
+from kvcascade.eval import kernel_bench, kernel_cases, kernel_check, kernel_report, records, report, whole_step
+from kvcascade.eval.kernel_cases import Case
 from kvcascade.kernels import aot
 from kvcascade.scripts import console
 
@@ -49,29 +50,36 @@ def main(arguments: list[str]) -> None:
         cards = [] if isinstance(args, Bench) else kernel_check.cards(args.gpu or ("h100", "a100"))
     except aot.NotInstalled as error:
         raise BadInput(str(error)) from error
-    if not chosen:
+    steps = [one for name, one in whole_step.STEPS.items() if all(words in name for words in args.case)]
+    if not chosen and (isinstance(args, Bench) or not steps):
         raise BadInput(f"no kernel has {', '.join(map(repr, args.case))} in its name")
     records.check_writable(args.out)
     if isinstance(args, Bench):
         found, wrong = kernel_bench.bench(chosen), []
         console.table(*kernel_bench.table(found))
     else:
-        found, wrong = _check(args, chosen, cards, shlex.join(["kvcascade", "kernels", *arguments]))
+        found, wrong = _check(args, chosen, steps, cards, shlex.join(["kvcascade", "kernels", *arguments]))
     if args.out:
         records.append(args.out, found)
     if wrong:
         sys.exit(1)
 
 
-def _check(args: Check, chosen: list[kernel_cases.Case], cards: list[aot.GPU], command: str):
-    start, names = time.monotonic(), {case.name for case in chosen}
-    with console.progress("check", len(chosen) * (1 + len(cards))) as show:
-        found = kernel_check.check(chosen, cards, lambda count: show(count, ""))
+def _check(args: Check, chosen: list[Case], steps: list[whole_step.Step], cards: list[aot.GPU], command: str):
+    start, names = time.monotonic(), {one.name for one in (*chosen, *steps)}
+    with console.progress("check", len(chosen) + len(names) * len(cards)) as show:
+        found = kernel_check.check(chosen, cards, lambda count: show(count, ""), steps)
     found = [records.stamp(one, time.monotonic() - start) for one in found]
     before = records.read(args.baseline) if args.baseline.exists() else []
     wrong = kernel_report.regressions(found, [one for one in before if one["case"] in names or not args.case])
     if args.page:
         kernel_report.write(args.page, found, wrong, command)
-    console.table(f"{len(found)} kernels on cards, {len(before)} in the baseline", *kernel_report.table(found))
+    kernels, whole = (report.of_kind(found, kind) for kind in ("kernel", "step"))
+    if kernels:
+        console.table(
+            f"{len(kernels)} kernels on cards, {len(before)} records in the baseline", *kernel_report.table(kernels)
+        )
+    if whole:
+        console.table("whole decode steps", *whole_step.table(whole))
     print(*(f"kvcascade: {line}" for line in wrong), sep="\n", end="\n" * bool(wrong), file=sys.stderr)
     return found, wrong
