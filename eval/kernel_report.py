@@ -76,6 +76,44 @@ def table(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
+def readme_tables(found: Sequence[Record]) -> dict[str, str]:
+    """The README's tables: the worst figures of every operation and implementation, and the whole steps."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for one in report.of_kind(list(found), "kernel"):
+        operation, *_, implementation = one["case"].split(", ")
+        if not {"refused", "failed"} & one.keys() and implementation in OWN:
+            groups.setdefault((operation, implementation), []).append(one)
+    rows = []
+    for (operation, implementation), some in groups.items():
+        cards = dict.fromkeys(one["gpu"] for one in some)
+        ours = {
+            name: [k for one in some if one["gpu"] == name for k in one["kernels"] if k["compiler"] in OWN]
+            for name in cards
+        }
+        worst = max(some, key=lambda one: one["instructions"] / one["budget"])
+        bars = {one["most"] for one in some if one["most"]}
+        rows.append([
+            operation, implementation, str(len({one["case"] for one in some})),
+            ", ".join(f"{name} {max(k['registers'] for k in kernels)}" for name, kernels in ours.items()),
+            str(max(k["spilled"] for kernels in ours.values() for k in kernels)),
+            f"{max(one['own'] for one in some):.3f}", ", ".join(f"{bar:g}" for bar in sorted(bars)),
+            f"{worst['instructions'] / worst['budget']:.2f} ({worst['case'].split(', ', 1)[1].rsplit(', ', 1)[0]} on {worst['gpu']})",
+        ])  # fmt: skip
+    head = [
+        "operation",
+        "by",
+        "shapes",
+        "registers, at most",
+        "bytes spilled",
+        "moved / floor, at most",
+        "bar",
+        "instructions / budget, at worst",
+    ]
+    steps = whole_step.table(report.of_kind(list(found), "step"))
+    stamp = f"Commit {found[0]['commit']}; {', '.join(f'{name} {version}' for name, version in found[0]['versions'].items())}."
+    return {"kernels": report.markdown((head, rows)), "steps": f"{report.markdown(steps)}\n\n{stamp}"}
+
+
 def write(path: Path, found: Sequence[Record], wrong: Sequence[str], command: str) -> None:
     """Write a page: a table for every card, and the instructions of every kernel."""
     sections = []

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from kvcascade.eval import figures, records, report, suite
+from kvcascade.eval import figures, kernel_report, records, report, suite
 from kvcascade.kernels.files import write_whole
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "eval" / "results" / "toy.jsonl"
-PRETRAINED = RESULTS.with_name("smollm2.jsonl")
+PRETRAINED, KERNELS = (RESULTS.with_name(name) for name in ("smollm2.jsonl", "kernels.jsonl"))
 
 
 def generated() -> dict[Path, str]:
@@ -18,6 +18,7 @@ def generated() -> dict[Path, str]:
     groups = {r["cache"]: suite.group_of(r["cache"], r["context"]) for r in evaluations}
     pretrained = records.read(PRETRAINED)
     parts = {"pretrained": report.pretrained_table(pretrained), "speed": report.speed_table(pretrained)}
+    parts |= kernel_report.readme_tables(records.read(KERNELS))
     return {
         ROOT / "README.md": report.fill(readme, report.readme_tables(found) | parts),
         RESULTS.with_suffix(".svg"): figures.quality_against_bytes(evaluations, groups),
