@@ -186,7 +186,10 @@ def test_the_page_shows_every_kernel_and_what_is_wrong(monkeypatch, tmp_path):
     )
     page = (tmp_path / "page.html").read_text()
     assert (
-        "<td>gram, , triton</td>" in page and "a &amp; &lt;b&gt;" in page and "<td>failed</td>" in page and "3 MOV" in page
+        "<td>gram, , triton</td>" in page
+        and "a &amp; &lt;b&gt;" in page
+        and "<td>failed</td>" in page
+        and "3 MOV" in page
     )
 
 
