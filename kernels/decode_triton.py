@@ -22,13 +22,13 @@ BLOCKS = 2 * 132  # what fills an H100
 
 def refuses(slots: Slots) -> str | None:
     """Why the kernel cannot read slots, or None."""
-    kind = _kind(slots.k)
+    kind = format_of(slots.k)
     if kind is None:
         return f"no kernel for slots of {', '.join(f'{name} {x.dtype}' for name, x in slots.k.items())}"
     return "the head width is odd" if _head_dim(slots.k, kind) % 2 else None
 
 
-def _kind(stored: Stored) -> str | None:
+def format_of(stored: Stored) -> str | None:
     """The name under which the kernel knows a format."""
     known = {
         ("bfloat16", "values"): "bf16",
@@ -65,7 +65,7 @@ def attend(
     B, N, H = q_BNH.shape
     K, Z = slots.pos_BKS.shape[1:]
     S = Z if table_BP is None else Z * table_BP.shape[1]
-    G, kind = N // K, _kind(slots.k)
+    G, kind = N // K, format_of(slots.k)
     tiles, split = _split(B * K, S, 2 * 4 * G * H, _bytes_per_slot(slots))
     results = [(split, B, N, H), (split, B, N), (split, B, N), (B, K, G, S) if observed else (1,)]
     out, top, total, logits = launch(
@@ -211,8 +211,8 @@ def _read(
             return first.to(tl.float32).to(tl.bfloat16), second.to(tl.float32).to(tl.bfloat16)
         else:
             return (
-                (_e2m1(first) * _blocks(scales, slot * (H // BLOCK), seen, H, HALF, BLOCK, TILE)).to(tl.bfloat16),
-                (_e2m1(second) * _blocks(scales, slot * (H // BLOCK) + H // 2 // BLOCK, seen, H, HALF, BLOCK, TILE)).to(
+                (e2m1(first) * _blocks(scales, slot * (H // BLOCK), seen, H, HALF, BLOCK, TILE)).to(tl.bfloat16),
+                (e2m1(second) * _blocks(scales, slot * (H // BLOCK) + H // 2 // BLOCK, seen, H, HALF, BLOCK, TILE)).to(
                     tl.bfloat16
                 ),
             )
@@ -222,7 +222,7 @@ def _read(
         if FORM == "bf16":
             return first, second
         elif FORM == "fp8":
-            return _e4m3(first).to(tl.bfloat16), _e4m3(second).to(tl.bfloat16)
+            return e4m3(first).to(tl.bfloat16), e4m3(second).to(tl.bfloat16)
         else:
             return first.to(tl.float32).to(tl.bfloat16), second.to(tl.float32).to(tl.bfloat16)
 
@@ -235,12 +235,12 @@ def _blocks(scales, start, seen, H: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.
     scale = tl.load(
         scales + start[:, None] + block[None, :], mask=seen[:, None] & (block < H // 2 // BLOCK)[None, :], other=0
     )
-    return tl.reshape(tl.broadcast_to(_e4m3(scale)[:, :, None], (TILE, HALF // BLOCK, BLOCK)), (TILE, HALF))
+    return tl.reshape(tl.broadcast_to(e4m3(scale)[:, :, None], (TILE, HALF // BLOCK, BLOCK)), (TILE, HALF))
 
 
 @triton.jit
 @no_type_check
-def _e4m3(code):
+def e4m3(code):
     """An e4m3 number from its bits: those of a float16 with 8 too little in the exponent (float32 would do, but not where it is flushed to zero)."""
     bits = code.to(tl.uint16)
     return (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True).to(tl.float32) * 256
@@ -248,7 +248,7 @@ def _e4m3(code):
 
 @triton.jit
 @no_type_check
-def _e2m1(code):
-    """An e2m1 number from its bits, as in `_e4m3` with 14."""
+def e2m1(code):
+    """An e2m1 number from its bits, as in `e4m3` with 14."""
     bits = code.to(tl.uint16)
     return (((bits & 8) << 12) | ((bits & 7) << 9)).to(tl.float16, bitcast=True).to(tl.float32) * 16384

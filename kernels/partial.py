@@ -1,8 +1,10 @@
 """Attention over one set of slots, unnormalised, so that results over several sets merge exactly."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -49,18 +51,30 @@ def attend(
     return Partial(out, to_BTN(max_BKGT), to_BTN(weights.sum(-1))), weights
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _product(letters: str, x: Float[Array, "B K G T _"], slots: Float[Array, "B K S H"]) -> Float[Array, "B K G T _"]:
     """A float32 array times slots, accumulated in float32.
 
-    Slots in bf16 are not converted, which would write a copy of them twice their size: x is taken as the sum of two bf16
-    arrays, whose products with bf16 are exact in float32, so the error is that of the split, 2⁻¹⁷ of x.
+    Slots in bf16 are not converted, which would write a copy of them twice their size: x is taken as the sum of three bf16
+    arrays, whose products with bf16 are exact in float32.
     """
     if slots.dtype != jnp.bfloat16:
         return jnp.einsum(letters, x, slots.astype(jnp.float32))
-    high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    parts = jnp.concatenate([high, x - high], 2).astype(jnp.bfloat16)
-    high, low = jnp.split(jnp.einsum(letters, parts, slots, preferred_element_type=jnp.float32), 2, 2)
-    return high + low
+    terms = []
+    for _ in range(3):
+        terms.append(lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))
+        x = x - terms[-1]
+    parts = jnp.concatenate(terms, 2).astype(jnp.bfloat16)
+    high, middle, low = jnp.split(jnp.einsum(letters, parts, slots, preferred_element_type=jnp.float32), 3, 2)
+    return high + (middle + low)
+
+
+@_product.defjvp
+def _(letters, primals, tangents):
+    # A term by itself has a gradient of eight bits.
+    (x, slots), (dx, dslots) = primals, tangents
+    product = functools.partial(jnp.einsum, letters, preferred_element_type=jnp.float32)
+    return _product(letters, x, slots), product(dx, slots.astype(dx.dtype)) + product(x, dslots.astype(x.dtype))
 
 
 def merge(partials: list[Partial]) -> tuple[Float[Array, "B T N H"], list[Float[Array, "B T N"]]]:

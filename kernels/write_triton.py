@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from jaxtyping import Array, Float
 
-from kvcascade.kernels.decode_triton import _e2m1, _e4m3, _kind
+from kvcascade.kernels.decode_triton import e2m1, e4m3, format_of
 from kvcascade.kernels.launch import launch
 from kvcascade.kernels.slots import Entry, Slots, Stored
 
@@ -24,7 +24,7 @@ def refuses(slots: Slots, entry: Entry) -> str | None:
 
 
 def _format(stored: Stored) -> str | None:
-    return "f32" if "values" in stored and stored["values"].dtype == jnp.float32 else _kind(stored)
+    return "f32" if "values" in stored and stored["values"].dtype == jnp.float32 else format_of(stored)
 
 
 def exchange(
@@ -170,7 +170,7 @@ def _read(codes, scale, more, slot, j, mask, swap, H: tl.constexpr, HALF: tl.con
     if FORM == "int8":
         return first.to(tl.float32) * step, second.to(tl.float32) * step
     elif FORM == "fp8":
-        return _e4m3(first) * step, _e4m3(second) * step
+        return e4m3(first) * step, e4m3(second) * step
     elif FORM == "int4":
         low = tl.load(more + slot, mask=swap, other=0).to(tl.float32)
         return first.to(tl.float32) * step + low, second.to(tl.float32) * step + low
@@ -178,8 +178,8 @@ def _read(codes, scale, more, slot, j, mask, swap, H: tl.constexpr, HALF: tl.con
         blocks: tl.constexpr = 1 if H <= 32 else H // 32
         scales = more + slot * (2 * blocks)
         return (
-            _e2m1(first) * _block_scales(scales, swap, blocks, HALF) * step,
-            _e2m1(second) * _block_scales(scales + blocks, swap, blocks, HALF) * step,
+            e2m1(first) * _block_scales(scales, swap, blocks, HALF) * step,
+            e2m1(second) * _block_scales(scales + blocks, swap, blocks, HALF) * step,
         )
 
 
@@ -189,7 +189,7 @@ def _block_scales(scales, swap, BLOCKS: tl.constexpr, HALF: tl.constexpr):
     """The scale of each channel of half a vector, which has one block, or blocks of 16."""
     width: tl.constexpr = HALF if BLOCKS == 1 else 16
     block = tl.arange(0, HALF // width)
-    scale = _e4m3(tl.load(scales + block, mask=(block < BLOCKS) & swap, other=0))
+    scale = e4m3(tl.load(scales + block, mask=(block < BLOCKS) & swap, other=0))
     return tl.reshape(tl.broadcast_to(scale[:, None], (HALF // width, width)), (HALF,))
 
 
@@ -273,7 +273,7 @@ def _blocks_to_e2m1(x, scales, swap, BLOCKS: tl.constexpr, HALF: tl.constexpr):
     block = tl.arange(0, padded)
     code = _to_e4m3(tl.div_rn(tl.max(tl.abs(parts), 1), 6.0))
     tl.store(scales + block, code, mask=(block < BLOCKS) & swap)
-    step = _e4m3(code)
+    step = e4m3(code)
     unit = tl.reshape(tl.div_rn(parts, tl.where(step > 0, step, 1.0)[:, None]), (HALF,))
     size = tl.abs(unit)
     level = (size > 0.25).to(tl.int32) + (size > 0.75).to(tl.int32) + (size > 1.25).to(tl.int32)
