@@ -304,6 +304,7 @@ def _attend(tier, arrays, H, group, window, now, out_ref, stats_ref, logits_ref,
             high = weights.astype(jnp.bfloat16)
             sm["p"][:, pl.ds(term * COLUMNS, COLUMNS)] = high
             weights = weights - high.astype(jnp.float32)
+        # For the products, which read what was written; and for the next copies, which overwrite what was read.
         plgpu.commit_smem()
 
         def weighted(acc_ref):
@@ -313,8 +314,6 @@ def _attend(tier, arrays, H, group, window, now, out_ref, stats_ref, logits_ref,
 
         more = pl.run_scoped(weighted, ACC((acc.shape[0], TERMS * COLUMNS), jnp.float32))
         acc = acc * down(faded, acc.shape[0]) + together(more)
-        # What was read here is overwritten next, by another unit.
-        plgpu.commit_smem()
         pl.when(tile + STAGES < tiles)(functools.partial(fetch, tile + STAGES, stage))
         return acc, new_top, total, lows
 

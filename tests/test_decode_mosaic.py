@@ -48,10 +48,11 @@ def test_rows_heads_and_a_window():
     check([("int8", 70), ("int4", 2)], 2, 64, batch=2, kv_heads=2, window=30)
 
 
-def test_splits_of_a_long_tier(monkeypatch):
-    """Three splits, the last of one tile, refilled stages, and a last tile that is part full."""
-    monkeypatch.setattr(decode_mosaic, "SHARE", 4)
-    check([("int8", 11 * 64 - 8)], 2, 64)
+@pytest.mark.parametrize(("codec_name", "share"), [("int8", 8), ("bf16", 16)])
+def test_splits_of_a_long_tier(codec_name, share, monkeypatch):
+    """Three splits of five tiles, which is more than are on their way at once, the last of one tile, which is part full."""
+    monkeypatch.setattr(decode_mosaic, "SHARE", share)
+    check([(codec_name, 11 * 64 - 8)], 2, 64)
 
 
 def test_without_masses_the_output_is_the_same():
