@@ -36,6 +36,10 @@ def faults(found: Record, baseline: Record | None) -> list[str]:
         for what, slack in (("own", 1.01), ("ratio", 1.01), ("instructions", 1.05), ("launches", 1.0)):
             if found[what] > baseline[what] * slack:
                 wrong.append(f"{what} {found[what]:.4g}, where it was {baseline[what]:.4g}")
+        most = lambda one, what: max((kernel[what] for kernel in one["kernels"]), default=0)
+        for what, slack in (("registers", 1.05), ("shared_memory", 1.01)):
+            if most(found, what) > most(baseline, what) * slack:
+                wrong.append(f"{what} {most(found, what)}, where it was {most(baseline, what)}")
     return wrong
 
 

@@ -206,7 +206,8 @@ def figures(**changes) -> dict:
         "launches": 2,
         "races": False,
     }
-    return start | {"shared_memory_limit": 10, "kernels": []} | changes
+    kernel = {"name": "k", "compiler": "triton", "spilled": 0, "shared_memory": 5, "registers": 100}
+    return start | {"shared_memory_limit": 10, "kernels": [kernel | changes.pop("kernel", {})]} | changes
 
 
 @pytest.mark.parametrize(
@@ -222,6 +223,10 @@ def figures(**changes) -> dict:
             ["a on h100: moves 1.200 times the floor; at most 1.1 is allowed", "a on h100: own 1.2, where it was 1"],
         ),
         ({"launches": 3}, ["a on h100: launches 3, where it was 2"]),
+        ({"kernel": {"registers": 105}}, []),
+        ({"kernel": {"registers": 106}}, ["a on h100: registers 106, where it was 100"]),
+        ({"kernel": {"shared_memory": 6}}, ["a on h100: shared_memory 6, where it was 5"]),
+        ({"kernel": {"spilled": 4}}, ["a on h100: k spills 4 bytes of registers"]),
         ({"case": "b"}, ["a on h100: is not there any more"]),
         ({"gpu": "a100"}, []),
     ],
