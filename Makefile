@@ -1,6 +1,6 @@
 # make demo: the main job on real text, about ten minutes on two cores; make test: everything that is checked.
 # make kernels: compiles every GPU kernel for cards that need not be there, in .venv-aot.
-# make docs: counts again what docs/flash_attention.md says, seven minutes in the same environment.
+# make docs: counts again what docs/flash_attention.md says, two minutes in the same environment.
 # All set up their .venv first, with uv where it is there and pip otherwise.
 .PHONY: setup demo smoke test lint readme kernels docs clean
 

@@ -20,13 +20,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from kvcascade.kernels.backend import capability
-from kvcascade.kernels.partial import NEVER, Partial
-from kvcascade.kernels.slots import Slots
+from kvcascade.kernels.partial import NEVER, TERMS, Partial, terms
+from kvcascade.kernels.slots import Slots, payload
 
 TILE = 64  # slots at once: the rows of a matrix instruction
 HEADS = 8  # query heads of a KV head: the fewest columns of a matrix instruction
 COLUMNS = 16  # the narrowest tile of probabilities that an instruction reads from shared memory; its second half is never looked at
-TERMS = 3  # bf16 numbers whose sum is a float32
 STAGES = 3  # tiles on their way at once
 FULL = 264  # blocks that fill the card: two for each of an H100's multiprocessors
 SHARE = 16  # how many times the bytes of its own query and results a split reads, where there are so many slots
@@ -83,13 +82,13 @@ def refuses(q_BNH: Float[Array, "B N H"], slots: Sequence[Slots]) -> str | None:
     if group > HEADS or H > 128:
         return f"made for {HEADS} query heads to a KV head and heads 128 wide at most, not {group} and {H}"
     for tier in slots:
-        codes = _codes(tier.k)
-        if "scales" in tier.k or codes.dtype.name not in ("bfloat16", "float8_e4m3fn", "int8", "uint8"):
+        stored = payload(tier.k)
+        if "scales" in tier.k or stored.dtype.name not in ("bfloat16", "float8_e4m3fn", "int8", "uint8"):
             return "made for slots in bf16, fp8, int8 and int4"
         if tier.pos_BKS.size % 8:
             return f"made for tiers whose slots in all rows are a multiple of 8, not {tier.pos_BKS.size}"
-        if codes.shape[-1] % 16:
-            return f"made for {codes.dtype} vectors whose stored width is a multiple of 16, not {codes.shape[-1]}"
+        if stored.shape[-1] % 16:
+            return f"made for {stored.dtype} vectors whose stored width is a multiple of 16, not {stored.shape[-1]}"
     return None
 
 
@@ -110,8 +109,8 @@ def attend(
     (B, N, H), K = turned[0].shape, slots[0].pos_BKS.shape[1]
     tiers, operands, first = [], [], 0
     for tier, q_BNH in zip(slots, turned, strict=True):
-        codes = _codes(tier.k)
-        each = Tier(tier.pos_BKS.shape[-1], 1, first, codes.dtype, codes.shape[-1])
+        stored = payload(tier.k)
+        each = Tier(tier.pos_BKS.shape[-1], 1, first, stored.dtype, stored.shape[-1])
         per_slot = 4 + sum(x.shape[-1] * x.dtype.itemsize for x in jax.tree.leaves((tier.k, tier.v)))
         least = pl.cdiv(SHARE * HEADS * H * (2 * TERMS + 4), TILE * per_slot)
         per_split = max(min(least, each.tiles), each.tiles // pl.cdiv(FULL, B * K))
@@ -140,10 +139,6 @@ def attend(
     return parts, logits
 
 
-def _codes(stored):
-    return stored["values"] if "values" in stored else stored["codes"]
-
-
 def _operands(q_BNH, tier):
     """The arrays of one tier in the shapes that the kernel reads."""
     B, K, _ = tier.pos_BKS.shape
@@ -151,14 +146,10 @@ def _operands(q_BNH, tier):
     q = jnp.pad(q_BNH.reshape(B * K, N // K, H), ((0, 0), (0, HEADS - N // K), (0, 0)))
     sums = jnp.pad(q.sum(-1), ((0, 0), (0, COLUMNS - HEADS)))
     # The second of a byte's two codes is read as sixteen times what it is.
-    q = jnp.stack([q[..., : H // 2], q[..., H // 2 :] / 16], 1) if _codes(tier.k).shape[-1] < H else q[:, None]
-    terms = []
-    for _ in range(TERMS):
-        terms.append(lax.reduce_precision(q, exponent_bits=8, mantissa_bits=7))
-        q = q - terms[-1]
-    q = jnp.stack(terms, 2).astype(jnp.bfloat16)
+    q = jnp.stack([q[..., : H // 2], q[..., H // 2 :] / 16], 1) if payload(tier.k).shape[-1] < H else q[:, None]
+    q = jnp.stack(terms(q), 2)
     stored = lambda x: (
-        {"codes": _codes(x).reshape(-1, _codes(x).shape[-1])}
+        {"codes": payload(x).reshape(-1, payload(x).shape[-1])}
         | {n: x[n].reshape(-1) for n in ("scale", "low") if n in x}
     )
     return {

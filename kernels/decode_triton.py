@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from kvcascade.kernels.launch import launch
 from kvcascade.kernels.partial import Partial
-from kvcascade.kernels.slots import Slots, Stored
+from kvcascade.kernels.slots import Slots, Stored, payload
 
 TILE = 64  # slots at once
 BLOCKS = 2 * 132  # what fills an H100
@@ -37,15 +37,11 @@ def format_of(stored: Stored) -> str | None:
         ("uint8", "codes low scale"): "int4",
         ("uint8", "codes scale scales"): "nvfp4",
     }
-    return known.get((_codes(stored).dtype.name, " ".join(sorted(stored))))
-
-
-def _codes(stored: Stored) -> Array:
-    return stored["values"] if "values" in stored else stored["codes"]
+    return known.get((payload(stored).dtype.name, " ".join(sorted(stored))))
 
 
 def _head_dim(stored: Stored, kind: str) -> int:
-    return _codes(stored).shape[-1] * (2 if kind in ("int4", "nvfp4") else 1)
+    return payload(stored).shape[-1] * (2 if kind in ("int4", "nvfp4") else 1)
 
 
 def attend(
@@ -84,7 +80,7 @@ def attend(
 
 def _arrays(stored: Stored) -> list[Array]:
     """Codes, a scale per vector, and what else the format has; what it has not is the codes again, which nobody reads."""
-    codes = _codes(stored)
+    codes = payload(stored)
     if codes.dtype == jnp.float8_e4m3fn:  # which Triton does not read on cards older than Ada
         codes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
     more = stored.get("low", stored.get("scales", codes))

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from kvcascade.kernels.slots import Format, Slots
 
 NEVER = -1e30  # the maximum of no logits: finite, so that exp(NEVER - NEVER) is 1 and not NaN
+TERMS = 3  # of eight significant bits each, as many together as float32 has
 
 
 class Partial(NamedTuple):
@@ -51,20 +52,25 @@ def attend(
     return Partial(out, to_BTN(max_BKGT), to_BTN(weights.sum(-1))), weights
 
 
+def terms(x: Float[Array, "..."]) -> list[Float[Array, "..."]]:
+    """TERMS bf16 arrays whose sum is a float32 array, and whose products with bf16 are exact in float32."""
+    found = []
+    for _ in range(TERMS):
+        found.append(lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))
+        x = x - found[-1]
+    return [term.astype(jnp.bfloat16) for term in found]
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _product(letters: str, x: Float[Array, "B K G T _"], slots: Float[Array, "B K S H"]) -> Float[Array, "B K G T _"]:
     """A float32 array times slots, accumulated in float32.
 
     Slots in bf16 are not converted, which would write a copy of them twice their size: x is taken as the sum of three bf16
-    arrays, whose products with bf16 are exact in float32.
+    arrays.
     """
     if slots.dtype != jnp.bfloat16:
         return jnp.einsum(letters, x, slots.astype(jnp.float32))
-    terms = []
-    for _ in range(3):
-        terms.append(lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))
-        x = x - terms[-1]
-    parts = jnp.concatenate(terms, 2).astype(jnp.bfloat16)
+    parts = jnp.concatenate(terms(x), 2)
     high, middle, low = jnp.split(jnp.einsum(letters, parts, slots, preferred_element_type=jnp.float32), 3, 2)
     return high + (middle + low)
 

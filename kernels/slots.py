@@ -11,6 +11,11 @@ type Stored = dict[str, Array]
 """The arrays that hold encoded vectors: same leading axes as the vectors, the last one is the format's own."""
 
 
+def payload(stored: Stored) -> Array:
+    """The largest of the arrays of stored vectors: their codes, or the values of a format that is kept as it is."""
+    return stored["values"] if "values" in stored else stored["codes"]
+
+
 class Format:
     """How vectors of H numbers are stored."""
 
