@@ -12,6 +12,7 @@ from kvcascade.eval.records import Record
 from kvcascade.kernels import aot, traffic
 from kvcascade.model import generate, gpt
 from kvcascade.model.config import ModelConfig
+from kvcascade.model.known import KNOWN
 
 SPEC = "sink 4 | recent 60 | heavy 64@int8 | heavy 3968@int4h"
 """Four tiers of three formats, 4,096 tokens in all."""
@@ -28,19 +29,11 @@ class Step:
     context: int = 4096
 
 
-SMOLLM2 = ModelConfig(
-    layers=30, width=576, heads=9, kv_heads=3, mlp=1536, vocab=49152, context=8192, activation="swiglu", rope_base=100_000.0,
-    weights="bfloat16", dtype="bfloat16",
-)  # fmt: skip
-LLAMA3_8B = ModelConfig(
-    layers=32, width=4096, heads=32, kv_heads=8, mlp=14336, vocab=128256, context=8192, activation="swiglu", rope_base=500_000.0,
-    tied=False, weights="bfloat16", dtype="bfloat16",
-)  # fmt: skip
 STEPS = {
     each.name: each
     for each in (
-        Step("decode step of SmolLM2-135M, 64 rows", SMOLLM2, 64),
-        Step("decode step of Llama-3-8B, 32 rows", LLAMA3_8B, 32),
+        Step("decode step of SmolLM2-135M, 64 rows", KNOWN["smollm2-135m"], 64),
+        Step("decode step of Llama-3-8B, 32 rows", KNOWN["llama3-8b"], 32),
     )
 }
 SPARE = 0.05
