@@ -7,11 +7,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
+#include <mutex>
 #include <thread>
 #include <type_traits>
 #include <utility>
@@ -43,6 +45,7 @@ struct Register {
 };
 
 constexpr int64_t kAhead = 6;  // blocks of slots
+constexpr int64_t kAheadBytes = 8192;  // of weights
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
@@ -430,60 +433,138 @@ void Decode(const Stored& stored, int64_t row, int64_t H, float* x) {
   if (stored.turned) Turn(x, H);
 }
 
-// Tasks are claimed one by one, by this thread too, and only claimed ones are waited for: a pool whose threads all wait here
-// for each other cannot hang.
-template <typename F>
-void Parallel(ffi::ThreadPool& pool, int64_t tasks, int64_t threads, F task) {
-  struct Progress {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto progress = std::make_shared<Progress>();
-  auto work = [progress, tasks, &task] {
-    for (int64_t i; (i = progress->next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      task(i);
-      progress->done.fetch_add(1, std::memory_order_release);
+// Threads that share the tasks of a kernel. A decode step asks for them every few tens of microseconds, less than it takes the system
+// to wake one, so each waits in a loop for kPatience before it sleeps.
+class Workers {
+ public:
+  // Tasks are claimed one by one, by this thread too, so none is waited for that nobody has begun. Another caller meanwhile works alone.
+  template <typename F>
+  void Run(int64_t tasks, int64_t threads, const F& task) {
+    const std::unique_lock<std::mutex> alone(busy_, std::try_to_lock);
+    if (threads < 2 || tasks < 2 || !alone) {
+      for (int64_t i = 0; i < tasks; ++i) task(i);
+      return;
     }
-  };
-  for (int64_t t = 1; t < std::min(threads, tasks); ++t) pool.Schedule([work] { work(); });
-  work();
-  while (progress->done.load(std::memory_order_acquire) < tasks) std::this_thread::yield();
+    while (static_cast<int64_t>(started_) + 1 < threads) std::thread(&Workers::Wait, this, started_++).detach();
+    task_ = [](const void* task, int64_t i) { (*static_cast<const F*>(task))(i); };
+    context_ = &task, tasks_ = tasks, wanted_ = threads - 1;
+    next_.store(0, std::memory_order_relaxed);
+    open_.store(true);
+    calls_.fetch_add(1);
+    if (asleep_.load()) {
+      { const std::lock_guard<std::mutex> lock(sleep_); }
+      wake_.notify_all();
+    }
+    Work();
+    open_.store(false);  // who has not come in by now stays out
+    for (int spins = 0; inside_.load(); ++spins) spins < 1000 ? Pause() : std::this_thread::yield();
+  }
+
+ private:
+  static constexpr std::chrono::microseconds kPatience{200};
+
+  static void Pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  void Work() {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) task_(context_, i);
+  }
+
+  void Wait(int64_t index) {
+    for (uint64_t seen = 0;;) {
+      const auto since = std::chrono::steady_clock::now();
+      for (int spins = 1; calls_.load() == seen; ++spins) {
+        Pause();
+        if (spins % 64 || std::chrono::steady_clock::now() - since < kPatience) continue;
+        std::unique_lock<std::mutex> lock(sleep_);
+        asleep_.fetch_add(1);
+        wake_.wait(lock, [&] { return calls_.load() != seen; });
+        asleep_.fetch_sub(1);
+      }
+      seen = calls_.load();
+      inside_.fetch_add(1);
+      if (open_.load() && index < wanted_) Work();
+      inside_.fetch_sub(1);
+    }
+  }
+
+  std::mutex busy_, sleep_;
+  std::condition_variable wake_;
+  void (*task_)(const void*, int64_t);
+  const void* context_;
+  int64_t tasks_, wanted_, started_ = 0;
+  std::atomic<int64_t> next_{0};
+  std::atomic<bool> open_{false};
+  std::atomic<int> inside_{0}, asleep_{0};
+  std::atomic<uint64_t> calls_{0};
+};
+
+// Never destroyed: its threads may be in it until the process ends.
+Workers& Shared() {
+  static Workers* const workers = new Workers;
+  return *workers;
 }
 
 // y[r, n] = scale[n] * sum over i of x[r, i] w[n, i], for kRows rows of x and kLanes / kRows outputs n: kLanes sums at once.
 template <typename T, int kRows>
 void ProductBlock(const float* x, const T* w, const float* scale, float* y, int64_t I, int64_t O, int64_t rows, int64_t first) {
   constexpr int kOutputs = kLanes / kRows;
+  // Outputs are taken by fours at most: memory is read in few streams, and several registers of each before the next.
+  constexpr int kGroup = std::min(kOutputs, 4), kDeep = kOutputs / kGroup;
   const int64_t outputs = std::min<int64_t>(kOutputs, O - first);
   // Past the last row or output the last one is computed again, and not written.
   const float* xs[kRows];
-  const T* ws[kOutputs];
   for (int r = 0; r < kRows; ++r) xs[r] = x + std::min<int64_t>(r, rows - 1) * I;
-  for (int n = 0; n < kOutputs; ++n) ws[n] = w + (first + std::min<int64_t>(n, outputs - 1)) * I;
-  Lanes sums[kLanes] = {};
-  const int64_t ahead = std::max<int64_t>(kOutputs * I, 4096);
-  int64_t i = 0;
-  for (; i + kLanes <= I; i += kLanes) {
-    const bool prefetch = i % (64 / sizeof(T)) == 0;
-    Lanes row[kRows];
-    for (int r = 0; r < kRows; ++r) std::memcpy(&row[r], xs[r] + i, sizeof(Lanes));
-#pragma GCC unroll 16
-    for (int n = 0; n < kOutputs; ++n) {
-      const Lanes weight = Widened(ws[n] + i);
-      if (prefetch) __builtin_prefetch(ws[n] + i + ahead);
+  auto output = [&](int n) { return w + (first + std::min<int64_t>(n, outputs - 1)) * I; };
+  Lanes sums[kLanes];
+  const int64_t ahead = std::max<int64_t>(kGroup * I, kAheadBytes / sizeof(T)), whole_lanes = I / kLanes * kLanes;
+#pragma GCC unroll 4
+  for (int group = 0; group < kOutputs; group += kGroup) {
+    const T* ws[kGroup];
+    for (int n = 0; n < kGroup; ++n) ws[n] = output(group + n);
+    Lanes parts[kDeep][kRows][kGroup] = {};
+    auto add = [&](int64_t i, auto deep) {
+#pragma GCC unroll 4
+      for (int d = 0; d < decltype(deep)::value; ++d) {
+        Lanes row[kRows];
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) sums[r * kOutputs + n] += row[r] * weight;
+        for (int r = 0; r < kRows; ++r) std::memcpy(&row[r], xs[r] + i + d * kLanes, sizeof(Lanes));
+#pragma GCC unroll 4
+        for (int n = 0; n < kGroup; ++n) {
+          if ((i + d * kLanes) % (64 / sizeof(T)) == 0) __builtin_prefetch(ws[n] + i + d * kLanes + ahead);
+          const Lanes weight = Widened(ws[n] + i + d * kLanes);
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) parts[d][r][n] += row[r] * weight;
+        }
+      }
+    };
+    int64_t i = 0;
+    for (; i + kDeep * kLanes <= I; i += kDeep * kLanes) add(i, std::integral_constant<int, kDeep>());
+    for (; i < whole_lanes; i += kLanes) add(i, std::integral_constant<int, 1>());
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kGroup; ++n) {
+        Lanes sum = parts[0][r][n];
+#pragma GCC unroll 4
+        for (int d = 1; d < kDeep; ++d) sum += parts[d][r][n];
+        sums[r * kOutputs + group + n] = sum;
+      }
     }
   }
-  float whole[kLanes], scales[kOutputs];
+  float whole[kLanes];
   const Lanes folded = Sums(sums);
   std::memcpy(whole, &folded, sizeof whole);
-  for (int n = 0; n < kOutputs; ++n) scales[n] = scale ? scale[first + std::min<int64_t>(n, outputs - 1)] : 1.0f;
-  for (int r = 0; r < kRows; ++r) {
-    for (int n = 0; n < kOutputs; ++n) {
-      for (int64_t rest = i; rest < I; ++rest) whole[r * kOutputs + n] += xs[r][rest] * Number(ws[n][rest]);
-      whole[r * kOutputs + n] *= scales[n];
+  for (int n = 0; n < outputs; ++n) {
+    const T* weights = output(n);
+    for (int r = 0; r < std::min<int64_t>(kRows, rows); ++r) {
+      float sum = whole[r * kOutputs + n];
+      for (int64_t rest = whole_lanes; rest < I; ++rest) sum += xs[r][rest] * Number(weights[rest]);
+      y[r * O + first + n] = scale ? sum * scale[first + n] : sum;
     }
-    if (r < rows) std::copy_n(whole + r * kOutputs, outputs, y + r * O + first);
   }
 }
 
@@ -597,7 +678,7 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Span<const int64_t> arrays, ffi::Sp
   // A stored number is read at the price of four products.
   const int64_t work = 2 * dims[0] * call.kv_heads * slots * call.H * (call.group + 4);
   const int64_t threads = std::min<int64_t>(pool.num_threads(), work / kWorthAThread);
-  Parallel(pool, dims[0] * call.kv_heads, threads, [&](int64_t row_head) { run(call, row_head); });
+  Shared().Run(dims[0] * call.kv_heads, threads, [&](int64_t row_head) { run(call, row_head); });
   return ffi::Error::Success();
 }
 
@@ -608,24 +689,27 @@ struct Matrix {
   int64_t outputs;     // O
 };
 
-constexpr int64_t kBlock = 64;  // outputs of a task
-
 // Rows in groups, so that a weight comes from memory once and is converted for several rows at a time.
 template <typename T>
 void Products(ffi::ThreadPool& pool, const float* x, const std::vector<Matrix>& matrices, int64_t I, int64_t rows) {
-  auto blocks = [](const Matrix& matrix) { return (matrix.outputs + kBlock - 1) / kBlock; };
-  int64_t tasks = 0, weights = 0;
-  for (const Matrix& matrix : matrices) tasks += blocks(matrix), weights += matrix.outputs * I;
-  // Some 10 us of work for each thread: about as many bytes to be read, or products with so many rows.
-  const int64_t threads = std::min<int64_t>(pool.num_threads(), weights * static_cast<int64_t>(sizeof(T) + rows) / 500'000);
-  Parallel(pool, tasks, threads, [&](int64_t task) {
+  int64_t weights = 0, tasks = 0;
+  for (const Matrix& matrix : matrices) weights += matrix.outputs * I;
+  const int64_t size = sizeof(T);
+  // Some 4 us of work for each thread: about as many bytes to be read, or products with so many rows.
+  const int64_t threads = std::clamp<int64_t>(weights * (size + rows) / 200'000, 1, pool.num_threads());
+  // What is read in one long piece comes faster; short ones keep all threads at work to the end.
+  const int64_t piece = std::clamp<int64_t>(weights * size / (2 * threads), 96 << 10, 576 << 10);
+  const int64_t block = std::max<int64_t>(1, piece / (I * size * kLanes)) * kLanes;
+  auto blocks = [block](const Matrix& matrix) { return (matrix.outputs + block - 1) / block; };
+  for (const Matrix& matrix : matrices) tasks += blocks(matrix);
+  Shared().Run(tasks, threads, [&](int64_t task) {
     const Matrix* matrix = matrices.data();
     for (; task >= blocks(*matrix); ++matrix) task -= blocks(*matrix);
-    const int64_t O = matrix->outputs, end = std::min(O, (task + 1) * kBlock);
+    const int64_t O = matrix->outputs, end = std::min(O, (task + 1) * block);
     const T* w = static_cast<const T*>(matrix->weight);
     auto some = [&](auto count) {
       constexpr int kRows = decltype(count)::value;
-      for (int64_t n = task * kBlock; n < end; n += kLanes / kRows) {
+      for (int64_t n = task * block; n < end; n += kLanes / kRows) {
         for (int64_t r = 0; r < rows; r += kRows) {
           ProductBlock<T, kRows>(x + r * I, w, matrix->scale, matrix->y + r * O, I, O, rows - r, n);
         }
