@@ -17,9 +17,9 @@ from kvcascade.cache.cascade import Cache
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.eval.records import Record, full_bytes
-from kvcascade.kernels.write import argmin
 from kvcascade.model import generate
 from kvcascade.model.config import ModelConfig
+from kvcascade.model.generate import Sampling
 from kvcascade.model.gpt import Params
 from kvcascade.model.pretrained import Model, locate
 
@@ -46,22 +46,22 @@ def ours(model: Model, spec: CacheSpec, batch: int, context: int, steps: int) ->
     config, params = model.config, model.params
     prompts = np.random.default_rng(model.seed).integers(0, model.encoding.n_vocab, (batch, context)).tolist()
     tokens_BT, positions_BT = map(jnp.asarray, generate.pad(prompts))
-    likeliest = jax.jit(lambda logits_BV: argmin(-logits_BV))
+    greedy, nothing = Sampling(), jnp.zeros((batch, 0), bool)
     caches: list[Cache] = []
 
     def run(count: int = steps) -> Round:
         cache = jax.block_until_ready(generate.empty_cache(config, spec, batch, context + steps))
         start = time.perf_counter()
         logits_BV, cache = generate.prefill(config, params, cache, tokens_BT, positions_BT)
-        token_B = jax.block_until_ready(likeliest(logits_BV))
+        token_B = jax.block_until_ready(generate.sample(logits_BV, jax.random.key(0), greedy, nothing))
         prefill, seconds = time.perf_counter() - start, []
-        for index in range(count):
-            position_B = jnp.full(batch, context + index)
+        state = generate.State(cache, token_B, jnp.full(batch, context), jnp.copy(nothing))
+        for _ in range(count):
             start = time.perf_counter()
-            logits_BV, cache = generate.decode_step(config, params, cache, token_B, position_B)
-            token_B = jax.block_until_ready(likeliest(logits_BV))
+            tokens_nB, state = generate.decode_steps(config, params, state)
+            jax.block_until_ready(tokens_nB)
             seconds.append(time.perf_counter() - start)
-        caches[:] = [cache]
+        caches[:] = [state.cache]
         return Round(prefill, seconds[WARM:])
 
     before = _traces()
@@ -181,7 +181,7 @@ def bench(
 
 
 def _traces() -> int:
-    return sum(step._cache_size() for step in (generate.prefill, generate.decode_step))  # pyright: ignore
+    return sum(step._cache_size() for step in (generate.prefill, generate.decode_steps))  # pyright: ignore
 
 
 def _seconds(call: Callable) -> float:
