@@ -211,3 +211,19 @@ def retrieval(records: list[Record]) -> str:
         figure.supylabel("depth of the answer", fontsize=10)
         figure.tight_layout()
         return to_svg(figure)
+
+
+def stream(records: list[Record]) -> str:
+    """Milliseconds per token against tokens generated, a line per cache."""
+    with plt.rc_context(STYLE):
+        figure, axes = _axes()
+        for colour, record in zip(COLOURS, records, strict=False):
+            done, ms, _ = zip(*record["points"], strict=True)
+            axes.plot(done, ms, color=colour, marker="o", markersize=3, label=f"{record['cache']}, {record['weights']}")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("tokens generated")
+        axes.set_ylabel("milliseconds per token")
+        axes.legend(fontsize=9)
+        return to_svg(figure)
