@@ -76,6 +76,8 @@ struct Call {
   int64_t kv_heads, group, H;  // K, G = N / K
   int64_t window;              // positions that a query sees, 0: all
   std::vector<Tier> tiers;
+  int64_t shares;  // of a row's KV head
+  float* memory;   // of all shares
 };
 
 constexpr int64_t RowBytes(Format format, int64_t H) {
@@ -230,22 +232,31 @@ inline Lanes Sums(Lanes* x) {
   return x[0];
 }
 
+// A row's KV head over its share of each tier's slots; shares merge as partials do, by the logits' maximum and the weights' sum.
 // kWide registers hold a vector of H (0: known only when run).
 template <int kWide>
-class Head {
+class Share {
  public:
-  Head(const Call& call, int64_t row_head) : call_(call), H_(call.H), G_(call.group), row_head_(row_head) {
+  Share(const Call& call, int64_t row_head, int64_t share)
+      : call_(call), H_(call.H), G_(call.group), row_head_(row_head), share_(share) {
     now_ = call.query_pos[row_head / call.kv_heads];
     oldest_ = call.window ? std::max<int64_t>(0, now_ - call.window + 1) : 0;
-    for (const Tier& tier : call.tiers) slots_ += RoundUp(tier.slots);
+    for (const Tier& tier : call.tiers) slots_ += Last(tier) - First(tier);
     stride_ = kWide ? kWide * kLanes : RoundUp(H_);
+    weights_ = Memory(share) + RoundUp(2 * G_) + G_ * stride_;
     thread_local std::vector<Register> memory;
-    memory.assign((G_ * (slots_ + 3 * stride_) + kLanes * stride_) / kLanes, Register{});
-    weights_ = reinterpret_cast<float*>(memory.data());
-    q_ = weights_ + G_ * slots_;
+    memory.assign((3 * G_ + kLanes) * stride_ / kLanes, Register{});
+    q_ = reinterpret_cast<float*>(memory.data());
     q_turned_ = q_ + G_ * stride_;
     part_ = q_turned_ + G_ * stride_;
     block_ = part_ + G_ * stride_;
+  }
+
+  // Floats that a share keeps: maxima and sums [G] each, outputs [G, stride], weights [G, slots].
+  static int64_t Size(const Call& call) {
+    int64_t slots = 0;
+    for (const Tier& tier : call.tiers) slots += (RoundUp(tier.slots) / kLanes / call.shares + 1) * kLanes;
+    return RoundUp(2 * call.group) + call.group * (RoundUp(call.H) + slots);
   }
 
   void Run() {
@@ -260,18 +271,56 @@ class Head {
     int64_t offset = 0;
     for (const Tier& tier : call_.tiers) {
       Logits(tier, weights_ + offset);
-      offset += RoundUp(tier.slots);
+      offset += Last(tier) - First(tier);
     }
-    for (int64_t g = 0; g < G_; ++g) Softmax(weights_ + g * slots_);
-    std::fill_n(call_.out + row_head_ * G_ * H_, G_ * H_, 0.0f);
+    for (int64_t g = 0; g < G_; ++g) Softmax(weights_ + g * slots_, Maxima(share_) + g, Maxima(share_) + G_ + g);
+    std::fill_n(Outputs(share_), G_ * stride_, 0.0f);
     offset = 0;
     for (const Tier& tier : call_.tiers) {
       Output(tier, weights_ + offset);
-      offset += RoundUp(tier.slots);
+      offset += Last(tier) - First(tier);
+    }
+  }
+
+  // Once all shares have run: the head's output, by its first share, and the mass of this share's slots.
+  void Finish() {
+    std::vector<float> factors(G_);
+    for (int64_t g = 0; g < G_; ++g) {
+      float top = kNever, sum = 0;
+      for (int64_t p = 0; p < call_.shares; ++p) top = std::max(top, Maxima(p)[g]);
+      auto rescaled = [&](int64_t p) { return Maxima(p)[g] == kNever ? 0.0f : Exp(Maxima(p)[g] - top); };
+      for (int64_t p = 0; p < call_.shares; ++p) sum += Maxima(p)[G_ + g] * rescaled(p);
+      factors[g] = sum > 0 ? rescaled(share_) / sum : 0.0f;
+      if (share_) continue;
+      float* out = call_.out + (row_head_ * G_ + g) * H_;
+      std::fill_n(out, H_, 0.0f);
+      for (int64_t p = 0; p < call_.shares && sum > 0; ++p) {
+        const float factor = rescaled(p) / sum, *part = Outputs(p) + g * stride_;
+        for (int64_t h = 0; h < H_; ++h) out[h] += factor * part[h];
+      }
+    }
+    const float* weights = weights_;
+    for (const Tier& tier : call_.tiers) {
+      const int64_t first = First(tier), last = Last(tier);
+      for (int64_t s = first; tier.mass && s < std::min(last, tier.slots); ++s) {
+        float mass = 0;
+        for (int64_t g = 0; g < G_; ++g) mass += factors[g] * weights[g * slots_ + s - first];
+        tier.mass[row_head_ * tier.slots + s] = mass;
+      }
+      weights += last - first;
     }
   }
 
  private:
+  // The slots of a share: whole blocks.
+  int64_t Bound(const Tier& tier, int64_t share) const { return RoundUp(tier.slots) / kLanes * share / call_.shares * kLanes; }
+  int64_t First(const Tier& tier) const { return Bound(tier, share_); }
+  int64_t Last(const Tier& tier) const { return Bound(tier, share_ + 1); }
+
+  float* Memory(int64_t share) const { return call_.memory + (row_head_ * call_.shares + share) * Size(call_); }
+  float* Maxima(int64_t share) const { return Memory(share); }  // and the sums after them
+  float* Outputs(int64_t share) const { return Memory(share) + RoundUp(2 * G_); }
+
   int64_t wide() const { return kWide ? kWide : stride_ / kLanes; }
 
   // Read a block of slots, zeros in place of those that are not seen; false if none is.
@@ -308,13 +357,14 @@ class Head {
     return count > 0;
   }
 
-  void Logits(const Tier& tier, float* logits) {
+  void Logits(const Tier tier, float* logits) {
     const float* queries = tier.k.turned ? q_turned_ : q_;
     const auto* block = reinterpret_cast<const Lanes*>(block_);
-    for (int64_t first = 0; first < tier.slots; first += kLanes) {
+    const int64_t start = First(tier), end = Last(tier);
+    for (int64_t first = start; first < end; first += kLanes) {
       const bool any = ReadBlock(tier, tier.k, first);
       for (int64_t g = 0; g < G_; ++g) {
-        auto& result = *reinterpret_cast<Lanes*>(logits + g * slots_ + first);
+        auto& result = *reinterpret_cast<Lanes*>(logits + g * slots_ + first - start);
         if (!any) {
           result = Lanes{} + kNever;
           continue;
@@ -331,34 +381,33 @@ class Head {
     }
   }
 
-  // Logits become weights that sum to one; a query that sees nothing has zeros.
-  void Softmax(float* weights) {
+  // Logits become weights relative to the largest; a query that sees nothing has zeros.
+  void Softmax(float* weights, float* maximum, float* total) {
     auto* w = reinterpret_cast<Lanes*>(weights);
     const int64_t blocks = slots_ / kLanes;
     Lanes tops = Lanes{} + kNever, sums = {};
     for (int64_t s = 0; s < blocks; ++s) tops = w[s] > tops ? w[s] : tops;
-    float top = kNever, sum = 0;
+    float top = kNever;
     for (int j = 0; j < kLanes; ++j) top = std::max(top, tops[j]);
-    if (top == kNever) top = 0;
+    *maximum = top, *total = 0;
     for (int64_t s = 0; s < blocks; ++s) {
       auto* x = reinterpret_cast<float*>(w + s);
 #pragma omp simd
       for (int j = 0; j < kLanes; ++j) x[j] = x[j] == kNever ? 0.0f : Exp(x[j] - top);
       sums += w[s];
     }
-    for (int j = 0; j < kLanes; ++j) sum += sums[j];
-    const float factor = sum > 0 ? 1.0f / sum : 0.0f;
-    for (int64_t s = 0; s < blocks; ++s) w[s] *= factor;
+    for (int j = 0; j < kLanes; ++j) *total += sums[j];
   }
 
-  void Output(const Tier& tier, const float* weights) {
+  void Output(const Tier tier, const float* weights) {
     const auto* block = reinterpret_cast<const Lanes*>(block_);
     std::fill_n(part_, G_ * stride_, 0.0f);
-    for (int64_t first = 0; first < tier.slots; first += kLanes) {
+    const int64_t start = First(tier), end = Last(tier);
+    for (int64_t first = start; first < end; first += kLanes) {
       if (!ReadBlock(tier, tier.v, first)) continue;
       for (int64_t g = 0; g < G_; ++g) {
         auto* part = reinterpret_cast<Lanes*>(part_ + g * stride_);
-        const float* w = weights + g * slots_ + first;
+        const float* w = weights + g * slots_ + first - start;
         for (int64_t i = 0; i < wide(); ++i) {
           // Four sums, because one would wait for each addition.
           Lanes sums[4] = {part[i]};
@@ -369,24 +418,19 @@ class Head {
       }
     }
     for (int64_t g = 0; g < G_; ++g) {
-      float *part = part_ + g * stride_, *out = call_.out + (row_head_ * G_ + g) * H_;
+      float *part = part_ + g * stride_, *out = Outputs(share_) + g * stride_;
       if (tier.k.turned) Turn(part, H_);
       for (int64_t h = 0; h < H_; ++h) out[h] += part[h];
-    }
-    if (!tier.mass) return;
-    for (int64_t s = 0; s < tier.slots; ++s) {
-      float mass = 0;
-      for (int64_t g = 0; g < G_; ++g) mass += weights[g * slots_ + s];
-      tier.mass[row_head_ * tier.slots + s] = mass;
     }
   }
 
   const Call& call_;
-  const int64_t H_, G_, row_head_;
-  int64_t slots_ = 0;  // of all tiers, each padded to whole blocks
+  const int64_t H_, G_, row_head_, share_;
+  int64_t slots_ = 0;  // of this share of all tiers, each padded to whole blocks
   int64_t stride_;     // H, padded
   int32_t now_, oldest_;  // the positions that are seen
-  float *weights_, *q_, *q_turned_, *part_;  // [G, slots], [G, stride] three times
+  float* weights_;                           // [G, slots]
+  float *q_, *q_turned_, *part_;             // [G, stride]
   float* block_;                             // [kLanes, stride]
   alignas(sizeof(Lanes)) float seen_[kLanes];  // 0, or -inf for a slot that is not seen
 };
@@ -568,7 +612,7 @@ void ProductBlock(const float* x, const T* w, const float* scale, float* y, int6
   }
 }
 
-constexpr int64_t kWorthAThread = 1 << 20;  // about 25 us of work; less is done before another thread is awake
+constexpr int64_t kWorthAThread = 1 << 18;  // products: some 6 us of work
 
 ffi::ErrorOr<Stored> ReadStored(ffi::RemainingArgs& args, size_t& next, int64_t arrays, bool turned) {
   auto first = args.get<ffi::AnyBuffer>(next);
@@ -642,15 +686,33 @@ ffi::Error Exchange(int64_t arrays, bool turned, bool forget, ffi::Buffer<ffi::F
   return ffi::Error::Success();
 }
 
+constexpr int64_t kShareSlots = 256;  // at least
+
 template <int kWide>
-void RunHead(const Call& call, int64_t row_head) { Head<kWide>(call, row_head).Run(); }
+void AttendAll(Call& call, int64_t heads, int64_t slots, int64_t threads) {
+  // Few heads are divided, so that all threads have work to the end.
+  call.shares = threads < 2 ? 1 : std::max<int64_t>(1, std::min((4 * threads + heads - 1) / heads, slots / kShareSlots));
+  thread_local std::vector<Register> memory;
+  const size_t size = heads * call.shares * Share<kWide>::Size(call) / kLanes;
+  if (memory.size() < size) memory.resize(size);
+  call.memory = reinterpret_cast<float*>(memory.data());
+  Shared().Run(heads * call.shares, threads, [&](int64_t task) {
+    Share<kWide> share(call, task / call.shares, task % call.shares);
+    share.Run();
+    if (call.shares == 1) share.Finish();
+  });
+  if (call.shares == 1) return;
+  Shared().Run(heads * call.shares, threads, [&](int64_t task) {
+    Share<kWide>(call, task / call.shares, task % call.shares).Finish();
+  });
+}
 
 // args: per tier its positions, the arrays of K, the arrays of V; rets: per tier its mass, or none at all.
 ffi::Error Attend(ffi::ThreadPool pool, ffi::Span<const int64_t> arrays, ffi::Span<const int64_t> turned,
                   int64_t window, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::S32> query_pos, ffi::RemainingArgs args,
                   ffi::ResultBuffer<ffi::F32> out, ffi::RemainingRets masses) {
   const auto dims = q.dimensions();
-  Call call{q.typed_data(), query_pos.typed_data(), out->typed_data(), 0, 0, dims[2], window, {}};
+  Call call{q.typed_data(), query_pos.typed_data(), out->typed_data(), 0, 0, dims[2], window, {}, 1, nullptr};
   int64_t slots = 0;
   size_t next = 0;
   for (size_t i = 0; i < arrays.size(); ++i) {
@@ -666,19 +728,19 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Span<const int64_t> arrays, ffi::Sp
     slots += pos->dimensions()[2];
   }
   call.group = dims[1] / call.kv_heads;
-  void (*run)(const Call&, int64_t) = RunHead<0>;
+  auto* run = AttendAll<0>;
   switch (RoundUp(call.H) / kLanes) {
-    case 1: run = RunHead<1>; break;
-    case 2: run = RunHead<2>; break;
-    case 4: run = RunHead<4>; break;
-    case 5: run = RunHead<5>; break;
-    case 6: run = RunHead<6>; break;
-    case 8: run = RunHead<8>; break;
+    case 1: run = AttendAll<1>; break;
+    case 2: run = AttendAll<2>; break;
+    case 4: run = AttendAll<4>; break;
+    case 5: run = AttendAll<5>; break;
+    case 6: run = AttendAll<6>; break;
+    case 8: run = AttendAll<8>; break;
   }
   // A stored number is read at the price of four products.
   const int64_t work = 2 * dims[0] * call.kv_heads * slots * call.H * (call.group + 4);
   const int64_t threads = std::min<int64_t>(pool.num_threads(), work / kWorthAThread);
-  Shared().Run(dims[0] * call.kv_heads, threads, [&](int64_t row_head) { run(call, row_head); });
+  run(call, dims[0] * call.kv_heads, slots, threads);
   return ffi::Error::Success();
 }
 
