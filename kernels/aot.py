@@ -91,6 +91,19 @@ DERIVED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+MEMORY = {
+    "h100": 84_942_979_072,
+    "h200": 151_397_597_184,
+    "b200": 191_514_411_008,
+    "a100": 85_100_068_864,
+    "a100-40": 42_331_013_120,
+    "a6000": 51_041_271_808,
+    "rtx6000pro": 103_079_215_104,
+    "v100": 16_935_682_048,
+} | {name: figures["device_memory_size"] for name, figures in DERIVED.items()}
+"""Bytes of every card, as the compiler's description has them: known without the compiler too."""
+
+
 MISSING = "compiling for a GPU needs more packages: pip install 'kvcascade[aot]'"
 
 
