@@ -116,17 +116,13 @@ def solve(task: Task, measure: Callable[[Task, int, int], Record] = measure) -> 
                 "exact": most.exact,
                 "compiles": most.compiles,
                 "next_held": most.next_held,
-                "rows": shown,
-                **plan,
-                "expected": dataclasses.asdict(expected),
+                **compare(expected, shown, plan),
                 "expected_users": expected.users(task.budget),
-                "difference": plan["held"] / expected.total(shown) - 1,
                 "kv_bytes": expected.cache,
                 "kv_bytes_full": full_bytes(config, context),
                 "longest": longest,
             }
         )
-        found[-1]["explanation"] = explanation(found[-1])
     return found
 
 
@@ -136,29 +132,41 @@ def one_user(task: Task, spec: CacheSpec, measure: Callable[[Task, int, int], Re
     if guess is None:
         return {"context": None, "exact": True, "compiles": 0}
     limit = task.model.context // GRAIN if task.model.positions == "learned" else None
+    expected = lambda grains: memory.decode_step(task.model, spec, grains * GRAIN)
+    plans: dict[int, Record] = {}
+
+    def held(grains: int) -> int:
+        plans[grains] = measure(task, 1, grains * GRAIN)
+        return plans[grains]["held"]
+
     grains = max(1, guess // GRAIN)
-    total = lambda grains: memory.decode_step(task.model, spec, grains * GRAIN).total(1)
-    held = lambda grains: measure(task, 1, grains * GRAIN)["held"]
-    found = largest(held, task.budget, grains, total(grains + 1) - total(grains), limit)
-    return {"context": found.most * GRAIN, "exact": found.exact, "compiles": found.compiles}
+    slope = expected(grains + 1).total(1) - expected(grains).total(1)
+    found = largest(held, task.budget, grains, slope, limit)
+    compared = compare(expected(found.most), 1, plans[found.most]) if found.most else {}
+    return {"context": found.most * GRAIN, "exact": found.exact, "compiles": found.compiles} | compared
 
 
-def explanation(one: Record) -> str | None:
-    """Where XLA's plan and the arithmetic part, in a sentence, if they are further apart than `CLOSE`."""
-    if abs(one["difference"]) <= CLOSE:
-        return None
-    rows, expected = one["rows"], one["expected"]
+def compare(expected: memory.Memory, rows: int, plan: Record) -> Record:
+    """What so many rows hold by XLA's plan and by the arithmetic; where they are further apart than `CLOSE`, a sentence says in what."""
+    difference = plan["held"] / expected.total(rows) - 1
     parts = {
-        "arguments (XLA keeps the weights or the cache in another layout)": one["arguments"]
-        - expected["weights"]
-        - rows * (expected["cache"] + expected["inputs"]),
-        "results that are no arguments (part of the cache is not changed in place)": one["outputs"]
-        - rows * expected["logits"],
-        "temporaries (copies, or results of several layers that live at once)": one["temporaries"]
-        - rows * expected["workspace"],
+        "arguments (XLA keeps the weights or the cache in another layout)": plan["arguments"]
+        - expected.weights
+        - rows * (expected.cache + expected.inputs),
+        "results that are no arguments (part of the cache is not changed in place)": plan["outputs"]
+        - rows * expected.logits,
+        "temporaries (copies, or results of several layers that live at once)": plan["temporaries"]
+        - expected.work(rows),
     }
     what, extra = max(parts.items(), key=lambda part: abs(part[1]))
-    return f"{one['difference']:+.1%}, most of it {extra / 2**20:+,.0f} MiB of {what}"
+    sentence = f"{difference:+.1%}, most of it {extra / 2**20:+,.1f} MiB of {what}"
+    return {
+        "rows": rows,
+        **plan,
+        "expected": dataclasses.asdict(expected),
+        "difference": difference,
+        "explanation": sentence if abs(difference) > CLOSE else None,
+    }
 
 
 def fit(
@@ -248,9 +256,11 @@ def baseline(one: Record, found: Sequence[Record]) -> Record | None:
 def notes(found: Sequence[Record]) -> list[str]:
     """What has to be said with a table: differences from the arithmetic, answers that are not exact, what others have published."""
     lines = [
-        f"{one['cache']} at {one['context']:,} tokens: XLA against the arithmetic {one['explanation']}."
+        f"{one['cache']}, {what}: XLA against the arithmetic {compared['explanation']}."
         for one in found
-        if one.get("explanation")
+        if "longest" in one
+        for what, compared in ((f"{one['context']:,} tokens", one), ("one user's context", one["longest"]))
+        if compared.get("explanation")
     ]
     lines += [
         f"{one['cache']} at {one['context']:,} tokens: at least so many; the compilations did not find the next one that does not fit."
@@ -258,6 +268,7 @@ def notes(found: Sequence[Record]) -> list[str]:
         if not one.get("exact", True)
     ]
     same = [(one["model"], one["gpu"], one["context"], one["cache"]) for one in found]
+    lines = list(dict.fromkeys(lines))  # one user's context is the same in all records of a cache
     return lines + [PUBLISHED[one] for one in dict.fromkeys(same) if one in PUBLISHED]
 
 

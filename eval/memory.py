@@ -32,19 +32,25 @@ class Memory:
     logits: int
     inputs: int
     workspace: int
+    alone: int
+    """The workspace of a step that has one row only."""
 
     @property
     def row(self) -> int:
         """Bytes that one more row takes: cache + logits + inputs + workspace."""
         return self.cache + self.logits + self.inputs + self.workspace
 
+    def work(self, rows: int) -> int:
+        """Bytes of temporaries of so many rows: rows · workspace, of one `alone`."""
+        return rows * self.workspace if rows > 1 else rows * self.alone
+
     def total(self, rows: int) -> int:
-        """Bytes of so many rows: weights + rows · row."""
-        return self.weights + rows * self.row
+        """Bytes of so many rows: weights + rows · (cache + logits + inputs) + work."""
+        return self.weights + rows * (self.row - self.workspace) + self.work(rows)
 
     def users(self, budget: int) -> int:
-        """Rows that fit into so many bytes: ⌊(budget − weights) / row⌋, 0 if not even the weights do."""
-        return max(0, (budget - self.weights) // self.row)
+        """Rows that fit into so many bytes: ⌊(budget − weights) / row⌋, but 1 where one fits alone."""
+        return max(0, (budget - self.weights) // self.row, int(self.total(1) <= budget))
 
 
 def decode_step(config: ModelConfig, spec: CacheSpec, context: int) -> Memory:
@@ -54,7 +60,7 @@ def decode_step(config: ModelConfig, spec: CacheSpec, context: int) -> Memory:
     cache      codes, scales, positions and scores of every tier of every layer (`CacheSpec.nbytes`)
     logits     vocab · 2 or 4, as `dtype` says
     inputs     8: a token and a position in int32
-    workspace  `workspace`
+    workspace  `workspace`, alone the same for one row
     """
     return Memory(
         weights(config),
@@ -62,6 +68,7 @@ def decode_step(config: ModelConfig, spec: CacheSpec, context: int) -> Memory:
         config.vocab * jnp.dtype(config.dtype).itemsize,
         8,
         workspace(config, spec, context),
+        workspace(config, spec, context, alone=True),
     )
 
 
@@ -73,22 +80,23 @@ def weights(config: ModelConfig) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(gpt.graph(config)[1]))
 
 
-def workspace(config: ModelConfig, spec: CacheSpec, context: int) -> int:
+def workspace(config: ModelConfig, spec: CacheSpec, context: int, alone: bool = False) -> int:
     """Bytes of temporaries that a decode step needs for a row, as its GPU kernels have them: ranks + the widest layer's.
 
     ranks   Σ over layers of 4 · K · (S₀ + 1): how much each slot of the first tier, and the newcomer, deserve to stay. They depend on
             nothing that the step computes, so XLA ranks all layers' in one kernel at the start, and they live until their layer's turn.
+            In a step of one row alone it does not: then it is the most of any layer.
     layer   the larger of attention, M · d + (N + 2K) · H · d + (N + 2K) · H · 4 + 4 · N · S where attention mass is collected, and of
             the MLP, M · d + matrices · F · d with d the bytes of `dtype`; S the slots of all tiers, `matrices` 3 with a gate, else 2.
             K and V go to their slots in float32, as attention's output comes from them; the logits of all slots make the mass.
     """
     cascades = spec.cascades(config.layers)
     number, wide = jnp.dtype(config.dtype).itemsize, config.heads + 2 * config.kv_heads
-    ranks = sum(4 * config.kv_heads * (cascade.tiers[0].slots(context) + 1) for cascade in cascades)
+    ranks = [4 * config.kv_heads * (cascade.tiers[0].slots(context) + 1) for cascade in cascades]
     slots = max(sum(tier.slots(context) for tier in each.tiers) if each.scored(0) else 0 for each in cascades)
     attention = wide * config.head_dim * (number + 4) + 4 * config.heads * slots
     mlp = (3 if config.activation == "swiglu" else 2) * config.mlp * number
-    return ranks + config.width * number + max(attention, mlp)
+    return (max(ranks) if alone else sum(ranks)) + config.width * number + max(attention, mlp)
 
 
 def longest(config: ModelConfig, spec: CacheSpec, budget: int) -> int | None:

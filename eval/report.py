@@ -346,11 +346,11 @@ def _fits(fits: list[Record]) -> list[dict]:
 
 def fits_table(records: list[Record]) -> str:
     """Users that fit, for each model and card a table, with what has to be said of them and the versions that say so."""
-    fits = of_kind(records, "fit")
-    parts = [
-        "\n\n".join([f"{each['title'][0].upper()}{each['title'][1:]}:", markdown(each["table"]), *each["notes"]])
-        for each in _fits(fits)
-    ]
+    fits, parts = of_kind(records, "fit"), []
+    for each in _fits(fits):
+        columns, rows = each["table"]
+        marked = markdown((columns, [[f"`{cache}`", *cells] for cache, *cells in rows]))
+        parts.append("\n\n".join([f"{each['title'][0].upper()}{each['title'][1:]}:", marked, *each["notes"]]))
     versions = ", ".join(f"{name} {version}" for name, version in fits[0]["versions"].items())
     return "\n\n".join([*parts, f"Commit {fits[0]['commit']}; {versions}."])
 

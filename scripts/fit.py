@@ -1,6 +1,7 @@
 """Users that fit on a GPU, without one: `kvcascade fit --gpu h100 --model llama3-8b --cache full --cache full@int8 --context 8192`; a minute a cache."""
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -63,3 +64,5 @@ def main(arguments: list[str]) -> None:
         records.append(args.out, found)
     console.table(*fit.table(found))
     print(*fit.notes(found), sep="\n")
+    if any("failed" in one for one in found):
+        sys.exit(1)

@@ -71,6 +71,11 @@ def test_a_budget_is_filled_with_users_and_with_context():
     assert held.total(users) <= budget < held.total(users + 1)
     assert held.total(users) == held.weights + users * (held.cache + held.logits + held.inputs + held.workspace)
     assert held.logits == 2 * 128256
+    assert (
+        held.total(2) - held.total(1) > held.row
+        and held.users(held.total(1)) == 1
+        and held.users(held.total(1) - 1) == 0
+    )
     longest = memory.longest(config, spec, budget)
     assert longest is not None
     fits = lambda context: memory.decode_step(config, spec, context).total(1) <= budget
@@ -87,6 +92,7 @@ def test_ranks_of_the_first_tier_and_logits_that_are_observed_make_the_workspace
     at = lambda text: memory.workspace(nano.config, parse(text), 100)
     assert at("full") == 2 * 4 * 2 * 101 + fixed
     assert at("sink 9 | recent 50") == 2 * 4 * 2 * 10 + fixed
+    assert memory.workspace(nano.config, parse("full"), 100, alone=True) == 4 * 2 * 101 + fixed
     assert at("sink 9 | heavy 50") == at("sink 9 | recent 50") + 4 * 4 * 59
     assert at("layers[0:1]: full ; layers[1:]: sink 9") == 4 * 2 * (101 + 10) + fixed
 
