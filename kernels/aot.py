@@ -15,8 +15,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kvcascade.kernels import backend
 
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu,cuda", "CUDA_VISIBLE_DEVICES": "-1", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
-"""What has to stand in the environment before JAX is imported, so that the CUDA plug-in loads without a GPU."""
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu,cuda",
+    "CUDA_VISIBLE_DEVICES": "-1",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+}
+"""What has to stand in the environment before JAX is imported, so that the CUDA plug-in loads without a GPU, and really compiles."""
 
 
 @dataclasses.dataclass(frozen=True)
