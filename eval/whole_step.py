@@ -3,11 +3,13 @@
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kvcascade.cache.spec import parse
+from kvcascade.cache.cascade import Cache
+from kvcascade.cache.spec import CacheSpec, parse
 from kvcascade.eval.records import Record
 from kvcascade.kernels import aot, traffic
 from kvcascade.model import generate, gpt
@@ -40,20 +42,27 @@ SPARE = 0.05
 """Temporaries that a step may have, as a share of its cache."""
 
 
-def measure(step: Step, card: aot.GPU) -> Record:
-    """Bytes of the cache, those aliased by its donation, temporaries, copies of K and V, launches: all from the compiled program."""
-    model, spec = step.model, parse(step.cache)
+def compile_step(
+    model: ModelConfig, spec: CacheSpec, batch: int, context: int, card: aot.GPU
+) -> tuple[jax.stages.Compiled, Any, Cache]:
+    """A decode step with its cache donated, compiled for a card; also XLA's analysis of its memory, and the cache's shapes."""
     params = gpt.graph(model)[1]
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    cache = jax.eval_shape(lambda: spec.init(step.batch, model.layers, model.kv_heads, model.head_dim, step.context))
-    each_row = jax.ShapeDtypeStruct((step.batch,), jnp.int32)
+    cache = jax.eval_shape(lambda: spec.init(batch, model.layers, model.kv_heads, model.head_dim, context))
+    each_row = jax.ShapeDtypeStruct((batch,), jnp.int32)
 
     def decode_step(params, cache, token_B, position_B):
         return generate.decode_step(model, params, cache, token_B, position_B)
 
     compiled = aot.compile_for(decode_step, (params, cache, each_row, each_row), card, donate=(1,))
-    memory, program = compiled.memory_analysis(), compiled.as_text() or ""
-    assert memory
+    return compiled, compiled.memory_analysis(), cache
+
+
+def measure(step: Step, card: aot.GPU) -> Record:
+    """Bytes of the cache, those aliased by its donation, temporaries, copies of K and V, launches: all from the compiled program."""
+    model, spec = step.model, parse(step.cache)
+    compiled, memory, cache = compile_step(model, spec, step.batch, step.context, card)
+    program = compiled.as_text() or ""
     held = [leaf for layer in cache for slots in layer.slots for leaf in jax.tree.leaves((slots.k, slots.v))]
     launches = traffic.launches(program)
     cache_bytes = spec.nbytes(model.layers, model.kv_heads, model.head_dim, step.context) * step.batch

@@ -13,6 +13,8 @@ COMMANDS = {
     "evaluate": "perplexity, bytes and speed of a model behind caches",
     "bench": "prefill and decode speed, and the share of the memory bandwidth",
     "stream": "decode on and on: whether time and memory per token stay flat",
+    "memory": "bytes of models and caches by arithmetic, and the users that leaves room for",
+    "fit": "how many users fit on a GPU, compiled for it without one",
     "kernels": "what the GPU kernels cost on a card, without one; their speed, with one",
     "compare": "runs side by side: loss, perplexity, bytes, latency",
     "retrieve": "what a cache still lets a model find: needles, copying, arithmetic, several questions",

@@ -322,3 +322,10 @@ def test_compiled_programs_are_kept_for_the_next_time(here: Path) -> None:
         programs.append({path.name for path in (cache / "programs").glob("jit_*-cache")})
     assert programs[0] == programs[1] and any(name.startswith("jit_decode_steps") for name in programs[0])
     assert {"bench", "study", "compare"} <= set(cli.COLD) <= set(cli.COMMANDS)
+
+
+def test_a_run_is_known_by_its_shape(here: Path, capsys):
+    """A layer, two KV heads of width 8: keys, values and positions of a token; none of its weights is read."""
+    shutil.rmtree(here / "run" / "checkpoints")
+    cli.main(["memory", "--model", "run", "--cache", "full", "--context", "32", "--weights", "bfloat16"])
+    assert f" {2 * (2 * 8 * 2 + 4)} " in capsys.readouterr().out
