@@ -2,7 +2,6 @@
 
 import ctypes
 import importlib.metadata
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -29,10 +28,10 @@ UBATCH = 512
 class Variant:
     """A GGUF file, as it is or with its weights in another format, and a format of keys and values."""
 
-    def __init__(self, variant: str, model: Path):
+    def __init__(self, variant: str, model: Path, threads: int):
         import llama_cpp  # pyright: ignore
 
-        self.api = llama_cpp
+        self.api, self.threads = llama_cpp, threads
         self.quiet = llama_cpp.llama_log_callback(lambda level, text, user: None)
         llama_cpp.llama_log_set(self.quiet, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
@@ -67,7 +66,7 @@ class Variant:
         params = api.llama_context_default_params()
         params.n_seq_max, params.n_ctx = batch, batch * -(-room // 256) * 256
         params.n_batch, params.n_ubatch, params.n_outputs_max = batch * context, UBATCH, batch
-        params.n_threads = params.n_threads_batch = os.cpu_count() or 1
+        params.n_threads = params.n_threads_batch = self.threads
         params.type_k = params.type_v = TYPES[self.kv][0]
         params.flash_attn_type, params.kv_unified = api.LLAMA_FLASH_ATTN_TYPE_ENABLED, False
         self.context = api.llama_init_from_model(self.model, params)

@@ -3,7 +3,7 @@
     python eval/peer_main.py                          say which of the libraries are here, and the variants of each
     python eval/peer_main.py LIBRARY VARIANT MODEL    be that variant, of a model's GGUF file or directory
 
-Nothing of kvcascade is imported: `peer_LIBRARY.py` beside this file is the library's. Its `Variant(name, model)` has `about` and
+Nothing of kvcascade is imported: `peer_LIBRARY.py` beside this file is the library's. Its `Variant(name, model, threads)` has `about` and
 `prepare`, `prefill`, `decode`, `kv_bytes`, which are called with the line's arguments: [method, *arguments].
 """
 
@@ -32,8 +32,9 @@ def main(arguments: list[str]) -> None:
         return say({"value": {name: list(module.VARIANTS) for name, module in here.items()}})
     library, variant, model = arguments
     try:
-        running = importlib.import_module(f"peer_{library}").Variant(variant, Path(model))
-        say({"value": running.about})
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        running = importlib.import_module(f"peer_{library}").Variant(variant, Path(model), threads)
+        say({"value": running.about | {"threads": threads}})
     except Exception:
         return say({"error": _reason()})
     for line in sys.stdin:

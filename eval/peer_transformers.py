@@ -1,7 +1,6 @@
 """transformers as a peer of `eval/bench.py`: its caches, in float32, eagerly or compiled."""
 
 import importlib.metadata
-import os
 import time
 from pathlib import Path
 
@@ -12,11 +11,11 @@ VARIANTS = ("DynamicCache", "StaticCache, compiled", "QuantizedCache, 4 bits")
 class Variant:
     """A model in float32 behind one of transformers' caches."""
 
-    def __init__(self, variant: str, model: Path):
+    def __init__(self, variant: str, model: Path, threads: int):
         import torch  # pyright: ignore
         import transformers  # pyright: ignore
 
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
         self.torch, self.transformers, self.variant = torch, transformers, variant
         named = {"gguf_file": model.name} if model.is_file() else {}

@@ -49,7 +49,7 @@ NEEDS, VARIANTS = ("json",), ("steady", "one row", "mortal", "unloadable")
 class Variant:
     about = {"peer": "p 1", "weights": "float32"}
 
-    def __init__(self, variant, model):
+    def __init__(self, variant, model, threads):
         print("a library may print")
         self.variant = variant
         if variant == "unloadable":
@@ -79,7 +79,7 @@ NEEDS, VARIANTS = (), ("quick",)
 
 class Variant:
     about = {"peer": "q 2", "weights": "q4_0"}
-    __init__ = lambda self, variant, model: None
+    __init__ = lambda self, variant, model, threads: None
     prepare = lambda self, *case: None
     prefill = lambda self: 1.0
     decode = lambda self, steps: [0.1] * steps
