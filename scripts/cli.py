@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": "perplexity, bytes and speed of a model behind caches",
     "bench": "prefill and decode speed, and the share of the memory bandwidth",
     "stream": "decode on and on: whether time and memory per token stay flat",
+    "crash": "how many users fit: more and more under a hard limit of memory, until one is killed",
     "kernels": "what the GPU kernels cost on a card, without one; their speed, with one",
     "compare": "runs side by side: loss, perplexity, bytes, latency",
     "retrieve": "what a cache still lets a model find: needles, copying, arithmetic, several questions",
