@@ -8,6 +8,7 @@ import time
 import traceback
 from pathlib import Path
 
+from kvcascade.cache.errors import BadInput
 from kvcascade.eval import limits
 
 LONGEST = 2048  # tokens per user where nobody says how many
@@ -71,17 +72,22 @@ def load(name: str, weights: str | None, context: int):
     import jax
     import jax.numpy as jnp
 
-    from kvcascade.model import gpt
+    from kvcascade.model import gpt, pretrained
     from kvcascade.model.known import KNOWN, stretch
-    from kvcascade.train import run
+    from kvcascade.train import checkpoint  # not `run`, which imports Arrow: seconds, and a gigabyte of addresses
 
     if name in KNOWN and not Path(name).exists():
         config = stretch(dataclasses.replace(KNOWN[name], weights=weights or KNOWN[name].weights), context)
         wave = lambda leaf: (0.02 * jnp.sin(jnp.arange(leaf.size))).reshape(leaf.shape).astype(leaf.dtype)
         shapes = gpt.graph(config)[1]
         return config, jax.block_until_ready(jax.jit(lambda: jax.tree.map(wave, shapes))())
-    model = run.open_model(name, weights=weights or "float32")
-    return model.config, jax.block_until_ready(jax.tree.map(jnp.asarray, model.params))
+    if pretrained.is_pretrained(name):
+        model = pretrained.load(name, weights=weights or "float32")
+        return model.config, jax.block_until_ready(model.params)
+    if weights not in (None, "float32"):
+        raise BadInput(f"{name} is a run, whose weights are float32; --weights {weights} is for pretrained models")
+    trained = checkpoint.load_run(Path(name))
+    return trained.config.model, jax.block_until_ready(jax.tree.map(jnp.asarray, trained.params))
 
 
 def occupied(spec, config, batch: int, context: int, tokens: int):
@@ -132,11 +138,8 @@ def on_device(device) -> dict:
 
 
 if __name__ == "__main__":
-    wanted = limits.read()
-    from kvcascade.cache.errors import BadInput
-
     try:
-        main(wanted)
+        main(limits.read())
     except BadInput as error:
         limits.say(bad_input=str(error))
         sys.exit(2)

@@ -26,7 +26,7 @@ class Args:
     """Tokens in each user's cache; 0: the model's context, at most 2,048."""
     limit: str = "6GB"
     """Memory of a child, such as 6GB or 700MiB; a GPU has its own."""
-    resolution: float = 0.005
+    resolution: float = 0.01
     """How far apart the last that lived and the first that died may be, as a share of the users; 0: neighbours."""
     steps: int = 3
     """Decode steps at full occupancy that a child must live through."""
