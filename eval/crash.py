@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
@@ -38,8 +39,10 @@ def crash(
     `context` 0: the model's, at most 2,048 tokens; `limit` in bytes, `resolution` as a share of the users, `seconds` per child. On an
     accelerator the limit is its own memory. BadInput where a child ends for another reason than memory, or one user does not fit.
     """
-    place, start = limits.cgroup(), time.monotonic()
-    on_cpu = not _accelerated()
+    start, on_cpu = time.monotonic(), not _accelerated()
+    if on_cpu and sys.platform != "linux":
+        raise BadInput("on a CPU the crash test needs Linux, whose kernel holds a process to its limit of memory")
+    place = limits.cgroup()
     wanted = {"model": model, "weights": weights, "context": context, "cache": str(spec), "steps": steps}
     children: list[Record] = []
 
@@ -48,10 +51,10 @@ def crash(
         before = time.monotonic()
         ended = limits.run(PROGRAM, wanted | {"users": users}, limit if on_cpu else None, place, seconds)
         one = {"users": users, "lived": not ended.failed, "seconds": round(time.monotonic() - before, 1)}
-        children.append(one | {"peak_rss": ended.said.get("peak_rss"), "peak_cgroup": ended.peak} | _died(ended))
+        children.append(one | {"peak": ended.said.get("peak"), "peak_cgroup": ended.peak} | _died(ended))
         return ended
 
-    first = must_live(child(1))
+    first = _measured(child(1))
     limit = first["limit"] = first.get("limit", limit)
     way = "device" if not on_cpu else f"cgroup v{place.version}" if place else "RLIMIT_DATA"
     lived = {1: first}
@@ -59,7 +62,7 @@ def crash(
     def lives(users: int) -> bool:
         ended = child(users)
         if ended.failed != "memory":
-            lived[users] = must_live(ended)
+            lived[users] = _measured(ended)
         return users in lived
 
     users, died = search(lives, predicted(first, first, 1, limit, way), resolution)
@@ -74,6 +77,7 @@ def crash(
         "way": way,
         "users": users,
         "died": died,
+        "resolution": resolution,
         "peak": most["peak"],
         "peak_rss": most.get("peak_rss"),
         "peak_one": first["peak"],
@@ -95,7 +99,7 @@ def _died(ended: limits.Ended) -> Record:
     return {"died": ended.said.get("stage", "starting")} if ended.failed else {}
 
 
-def must_live(ended: limits.Ended) -> Record:
+def _measured(ended: limits.Ended) -> Record:
     """What a child measured; BadInput that says how it ended if it did not live."""
     if not ended.failed:
         return ended.said
@@ -145,57 +149,38 @@ def _accelerated() -> bool:
     return subprocess.run(asked, capture_output=True, text=True).stdout.strip() not in ("", "cpu")
 
 
+def _baseline(found: Sequence[Record], record: Record) -> Record:
+    """The first `full` cache of the same model, else its first."""
+    mine = [r for r in found if r["model"] == record["model"]]
+    return next((r for r in mine if r["cache"] == "full"), mine[0])
+
+
 def sentences(found: Sequence[Record]) -> list[str]:
-    """The baseline, the first `full` cache or else the first, against each other one of its model."""
+    """The baseline against each other cache of its model."""
     lines = []
-    for model in dict.fromkeys(r["model"] for r in found):
-        mine = [r for r in found if r["model"] == model]
-        full = next((r for r in mine if r["cache"] == "full"), mine[0])
-        for r in mine:
-            if r is not full:
-                lines.append(
-                    f"{model}, {r['context']:,} tokens each in {r['limit'] / 1e9:g} GB: `{full['cache']}` {full['users']:,} users, "
-                    f"`{r['cache']}` {r['users']:,} users, {r['users'] / full['users'] - 1:+.0%}."
-                )
+    for r in found:
+        full = _baseline(found, r)
+        if r is not full:
+            lines.append(
+                f"{Path(r['model']).name}, {r['context']:,} tokens each in {r['limit'] / 1e9:g} GB: `{full['cache']}` {full['users']:,} users, "
+                f"`{r['cache']}` {r['users']:,} users, {r['users'] / full['users'] - 1:+.0%}."
+            )
     return lines
 
 
 def table(found: Sequence[Record]) -> tuple[str, list[str], list[list[str]]]:
     """Title, columns and rows: users that lived, their peak, and how far the arithmetic was off."""
     first = found[0]
-    title = (
-        f"Users until memory broke: decode steps with full caches under {first['limit'] / 1e9:g} GB ({first['way']})"
-    )
-    columns = [
-        "cache",
-        "model",
-        "tokens each",
-        "users that lived",
-        "died at",
-        "against the first",
-        "peak, GB",
-        "MB a user: measured",
-        "predicted",
-        "off",
-        "users predicted",
-        "off",
-    ]
+    title = f"Users until memory broke under {first['limit'] / 1e9:g} GB ({first['way']})"
+    columns = ["cache", "model", "tokens each", "users", "died at", "change", "peak, GB"]
+    columns += ["MB a user", "predicted", "off", "users predicted", "off"]
     rows = []
     for r in found:
-        full = next(one for one in found if one["model"] == r["model"])
+        full, measured, expected = _baseline(found, r), r["user_bytes"], r["user_bytes_predicted"]
         change = "" if r is full else f"{r['users'] / full['users'] - 1:+.0%}"
-        measured = r["user_bytes"]
-        each = (
-            [
-                f"{measured / 1e6:.3f}",
-                f"{r['user_bytes_predicted'] / 1e6:.3f}",
-                f"{r['user_bytes_predicted'] / measured - 1:+.1%}",
-            ]
-            if measured
-            else [""] * 3
-        )
+        slope, off = (f"{measured / 1e6:.3f}", f"{expected / measured - 1:+.1%}") if measured else ("", "")
         rows.append([
-            r["cache"], r["model"], f"{r['context']:,}", f"{r['users']:,}", f"{r['died']:,}", change, f"{r['peak'] / 1e9:.2f}", *each,
-            f"{r['users_predicted']:,}", f"{r['users_predicted'] / r['users'] - 1:+.1%}",
+            r["cache"], Path(r["model"]).name, f"{r['context']:,}", f"{r['users']:,}", f"{r['died']:,}", change, f"{r['peak'] / 1e9:.2f}",
+            slope, f"{expected / 1e6:.3f}", off, f"{r['users_predicted']:,}", f"{r['users_predicted'] / r['users'] - 1:+.1%}",
         ])  # fmt: skip
     return title, columns, rows

@@ -30,6 +30,8 @@ def main(wanted: dict) -> None:
     spec, batch, steps = parse(wanted["cache"]), wanted["users"], wanted["steps"]
     context = wanted["context"] or min(config.context, LONGEST)
     generate.check_context(config, context)
+    if steps >= context:
+        raise BadInput(f"{steps} decode steps need a context longer than {context} tokens")
     predicted = spec.nbytes(config.layers, config.kv_heads, config.head_dim, context)
 
     limits.say(stage="compiling")

@@ -103,7 +103,9 @@ def _remove(folder: Path) -> None:
 def cgroup(own: str | None = None, system: Path = SYSTEM) -> Cgroup | None:
     """Where this process may make memory cgroups that its children may enter: in its own group, or with version 2 beside it; None if nowhere."""
     try:
-        lines = [line.split(":", 2) for line in (own or Path("/proc/self/cgroup").read_text()).splitlines()]
+        lines = [
+            line.split(":", 2) for line in (Path("/proc/self/cgroup").read_text() if own is None else own).splitlines()
+        ]
     except OSError:
         return None
     for _, controllers, path in lines:

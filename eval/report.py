@@ -8,7 +8,7 @@ import jinja2
 import markupsafe
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import bench, figures, suite
+from kvcascade.eval import bench, crash, figures, suite
 from kvcascade.eval.records import Record, interval, paired, retrieval_table, wilson
 from kvcascade.kernels.files import write_whole
 
@@ -39,11 +39,12 @@ def of_kind(records: list[Record], kind: str) -> list[Record]:
 
 def sections(records: list[Record]) -> dict:
     """What the page shows of what there is: figures, the table behind each, the findings in words, the protocol."""
-    kinds = ("train", "evaluate", "retrieve", "layer", "growth", "latency", "bench")
-    trainings, evaluations, retrievals, layers, grown, latencies, benches = (of_kind(records, kind) for kind in kinds)
-    if not evaluations and not retrievals:
-        raise BadInput("a report needs records of evaluations or of retrieval")
-    first = (evaluations or retrievals)[0]
+    kinds = ("train", "evaluate", "retrieve", "layer", "growth", "latency", "bench", "crash")
+    found = [of_kind(records, kind) for kind in kinds]
+    trainings, evaluations, retrievals, layers, grown, latencies, benches, crashes = found
+    if not evaluations and not retrievals and not crashes:
+        raise BadInput("a report needs records of evaluations or of retrieval, or of crash tests")
+    first = (evaluations or retrievals or crashes)[0]
     groups = {r["cache"]: suite.group_of(r["cache"], r["context"]) for r in evaluations}
     figure = lambda draw, *arguments: markupsafe.Markup(draw(*arguments))
     quality = []
@@ -75,21 +76,36 @@ def sections(records: list[Record]) -> dict:
             "batch": latencies[0]["batch"],
         },
         "speed": _speeds(benches),
+        "crash": crashes
+        and {
+            "figure": figure(figures.peak_memory, crashes),
+            "table": crash.table(crashes)[1:],
+            "sentences": crash.sentences(crashes),
+            "limit": f"{crashes[0]['limit'] / 1e9:g} GB",
+        },
         "protocol": {
-            "model": ", ".join(dict.fromkeys(r["model"] for r in (*evaluations, *retrievals))),
-            "text": (
-                f"{first['data']}{', validation files only' if own else ''}" if evaluations else "made from the seed"
-            ),
-            "windows": f"{first['sequences']} consecutive windows of {first['context']} tokens, {first['tokens']:,} tokens scored per cache"
-            if evaluations
-            else f"{first['samples']} samples per task, length and depth",
-            "seed": first["seed"],
+            "model": ", ".join(dict.fromkeys(r["model"] for r in (*evaluations, *retrievals, *crashes))),
+            **_text(evaluations, retrievals, bool(own)),
             "device": first["device"],
             "versions": ", ".join(f"{name} {version}" for name, version in first["versions"].items()),
             "commit": first["commit"],
             "seconds": f"{seconds[0]:,.0f} training, {seconds[1]:,.0f} evaluating",
         },
     }
+
+
+def _text(evaluations: list[Record], retrievals: list[Record], own: bool) -> dict:
+    """What the protocol says of the text that caches were scored on."""
+    if evaluations:
+        first = evaluations[0]
+        windows = f"{first['sequences']} consecutive windows of {first['context']} tokens, {first['tokens']:,} tokens scored per cache"
+        data = f"{first['data']}{', validation files only' if own else ''}"
+        return {"text": data, "windows": windows, "seed": first["seed"]}
+    if retrievals:
+        first = retrievals[0]
+        windows = f"{first['samples']} samples per task, length and depth"
+        return {"text": "made from the seed", "windows": windows, "seed": first["seed"]}
+    return {}
 
 
 def findings(records: list[Record]) -> list[str]:
@@ -319,6 +335,18 @@ def speed_table(records: list[Record]) -> str:
     found = of_kind(records, "bench")
     title, columns, rows = bench.table(found)
     return f"{markdown((columns, rows))}\n\n{title}; {found[0]['device']}, commit {found[0]['commit']}."
+
+
+def crash_table(records: list[Record]) -> str:
+    """The crash tests in one table, and the protocol."""
+    title, columns, rows = crash.table(records)
+    first = records[0]
+    protocol = (
+        f"{title}. Each size is a process that holds a cache for so many users, every byte of it written, and decodes {first['steps']} tokens of each: "
+        f"*users* lived, *died at* was killed, at most {first['resolution']:.1%} apart. *MB a user* is the slope between the peaks of one user and of all, "
+        f"*predicted* a row's cache by its spec and its share of a step's workspace by the compiled program. {first['device']}, commit {first['commit']}."
+    )
+    return markdown((columns, [[f"`{row[0]}`", *row[1:]] for row in rows])) + f"\n\n{protocol}"
 
 
 def fill(readme: str, parts: dict[str, str]) -> str:

@@ -25,7 +25,7 @@ class Args:
     context: int = 0
     """Tokens in each user's cache; 0: the model's context, at most 2,048."""
     limit: str = "6GB"
-    """Memory of a child, such as 6GB or 700MiB; a GPU has its own."""
+    """Memory of a child, such as 6GB or 700MiB. On a GPU it is what JAX may take of the card's (XLA_PYTHON_CLIENT_MEM_FRACTION, by default 75 %)."""
     resolution: float = 0.01
     """How far apart the last that lived and the first that died may be, as a share of the users; 0: neighbours."""
     steps: int = 3
