@@ -32,7 +32,7 @@ class Args:
     """Decode steps at full occupancy that a child must live through."""
     weights: str | None = None
     """What matrices are kept in: float32, bfloat16 or int8; by default float32, and bfloat16 for a model known by its shape."""
-    seconds: float = 300
+    seconds: float = 300.0
     """How long a child may take."""
     out: Path | None = None
     """File that one JSON object per cache is appended to."""
