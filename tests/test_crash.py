@@ -11,12 +11,14 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_models
 
+from kvcascade.cache.cascade import nbytes
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import crash, limits, records, report
+from kvcascade.eval import crash, crash_child, limits, records, report
 from kvcascade.scripts import cli, readme
 
 PLACE = limits.cgroup() if sys.platform == "linux" else None
@@ -223,6 +225,22 @@ def test_no_amount_of_memory(text: str) -> None:
         limits.parse_bytes(text)
 
 
+@pytest.mark.parametrize(
+    ("spec", "held"),
+    [("full", 28), ("sink 2 | recent 6 | heavy 8@int8", 16), ("sink 4 | recent 28 | full@int4h", 28)],
+)
+def test_a_cache_is_full_of_distinct_positions(nano, spec: str, held: int) -> None:
+    """As many as rows of 28 tokens can have left in it, the same in each row and head, and what a spec says it takes."""
+    config = nano.config
+    cache = crash_child.occupied(parse(spec), config, 3, 32, 28)
+    assert nbytes(cache) == 3 * parse(spec).nbytes(config.layers, config.kv_heads, config.head_dim, 32)
+    for layer in cache:
+        pos_BKS = np.concatenate([slots.pos_BKS for slots in layer.slots], -1)
+        assert (pos_BKS == pos_BKS[:1, :1]).all()
+        found = pos_BKS[0, 0][pos_BKS[0, 0] >= 0].tolist()
+        assert len(found) == len({*found}) == held and max(found) < 28
+
+
 @pytest.mark.parametrize("place", WAYS[:1])
 def test_a_real_child_fills_its_cache_or_is_killed(tmp_path: Path, place: limits.Cgroup) -> None:
     """Every byte of the cache is in memory where it lives; more than the limit is memory's end, and told with where it was."""
@@ -230,17 +248,17 @@ def test_a_real_child_fills_its_cache_or_is_killed(tmp_path: Path, place: limits
         "model": str(tiny_models.write("llama", tmp_path / "model")),
         "weights": None,
         "context": 64,
-        "cache": "sink 1 | recent 31 | heavy 32@int8",
+        "cache": "full@int8",
         "steps": 2,
     }
     command = [sys.executable, "-m", "kvcascade.eval.crash_child"]
-    ended = limits.run(command, wanted | {"users": 40_000}, 900 * MB, place, 60.0)
+    ended = limits.run(command, wanted | {"users": 50_000}, 900 * MB, place, 60.0)
     assert not ended.failed
-    assert ended.said["cache_bytes"] == ended.said["cache_bytes_predicted"] > 320 * MB
+    assert ended.said["cache_bytes"] == ended.said["cache_bytes_predicted"] > 300 * MB
     taken = ended.said["cache_bytes"] + ended.said["workspace"]
     assert taken + 100 * MB < ended.said["peak"] < taken + 400 * MB  # 230 MB are the program's own
     assert ended.peak and ended.said["peak"] < 1.02 * ended.peak
-    ended = limits.run(command, wanted | {"users": 200_000}, 900 * MB, place, 60.0)
+    ended = limits.run(command, wanted | {"users": 300_000}, 900 * MB, place, 60.0)
     assert ended.failed == "memory" and ended.said["stage"] in ("filling the cache", "decoding")
 
 
