@@ -89,7 +89,7 @@ def sections(records: list[Record]) -> dict:
             "device": first["device"],
             "versions": ", ".join(f"{name} {version}" for name, version in first["versions"].items()),
             "commit": first["commit"],
-            "seconds": f"{seconds[0]:,.0f} training, {seconds[1]:,.0f} evaluating",
+            **({"seconds": f"{seconds[0]:,.0f} training, {seconds[1]:,.0f} evaluating"} if any(seconds) else {}),
         },
     }
 
