@@ -256,3 +256,30 @@ def users(records: list[Record], filled: list[dict[str, int]]) -> str:
         for axes in (left, right):
             axes.grid(axis="y", visible=False)
         return to_svg(figure)
+
+
+def peak_memory(records: list[Record]) -> str:
+    """Peak memory against users, a panel per model: a point lived, a cross died at the limit, a line is the arithmetic."""
+    models = list(dict.fromkeys(r["model"] for r in records))
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(
+            1, len(models), figsize=(SIZE[0] * max(1, 0.75 * len(models)), SIZE[1]), squeeze=False
+        )
+        for panel, model in zip(panels.flat, models, strict=True):
+            mine = [r for r in records if r["model"] == model]
+            for colour, record in zip(COLOURS, mine, strict=False):
+                limit, last = record["limit"] / 1e9, record["users_predicted"]
+                line = [record["peak_one"] / 1e9 + n * record["user_bytes_predicted"] / 1e9 for n in (0, last - 1)]
+                panel.plot([1, last], line, color=colour, linewidth=1)
+                lived = [(c["users"], c["peak"] / 1e9) for c in record["children"] if c["lived"]]
+                died = [(c["users"], limit) for c in record["children"] if not c["lived"]]
+                panel.plot(*zip(*lived, strict=True), color=colour, marker="o", linestyle="", label=record["cache"])
+                panel.plot(*zip(*died, strict=True), color=colour, marker="x", linestyle="", markersize=8)
+            panel.axhline(mine[0]["limit"] / 1e9, color="#888", linewidth=1, linestyle="--")
+            panel.set_title(f"{model}, {mine[0]['context']:,} tokens each", fontsize=10)
+            panel.set_xlabel("users")
+            panel.set_ylim(bottom=0)
+            panel.legend(fontsize=8, loc="lower right")
+        panels[0][0].set_ylabel("peak memory, GB")
+        figure.tight_layout()
+        return to_svg(figure)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kvcascade.eval import report, whole_step
 from kvcascade.eval.kernel_check import OWN
-from kvcascade.eval.records import Record
+from kvcascade.eval.records import Record, markdown, of_kind
 from kvcascade.kernels import aot
 
 BASELINE = Path(__file__).parent / "results" / "kernels.jsonl"
@@ -83,7 +83,7 @@ def table(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 def readme_tables(found: Sequence[Record]) -> dict[str, str]:
     """The README's tables: the worst figures of every operation and implementation, and the whole steps."""
     groups: dict[tuple[str, str], list[Record]] = {}
-    for one in report.of_kind(list(found), "kernel"):
+    for one in of_kind(list(found), "kernel"):
         operation, *_, implementation = one["case"].split(", ")
         if not {"refused", "failed"} & one.keys() and implementation in OWN:
             groups.setdefault((operation, implementation), []).append(one)
@@ -113,9 +113,9 @@ def readme_tables(found: Sequence[Record]) -> dict[str, str]:
         "bar",
         "instructions / budget, at worst",
     ]
-    steps = whole_step.table(report.of_kind(list(found), "step"))
+    steps = whole_step.table(of_kind(list(found), "step"))
     stamp = f"Commit {found[0]['commit']}; {', '.join(f'{name} {version}' for name, version in found[0]['versions'].items())}."
-    return {"kernels": report.markdown((head, rows)), "steps": f"{report.markdown(steps)}\n\n{stamp}"}
+    return {"kernels": markdown((head, rows)), "steps": f"{markdown(steps)}\n\n{stamp}"}
 
 
 def write(path: Path, found: Sequence[Record], wrong: Sequence[str], command: str) -> None:
@@ -123,9 +123,7 @@ def write(path: Path, found: Sequence[Record], wrong: Sequence[str], command: st
     sections = []
     for name in dict.fromkeys(one["gpu"] for one in found):
         card = aot.gpu(name)
-        mine, steps = (
-            report.of_kind([one for one in found if one["gpu"] == name], kind) for kind in ("kernel", "step")
-        )
+        mine, steps = (of_kind([one for one in found if one["gpu"] == name], kind) for kind in ("kernel", "step"))
         columns, rows = table(mine)
         sections.append({
             "name": card.full_name, "card": card, "table": (columns[:1] + columns[2:], [row[:1] + row[2:] for row in rows]),

@@ -18,6 +18,8 @@ from kvcascade.model.config import ModelConfig
 from kvcascade.model.pretrained import Model
 
 type Record = dict
+type Table = tuple[list[str], list[list[str]]]
+"""Columns and rows."""
 
 
 def evaluation(
@@ -243,3 +245,15 @@ def interval(windows, draws: int = 2000) -> tuple[float, float]:
     picks = np.random.default_rng(0).integers(0, len(windows), (draws, len(windows)))
     low, high = np.quantile(windows[picks].mean(-1), [0.025, 0.975])
     return float(low), float(high)
+
+
+def of_kind(records: list[Record], kind: str) -> list[Record]:
+    """The records of one kind, in their order."""
+    return [record for record in records if record["kind"] == kind]
+
+
+def markdown(table: Table) -> str:
+    """A table as GitHub shows it; the pipes of a spec are escaped."""
+    columns, rows = table
+    escape = lambda cells: "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "\n".join([escape(columns), "|" + "---|" * len(columns), *map(escape, rows)])

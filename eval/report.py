@@ -8,11 +8,9 @@ import jinja2
 import markupsafe
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import bench, figures, fit, suite
-from kvcascade.eval.records import Record, interval, paired, retrieval_table, wilson
+from kvcascade.eval import costs, figures, suite
+from kvcascade.eval.records import Record, Table, interval, markdown, of_kind, paired, retrieval_table, wilson
 from kvcascade.kernels.files import write_whole
-
-type Table = tuple[list[str], list[list[str]]]
 
 
 def write(path: Path, records: list[Record], command: str) -> None:
@@ -32,19 +30,13 @@ def render(template: str, path: Path, values: dict) -> None:
     write_whole(path, environment.get_template(template).render(values).encode())
 
 
-def of_kind(records: list[Record], kind: str) -> list[Record]:
-    """The records of one kind, in their order."""
-    return [record for record in records if record["kind"] == kind]
-
-
 def sections(records: list[Record]) -> dict:
     """What the page shows of what there is: figures, the table behind each, the findings in words, the protocol."""
-    kinds = ("train", "evaluate", "retrieve", "layer", "growth", "latency", "bench", "fit")
-    trainings, evaluations, retrievals, layers, grown, latencies, benches, fits = (
-        of_kind(records, kind) for kind in kinds
-    )
-    if not evaluations and not retrievals and not fits:
-        raise BadInput("a report needs records of evaluations or of retrieval, or of users that fit")
+    kinds = ("train", "evaluate", "retrieve", "layer", "growth", "latency")
+    trainings, evaluations, retrievals, layers, grown, latencies = (of_kind(records, kind) for kind in kinds)
+    costly = costs.sections(records)
+    if not evaluations and not retrievals and not any(costly.values()):
+        raise BadInput("there is nothing to report in these records")
     groups = {r["cache"]: suite.group_of(r["cache"], r["context"]) for r in evaluations}
     figure = lambda draw, *arguments: markupsafe.Markup(draw(*arguments))
     quality = []
@@ -73,34 +65,39 @@ def sections(records: list[Record]) -> dict:
             "table": latency_table(latencies),
             "batch": latencies[0]["batch"],
         },
-        "speed": _speeds(benches),
-        "fits": _fits(fits),
-        "protocol": _protocol(trainings, evaluations, retrievals, fits),
+        **costly,
+        "protocol": _protocol(records),
     }
 
 
-def _protocol(trainings: list[Record], evaluations: list[Record], retrievals: list[Record], fits: list[Record]) -> dict:
-    """What was measured on what, by which versions; of fits alone there is neither a text nor a seed."""
-    first = (evaluations or retrievals or fits)[0]
-    found = {"model": ", ".join(dict.fromkeys(r["model"] for r in (*evaluations, *retrievals, *fits)))}
-    if evaluations:
-        own = trainings and trainings[0]["model"] == first["model"]
-        found["text"] = f"{first['data']}{', validation files only' if own else ''}"
-        found["windows"] = (
-            f"{first['sequences']} consecutive windows of {first['context']} tokens, {first['tokens']:,} tokens scored per cache"
-        )
-    elif retrievals:
-        found["text"] = "made from the seed"
-        found["windows"] = f"{first['samples']} samples per task, length and depth"
-    if evaluations or retrievals:
-        found["seed"] = first["seed"]
-    seconds = sum(t["train_seconds"] for t in trainings), sum(r["seconds"] for r in (*evaluations, *retrievals))
-    return found | {
+def _protocol(records: list[Record]) -> dict:
+    """What was measured on what, by which versions; of costs alone there is neither a text nor a seed."""
+    trainings, evaluations, retrievals = (of_kind(records, kind) for kind in ("train", "evaluate", "retrieve"))
+    told = [*evaluations, *retrievals] or [r for r in records if "device" in r]
+    first = told[0]
+    own = bool(trainings) and trainings[0]["model"] == first["model"]
+    seconds = sum(t["train_seconds"] for t in trainings), sum(r["seconds"] for r in told)
+    return _text(evaluations, retrievals, own) | {
+        "model": ", ".join(dict.fromkeys(r["model"] for r in told)),
         "device": first["device"],
         "versions": ", ".join(f"{name} {version}" for name, version in first["versions"].items()),
         "commit": first["commit"],
-        "seconds": f"{seconds[0]:,.0f} training, {seconds[1]:,.0f} evaluating",
+        "seconds": f"{seconds[0]:,.0f} training, {seconds[1]:,.0f} measuring",
     }
+
+
+def _text(evaluations: list[Record], retrievals: list[Record], own: bool) -> dict:
+    """What the protocol says of the text that caches were scored on."""
+    if evaluations:
+        first = evaluations[0]
+        windows = f"{first['sequences']} consecutive windows of {first['context']} tokens, {first['tokens']:,} tokens scored per cache"
+        data = f"{first['data']}{', validation files only' if own else ''}"
+        return {"text": data, "windows": windows, "seed": first["seed"]}
+    if retrievals:
+        first = retrievals[0]
+        windows = f"{first['samples']} samples per task, length and depth"
+        return {"text": "made from the seed", "windows": windows, "seed": first["seed"]}
+    return {}
 
 
 def findings(records: list[Record]) -> list[str]:
@@ -255,13 +252,6 @@ def _growth_table(records: list[Record]) -> Table:
     return ["cache", *(f"{context:,} tokens" for context in records[0]["contexts"])], rows
 
 
-def markdown(table: Table) -> str:
-    """A table as GitHub shows it; the pipes of a spec are escaped."""
-    columns, rows = table
-    escape = lambda cells: "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-    return "\n".join([escape(columns), "|" + "---|" * len(columns), *map(escape, rows)])
-
-
 def readme_tables(records: list[Record]) -> dict[str, str]:
     """The README's generated parts by the name in their markers."""
     trainings, evaluations = of_kind(records, "train"), of_kind(records, "evaluate")
@@ -315,44 +305,6 @@ def pretrained_table(records: list[Record]) -> str:
         f"Seed {first['seed']}, {first['device']}, commit {first['commit']}."
     )
     return markdown((columns, rows)) + f"\n\n{protocol}"
-
-
-def _speeds(benches: list[Record]) -> list[dict]:
-    found = []
-    for name in dict.fromkeys(r["model"] for r in benches):
-        title, columns, rows = bench.table([r for r in benches if r["model"] == name])
-        found.append({"title": title, "table": (columns, rows)})
-    return found
-
-
-def speed_table(records: list[Record]) -> str:
-    """Prefill and decode speed of one model in one table, and the protocol."""
-    found = of_kind(records, "bench")
-    title, columns, rows = bench.table(found)
-    return f"{markdown((columns, rows))}\n\n{title}; {found[0]['device']}, commit {found[0]['commit']}."
-
-
-def _fits(fits: list[Record]) -> list[dict]:
-    """A figure, a table and notes for each model and card."""
-    found = []
-    for model, gpu in dict.fromkeys((r["model"], r["gpu"]) for r in fits):
-        mine = [r for r in fits if (r["model"], r["gpu"]) == (model, gpu)]
-        title, columns, rows = fit.table(mine)
-        drawn = [r for r in mine if "failed" not in r]
-        figure = markupsafe.Markup(figures.users(drawn, [*map(fit.filled, drawn)])) if drawn else ""
-        found.append({"title": title, "figure": figure, "table": (columns, rows), "notes": fit.notes(mine)})
-    return found
-
-
-def fits_table(records: list[Record]) -> str:
-    """Users that fit, for each model and card a table, with what has to be said of them and the versions that say so."""
-    fits, parts = of_kind(records, "fit"), []
-    for each in _fits(fits):
-        columns, rows = each["table"]
-        marked = markdown((columns, [[f"`{cache}`", *cells] for cache, *cells in rows]))
-        parts.append("\n\n".join([f"{each['title'][0].upper()}{each['title'][1:]}:", marked, *each["notes"]]))
-    versions = ", ".join(f"{name} {version}" for name, version in fits[0]["versions"].items())
-    return "\n\n".join([*parts, f"Commit {fits[0]['commit']}; {versions}."])
 
 
 def fill(readme: str, parts: dict[str, str]) -> str:

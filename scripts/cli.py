@@ -15,6 +15,7 @@ COMMANDS = {
     "stream": "decode on and on: whether time and memory per token stay flat",
     "memory": "bytes of models and caches by arithmetic, and the users that leaves room for",
     "fit": "how many users fit on a GPU, compiled for it without one",
+    "crash": "how many users fit: more and more under a hard limit of memory, until one is killed",
     "kernels": "what the GPU kernels cost on a card, without one; their speed, with one",
     "compare": "runs side by side: loss, perplexity, bytes, latency",
     "retrieve": "what a cache still lets a model find: needles, copying, arithmetic, several questions",

@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import kernel_bench, kernel_cases, kernel_check, kernel_report, records, report, whole_step
+from kvcascade.eval import kernel_bench, kernel_cases, kernel_check, kernel_report, records, whole_step
 from kvcascade.eval.kernel_cases import Case
 from kvcascade.kernels import aot
 from kvcascade.scripts import console
@@ -74,7 +74,7 @@ def _check(args: Check, chosen: list[Case], steps: list[whole_step.Step], cards:
     wrong = kernel_report.regressions(found, [one for one in before if one["case"] in names or not args.case])
     if args.page:
         kernel_report.write(args.page, found, wrong, command)
-    kernels, whole = (report.of_kind(found, kind) for kind in ("kernel", "step"))
+    kernels, whole = (records.of_kind(found, kind) for kind in ("kernel", "step"))
     if kernels:
         console.table(
             f"{len(kernels)} kernels on cards, {len(before)} records in the baseline", *kernel_report.table(kernels)

@@ -2,23 +2,26 @@
 
 from pathlib import Path
 
-from kvcascade.eval import figures, kernel_report, records, report, suite
+from kvcascade.eval import costs, figures, kernel_report, records, report, suite
 from kvcascade.kernels.files import write_whole
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "eval" / "results" / "toy.jsonl"
-PRETRAINED, KERNELS, FIT = (RESULTS.with_name(f"{name}.jsonl") for name in ("smollm2", "kernels", "fit"))
+PRETRAINED, KERNELS, SPEED, STREAM, FIT, CRASH = (
+    RESULTS.with_name(f"{name}.jsonl") for name in ("smollm2", "kernels", "speed", "stream", "fit", "crash")
+)
 
 
 def generated() -> dict[Path, str]:
     """The files that come from the records, with their content: README.md and its figure."""
     found = records.read(RESULTS)
     readme = (ROOT / "README.md").read_text()
-    evaluations = [r for r in report.of_kind(found, "evaluate") if r["model"] == "mha"]
+    evaluations = [r for r in records.of_kind(found, "evaluate") if r["model"] == "mha"]
     groups = {r["cache"]: suite.group_of(r["cache"], r["context"]) for r in evaluations}
     pretrained = records.read(PRETRAINED)
-    parts = {"pretrained": report.pretrained_table(pretrained), "speed": report.speed_table(pretrained)}
-    parts |= {"fit": report.fits_table(records.read(FIT))}
+    parts = {"pretrained": report.pretrained_table(pretrained), "speed": costs.speed_table(records.read(SPEED))}
+    parts |= {"stream": costs.stream_table(records.read(STREAM)), "fit": costs.fits_table(records.read(FIT))}
+    parts["crash"] = costs.crash_table(records.read(CRASH))
     parts |= kernel_report.readme_tables(records.read(KERNELS))
     return {
         ROOT / "README.md": report.fill(readme, report.readme_tables(found) | parts),

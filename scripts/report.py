@@ -13,10 +13,10 @@ from kvcascade.eval import records, report
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Write one self-contained page of the records in some files: evaluations, retrieval, trainings, latencies."""
+    """Write one self-contained page of the records in some files: evaluations, retrieval, trainings, latencies, crash tests."""
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Files that `evaluate`, `retrieve`, `compare` or `study` wrote."""
+    """Files that `evaluate`, `retrieve`, `compare`, `crash` or `study` wrote."""
     page: Path = Path("report.html")
     """The page to write."""
 

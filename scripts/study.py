@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> None:
     report.write(args.dir / "report.html", found, command)
     tables = report.readme_tables(found)
     (args.dir / "tables.md").write_text("\n\n".join(tables.values()) + "\n")
-    evaluations = report.of_kind(found, "evaluate")
+    evaluations = records.of_kind(found, "evaluate")
     for name in wanted:
         console.table(*records.evaluation_table([r for r in evaluations if r["model"] == name]))
     print(tables["findings"] + f"\n\nThe whole story: {args.dir / 'report.html'}")
@@ -100,7 +100,7 @@ def _measure(folder: Path, names: list[str], scale: Scale) -> list[records.Recor
                 scores = perplexity.score(model.config, model.params, spec, rows, batch=8)
                 one = records.evaluation(model, spec, model.data, rows, 0, corpus.token_bytes, scores, 8)
                 found.append(records.stamp(one, time.monotonic() - start))
-                show(len(report.of_kind(found, "evaluate")), f"{name}: {spec}")
+                show(len(records.of_kind(found, "evaluate")), f"{name}: {spec}")
     timed = suite.scaled(suite.TIMED[:: scale.every], context)
     for model in (first, last):
         for one in latency.decode_step(model.config, model.params, timed, batch=8):

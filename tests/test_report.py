@@ -21,11 +21,11 @@ def test_the_page_is_self_contained_and_complete(recorded, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!#)|url\(http|@import', page.split("<svg")[0])
     drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    models = report.of_kind(recorded, "train")
+    models = records.of_kind(recorded, "train")
     assert len(drawings) == 4 + len(models)
     for drawing in drawings:
         ElementTree.fromstring(drawing)
-    for one in report.of_kind(recorded, "evaluate"):
+    for one in records.of_kind(recorded, "evaluate"):
         assert f"<td>{one['cache']}</td>" in page and f"<td>{one['kv_bytes']:,}</td>" in page
 
 
@@ -46,7 +46,7 @@ def test_the_page_of_a_pretrained_model(tmp_path):
         "Fidelity",
         "What can still be found",
     ]
-    evaluations, retrievals = (report.of_kind(recorded, kind) for kind in ("evaluate", "retrieve"))
+    evaluations, retrievals = (records.of_kind(recorded, kind) for kind in ("evaluate", "retrieve"))
     for caches in ({r["cache"] for r in evaluations}, {r["cache"] for r in retrievals}):
         assert len(caches) >= 8 and "full" in caches and any(cache.startswith("random") for cache in caches)
     assert all(
@@ -62,8 +62,8 @@ def test_nothing_to_report_is_refused(tmp_path):
 
 def test_every_method_stands_next_to_full_and_random(recorded):
     """Each model was run behind the full cache and random eviction, and every group of evicting caches has a random one."""
-    for model in {one["model"] for one in report.of_kind(recorded, "evaluate")}:
-        caches = [one["cache"] for one in report.of_kind(recorded, "evaluate") if one["model"] == model]
+    for model in {one["model"] for one in records.of_kind(recorded, "evaluate")}:
+        caches = [one["cache"] for one in records.of_kind(recorded, "evaluate") if one["model"] == model]
         assert "full" in caches and any(cache.startswith("random") for cache in caches)
     for name, group in suite.CACHES.items():
         assert name == "everything" or any(text.startswith("random") for text in group)
@@ -71,7 +71,7 @@ def test_every_method_stands_next_to_full_and_random(recorded):
 
 def test_recorded_bytes_are_exact_and_savings_are_covered(recorded):
     """In the recorded runs predicted bytes equal measured ones, and caches at 67 % and 90 % saved are among them."""
-    evaluations = report.of_kind(recorded, "evaluate")
+    evaluations = records.of_kind(recorded, "evaluate")
     assert all(one["kv_bytes"] == one["kv_bytes_predicted"] and one["traces"] == 1 for one in evaluations)
     saved = [one["compression"] for one in evaluations if "heavy" in one["cache"]]
     assert max(saved) >= 0.9 and any(2 / 3 <= share < 0.75 for share in saved)
@@ -89,7 +89,7 @@ def test_fill_replaces_what_is_between_the_markers():
 
 def test_a_spec_in_a_markdown_table_keeps_its_columns():
     """The pipes of a cascade are escaped."""
-    line = report.markdown((["cache", "x"], [["sink 4 | recent 4", "1"]])).splitlines()[2]
+    line = records.markdown((["cache", "x"], [["sink 4 | recent 4", "1"]])).splitlines()[2]
     assert line == "| sink 4 \\| recent 4 | 1 |"
 
 

@@ -1,0 +1,186 @@
+"""How many users fit: decode steps with full caches in child processes under a hard limit of memory, more and more until one dies.
+
+Each size is a process of its own (`crash_child.py`), because what runs out of memory is killed. A child of one user measures what the
+first user costs; the arithmetic (bytes of a row's cache by its spec, workspace of a step by the compiled program) says how many more
+should fit; the search starts there and ends between a size that lived and one that the limit killed, wherever the arithmetic was.
+"""
+
+import importlib.metadata
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from kvcascade.cache.errors import BadInput
+from kvcascade.cache.spec import CacheSpec
+from kvcascade.eval import limits
+from kvcascade.eval.records import Record
+
+type Child = Callable[[int], limits.Ended]
+"""Runs so many users to its end."""
+
+PROGRAM = [sys.executable, "-m", "kvcascade.eval.crash_child"]
+
+
+def crash(
+    model: str,
+    spec: CacheSpec,
+    context: int,
+    limit: int,
+    resolution: float,
+    steps: int,
+    weights: str | None,
+    seconds: float,
+    report: Callable[[str], None] = lambda words: None,
+) -> Record:
+    """The record of one cache: the most users that lived, the fewest that did not, peaks of memory, and what the arithmetic said.
+
+    `context` 0: the model's, at most 2,048 tokens; `limit` in bytes, `resolution` as a share of the users, `seconds` per child. On an
+    accelerator the limit is its own memory. BadInput where a child ends for another reason than memory, or one user does not fit.
+    """
+    start, on_cpu = time.monotonic(), not _accelerated()
+    if on_cpu and sys.platform != "linux":
+        raise BadInput("on a CPU the crash test needs Linux, whose kernel holds a process to its limit of memory")
+    place = limits.cgroup()
+    wanted = {"model": model, "weights": weights, "context": context, "cache": str(spec), "steps": steps}
+    children: list[Record] = []
+
+    def child(users: int) -> limits.Ended:
+        report(f"{users:,} users")
+        before = time.monotonic()
+        ended = limits.run(PROGRAM, wanted | {"users": users}, limit if on_cpu else None, place, seconds)
+        one = {"users": users, "lived": not ended.failed, "seconds": round(time.monotonic() - before, 1)}
+        children.append(one | {"peak": ended.said.get("peak"), "peak_cgroup": ended.peak} | _died(ended))
+        return ended
+
+    first = _measured(child(1))
+    limit = first["limit"] = first.get("limit", limit)
+    way = "device" if not on_cpu else f"cgroup v{place.version}" if place else "RLIMIT_DATA"
+    lived = {1: first}
+
+    def lives(users: int) -> bool:
+        ended = child(users)
+        if ended.failed != "memory":
+            lived[users] = _measured(ended)
+        return users in lived
+
+    users, died = search(lives, predicted(first, first, 1, limit, way), resolution)
+    most = lived[users]
+    return {
+        "kind": "crash",
+        "model": model,
+        "weights": most["weights"],
+        "cache": str(spec),
+        "context": most["context"],
+        "limit": limit,
+        "way": way,
+        "users": users,
+        "died": died,
+        "resolution": resolution,
+        "peak": most["peak"],
+        "peak_rss": most.get("peak_rss"),
+        "peak_one": first["peak"],
+        "weight_bytes": most["weight_bytes"],
+        "kv_bytes": most["cache_bytes"] // users,
+        "kv_bytes_predicted": most["cache_bytes_predicted"] // users,
+        "workspace_bytes": most["workspace"] // users,
+        "user_bytes_predicted": user_bytes(most, users),
+        "user_bytes": (most["peak"] - first["peak"]) / (users - 1) if users > 1 else None,
+        "users_predicted": predicted(first, most, users, limit, way),
+        "step_seconds": round(most["step_seconds"], 4),
+        "steps": steps,
+        "children": children,
+        "seconds": time.monotonic() - start,
+    }
+
+
+def _died(ended: limits.Ended) -> Record:
+    return {"died": ended.said.get("stage", "starting")} if ended.failed else {}
+
+
+def _measured(ended: limits.Ended) -> Record:
+    """What a child measured; BadInput that says how it ended if it did not live."""
+    if not ended.failed:
+        return ended.said
+    if "bad_input" in ended.said:
+        raise BadInput(ended.said["bad_input"])
+    stage = ended.said.get("stage", "starting")
+    if ended.failed == "memory":
+        raise BadInput(f"one user does not fit: memory ran out while {stage}")
+    raise BadInput(f"a child failed, and not for want of memory, while {stage}: {ended.failed}")
+
+
+def user_bytes(child: Record, users: int) -> float:
+    """Predicted bytes of a user: a row's cache, and its share of what a step takes beside it."""
+    return (child["cache_bytes_predicted"] + child["workspace"]) / users
+
+
+def predicted(first: Record, child: Record, users: int, limit: int, way: str) -> int:
+    """How many users should fit: the first one's measured peak, and for each other one the bytes predicted from a child's program."""
+    taken = first["peak"] + (first["reserved"] if way == "RLIMIT_DATA" else 0)
+    return max(1, 1 + int((limit - taken) / user_bytes(child, users)))
+
+
+def search(lives: Callable[[int], bool], guess: int, resolution: float) -> tuple[int, int]:
+    """The largest size that lived and the smallest that did not, at most a share `resolution` apart; 1 is known to live.
+
+    From the guess outward in strides that double until both are known, then by bisection.
+    """
+    low, high, size = 1, 0, max(2, guess)
+    stride = max(1, int(resolution * size))
+    while True:
+        if lives(size):
+            low = size
+        else:
+            high = size
+        if high and high - low <= max(1, int(resolution * low)):
+            return low, high
+        outward = high - stride if high else low + stride
+        stride *= 2
+        size = outward if not high or low == 1 < outward else (low + high) // 2
+
+
+def _accelerated() -> bool:
+    """Whether JAX runs on something other than the CPU; asked of a child, since asking here would take a GPU's memory from the others."""
+    if not importlib.metadata.entry_points(group="jax_plugins"):
+        return False
+    asked = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    return subprocess.run(asked, capture_output=True, text=True).stdout.strip() not in ("", "cpu")
+
+
+def _baseline(found: Sequence[Record], record: Record) -> Record:
+    """The first `full` cache of the same model, else its first."""
+    mine = [r for r in found if r["model"] == record["model"]]
+    return next((r for r in mine if r["cache"] == "full"), mine[0])
+
+
+def sentences(found: Sequence[Record]) -> list[str]:
+    """The baseline against each other cache of its model."""
+    lines = []
+    for r in found:
+        full = _baseline(found, r)
+        if r is not full:
+            lines.append(
+                f"{Path(r['model']).name}, {r['context']:,} tokens each in {r['limit'] / 1e9:g} GB: `{full['cache']}` {full['users']:,} users, "
+                f"`{r['cache']}` {r['users']:,} users, {r['users'] / full['users'] - 1:+.0%}."
+            )
+    return lines
+
+
+def table(found: Sequence[Record]) -> tuple[str, list[str], list[list[str]]]:
+    """Title, columns and rows: users that lived, their peak, and how far the arithmetic was off."""
+    first = found[0]
+    title = f"Users until memory broke under {first['limit'] / 1e9:g} GB ({first['way']})"
+    columns = ["cache", "model", "tokens each", "users", "died at", "change", "peak, GB"]
+    columns += ["MB a user", "predicted", "off", "users predicted", "off"]
+    rows = []
+    for r in found:
+        full, measured, expected = _baseline(found, r), r["user_bytes"], r["user_bytes_predicted"]
+        change = "" if r is full else f"{r['users'] / full['users'] - 1:+.0%}"
+        slope, off = (f"{measured / 1e6:.3f}", f"{expected / measured - 1:+.1%}") if measured else ("", "")
+        rows.append([
+            r["cache"], Path(r["model"]).name, f"{r['context']:,}", f"{r['users']:,}", f"{r['died']:,}", change, f"{r['peak'] / 1e9:.2f}",
+            slope, f"{expected / 1e6:.3f}", off, f"{r['users_predicted']:,}", f"{r['users_predicted'] / r['users'] - 1:+.1%}",
+        ])  # fmt: skip
+    return title, columns, rows
