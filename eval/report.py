@@ -8,7 +8,7 @@ import jinja2
 import markupsafe
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import bench, figures, suite
+from kvcascade.eval import bench, figures, profile_report, suite
 from kvcascade.eval.records import Record, interval, paired, retrieval_table, wilson
 from kvcascade.kernels.files import write_whole
 
@@ -39,8 +39,10 @@ def of_kind(records: list[Record], kind: str) -> list[Record]:
 
 def sections(records: list[Record]) -> dict:
     """What the page shows of what there is: figures, the table behind each, the findings in words, the protocol."""
-    kinds = ("train", "evaluate", "retrieve", "layer", "growth", "latency", "bench")
-    trainings, evaluations, retrievals, layers, grown, latencies, benches = (of_kind(records, kind) for kind in kinds)
+    kinds = ("train", "evaluate", "retrieve", "layer", "growth", "latency", "bench", "profile")
+    trainings, evaluations, retrievals, layers, grown, latencies, benches, profiles = (
+        of_kind(records, kind) for kind in kinds
+    )
     if not evaluations and not retrievals:
         raise BadInput("a report needs records of evaluations or of retrieval")
     first = (evaluations or retrievals)[0]
@@ -75,6 +77,19 @@ def sections(records: list[Record]) -> dict:
             "batch": latencies[0]["batch"],
         },
         "speed": _speeds(benches),
+        "profiles": [
+            {
+                "title": profile_report.summary(mine)[0],
+                "table": profile_report.summary(mine)[1:],
+                "step": figure(figures.step_shares, mine),
+                "memory": figure(figures.growth, [r["growth"] for r in mine]),
+                "each": [
+                    {"table": profile_report.table(r)[1:], "cache": r["cache"], "lines": profile_report.sentences(r)}
+                    for r in mine
+                ],
+            }
+            for mine in profile_report.groups(profiles)
+        ],
         "protocol": {
             "model": ", ".join(dict.fromkeys(r["model"] for r in (*evaluations, *retrievals))),
             "text": (

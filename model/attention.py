@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -13,6 +14,7 @@ from kvcascade.model.config import ModelConfig
 from kvcascade.model.linear import Linear, together
 
 
+@jax.named_scope("rope")
 def rope(
     x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], base: float, factors: tuple[float, ...] = ()
 ) -> Float[Array, "B T N H"]:
@@ -54,8 +56,9 @@ class Attention(nnx.Module):
         """RoPE is applied before a key is stored, so positions stay true after eviction; `fresh` says that the cache is empty."""
         B, T, _ = x_BTM.shape
         config = self.config
-        projected = together(x_BTM, self.q, self.k, self.v)
-        q_BTNH, k_BTKH, v_BTKH = (x.reshape(B, T, -1, config.head_dim) for x in projected)
+        with jax.named_scope("qkv"):
+            projected = together(x_BTM, self.q, self.k, self.v)
+            q_BTNH, k_BTKH, v_BTKH = (x.reshape(B, T, -1, config.head_dim) for x in projected)
         if config.qk_norm:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH).astype(q_BTNH.dtype), self.k_norm(k_BTKH).astype(k_BTKH.dtype)
         if config.positions == "rope":
@@ -67,4 +70,5 @@ class Attention(nnx.Module):
             out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, config.window)
         else:
             out_BTNH, cache = cache.step(q_BTNH, k_BTKH, v_BTKH, positions_BT, config.window, fresh)
-        return self.o(out_BTNH.reshape(B, T, -1)), cache
+        with jax.named_scope("output"):
+            return self.o(out_BTNH.reshape(B, T, -1)), cache

@@ -12,6 +12,7 @@ COMMANDS = {
     "convert": "pool a run's KV heads, ready for uptraining",
     "evaluate": "perplexity, bytes and speed of a model behind caches",
     "bench": "prefill and decode speed, and the share of the memory bandwidth",
+    "profile": "where a decode step spends time and bytes, and how memory grows with the context",
     "kernels": "what the GPU kernels cost on a card, without one; their speed, with one",
     "compare": "runs side by side: loss, perplexity, bytes, latency",
     "retrieve": "what a cache still lets a model find: needles, copying, arithmetic, several questions",
