@@ -145,8 +145,11 @@ def growth(records: list[Record]) -> str:
             )
             if "temporary_bytes" in record:
                 axes.plot(record["contexts"], record["temporary_bytes"], color=colour, linestyle="--", linewidth=1.2)
-        if any("temporary_bytes" in record for record in records):
-            axes.plot([], [], color="#666", linestyle="--", linewidth=1.2, label="dashed: temporaries of a step")
+        temporaries = any("temporary_bytes" in record for record in records)
+        if temporaries:
+            axes.plot(
+                [], [], color="#666", linestyle="--", linewidth=1.2, label="dashed: temporaries of a step, all rows"
+            )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -154,7 +157,8 @@ def growth(records: list[Record]) -> str:
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("context, tokens")
         axes.set_ylabel("measured bytes of one row's cache")
-        axes.legend(fontsize=9)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14)} if temporaries else {}
+        axes.legend(fontsize=9, **below)
         return to_svg(figure)
 
 
@@ -206,7 +210,13 @@ def step_shares(records: list[Record]) -> str:
                 bar = axes.barh(place, width, 0.62, left, color=colour, edgecolor="white", linewidth=0.6)
                 if width > 0.06 * widest:
                     share = f"{width / record['profiled_ms']:.0%}"
-                    axes.bar_label(bar, [share], label_type="center", fontsize=9, color="black")
+                    axes.bar_label(
+                        bar,
+                        [share],
+                        label_type="center",
+                        fontsize=9,
+                        color="white" if colour in COLOURS[:3] else "black",
+                    )
                 left += width
             axes.annotate(f"{left:.2f}", (left, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
         models = {record["model"] for record in records}
@@ -214,7 +224,9 @@ def step_shares(records: list[Record]) -> str:
         axes.set_yticks(range(len(records)), ["\n".join(textwrap.wrap(name, 34)) for name in names])
         axes.set_xlabel("milliseconds of a decode step")
         handles = [Patch(color=colour) for colour, _ in PARTS.values()]
-        figure.legend(handles, PARTS, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=4, fontsize=9)
+        axes.legend(
+            handles, PARTS, loc="upper right", bbox_to_anchor=(1.0, -0.55 / len(records) - 0.1), ncols=4, fontsize=9
+        )
         axes.grid(axis="y", visible=False)
         return to_svg(figure)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kvcascade.cache.cascade import Cache, LayerCache, nbytes
 from kvcascade.cache.spec import CacheSpec
@@ -59,7 +60,7 @@ def measured(model: Model, spec: CacheSpec, batch: int, context: int) -> Record:
         cache = generate.empty_cache(model.config, spec, batch, length)
         cache = tuple(_fill(layer, length - 1, model.config) for layer in cache)
         token_B, position_B = jnp.zeros(batch, jnp.int32), jnp.full(batch, length - 1)
-        step = generate.decode_step.lower(model.config, model.params, cache, token_B, position_B).compile()
+        step = generate.decode_step.trace(model.config, model.params, cache, token_B, position_B).lower().compile()
         logits_BV, cache = jax.block_until_ready(step(model.params, cache, token_B, position_B))
         del token_B, position_B
         columns["kv_bytes"].append(nbytes(cache) // batch)
@@ -71,12 +72,19 @@ def measured(model: Model, spec: CacheSpec, batch: int, context: int) -> Record:
     return found | columns
 
 
+CHUNK = 64
+
+
 def _fill(layer: LayerCache, count: int, config: ModelConfig) -> LayerCache:
-    """Put so many tokens into an empty layer, all at once."""
-    batch, heads = layer.slots[0].pos_BKS.shape[:2]
-    random = lambda key: jax.random.normal(jax.random.key(key), (batch, heads, count, config.head_dim))
-    pos_BKT = jnp.broadcast_to(jnp.arange(count), (batch, heads, count))
-    return _append(layer, Entry(random(0), random(1), pos_BKT, jnp.zeros((batch, heads, count))), pos_BKT[:, :1, -1:])
+    """Put so many tokens into an empty layer, in pieces of one length, so that not every count is compiled anew."""
+    shape = (*layer.slots[0].pos_BKS.shape[:2], CHUNK)
+    k, v = np.random.default_rng(0).standard_normal((2, *shape, config.head_dim), np.float32)
+    for start in range(0, count, CHUNK):
+        pos = np.arange(start, start + CHUNK, dtype=np.int32)
+        pos_BKT = np.broadcast_to(np.where(pos < count, pos, -1), shape)
+        entry = Entry(*map(jnp.asarray, (k, v, pos_BKT, np.zeros(shape, np.float32))))
+        layer = _append(layer, entry, entry.pos_BKT.max(-1, keepdims=True)[:, :1])
+    return layer
 
 
 _append = jax.jit(LayerCache.append, donate_argnums=0)

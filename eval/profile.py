@@ -136,12 +136,12 @@ def _programs(model: Model, cache: Cache, batch: int) -> list[_Program]:
     each_row = jnp.zeros(batch, jnp.int32)
     logits_BV = jax.ShapeDtypeStruct((batch, model.config.vocab), jnp.float32)
     nothing_seen = jnp.zeros((batch, 0), bool)
-    lowered = (
-        generate.decode_step.lower(model.config, model.params, cache, each_row, each_row),
-        generate.sample.lower(logits_BV, jax.random.key(0), generate.Sampling(), nothing_seen),
+    traced = (
+        generate.decode_step.trace(model.config, model.params, cache, each_row, each_row),
+        generate.sample.trace(logits_BV, jax.random.key(0), generate.Sampling(), nothing_seen),
     )
     found = []
-    for compiled in (each.compile() for each in lowered):
+    for compiled in (each.lower().compile() for each in traced):
         text = compiled.as_text() or ""
         found.append(_Program(text.split(",", 1)[0].split()[-1], text, compiled, traffic.launches(text)))
     return found

@@ -113,7 +113,7 @@ def sentences(record: Record) -> list[str]:
         for b in buffers["largest"][:3]
     )
     copies = (
-        "none writes a whole K or V buffer"
+        "no instruction writes a whole K or V buffer"
         if not buffers["copies"]
         else f"{buffers['copies']} INSTRUCTIONS WRITE A WHOLE K OR V BUFFER"
     )

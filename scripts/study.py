@@ -12,7 +12,7 @@ from typing import Literal
 
 import tyro
 
-from kvcascade.eval import latency, perplexity, records, report, suite
+from kvcascade.eval import latency, memory, perplexity, records, report, suite
 from kvcascade.scripts import console
 from kvcascade.train import checkpoint, config, data, run
 
