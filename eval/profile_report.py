@@ -99,7 +99,7 @@ def sentences(record: Record) -> list[str]:
     close = "within" if abs(change) <= TOLERANCE else "NOT within"
     found = [
         f"A step takes {record['step_ms']:.2f} ms and moves {_moved(record) / 1e6:,.1f} MB with {record['operations'] / 1e6:,.1f} million operations; "
-        f"memory is read at {record['bandwidth'] / 1e9:.1f} GB/s, and what is above that came from the processor's caches.",
+        f"memory is read at {record['bandwidth'] / 1e9:.1f} GB/s (above 100% of it: from the processor's caches).",
         f"Its time: {longest}; nothing runs in {(record['around_ms'] + record['between_ms']) / ms:.0%}. The shares add up to "
         f"{ms:.2f} ms under the profiler, {change:+.0%}: {close} {TOLERANCE:.0%}.",
     ]

@@ -46,14 +46,16 @@ def main(arguments: list[str]) -> None:
     records.check_writable(args.out)
     found = []
     with console.progress("profile", 2 * len(specs)) as show:
-        bandwidth = bench.bandwidth()
+        bandwidth = 0.0
         for spec in specs:
             start = time.monotonic()
-            record = profile.profile(model, spec, args.batch, context) | {"bandwidth": bandwidth}
+            bandwidth = max(bandwidth, bench.bandwidth())
+            record = profile.profile(model, spec, args.batch, context)
             show(2 * len(found) + 1, f"steps behind {spec}")
             record["growth"] = memory.measured(model, spec, args.batch, context)
             found.append(records.stamp(record, time.monotonic() - start))
             show(2 * len(found), f"memory of {spec}")
+    found = [record | {"bandwidth": bandwidth} for record in found]
     text = io.StringIO()
     for record in found:
         console.table(*profile_report.table(record), file=text)

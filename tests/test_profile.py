@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,7 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@functools.cache
 def compiled(spec: str, donate: bool = True) -> tuple[str, list, jax.stages.Compiled]:
     """A decode step's program, K and V of its cache, and what it was compiled to."""
     cache = generate.empty_cache(CONFIG, parse(spec), 2, 128)
@@ -208,7 +210,7 @@ def test_what_is_written_is_made_from_the_records(profiled: list[dict], tmp_path
     told = " ".join(profile_report.sentences(faulty))
     assert "3 INSTRUCTIONS WRITE A WHOLE" in told and "NOT within" in told
     recorded = records.read(readme.RESULTS)
-    stamped = [records.stamp(record, 1) for record in profiled]
+    stamped = [records.stamp(record, 1.0) for record in profiled]
     report.write(tmp_path / "report.html", recorded + stamped, "kvcascade report")
     page = (tmp_path / "report.html").read_text()
     assert "<h2>Where a decode step goes" in page and "heavy 12@int8" in page
