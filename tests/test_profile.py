@@ -190,10 +190,10 @@ def test_memory_is_that_of_live_buffers(profiled: list[dict]) -> None:
 def test_what_is_written_is_made_from_the_records(profiled: list[dict], tmp_path: Path) -> None:
     """A row of step.csv for each part and of memory.csv for each context; both figures are well-formed; the page has the section."""
     profile_report.write(tmp_path, profiled, "text")
-    step = list(csv.DictReader((tmp_path / "step.csv").open()))
+    step = list(csv.DictReader((tmp_path / "step.csv").read_text().splitlines()))
     assert len(step) == sum(len(record["components"]) + 2 for record in profiled)
     assert sum(float(row["share"]) for row in step) == pytest.approx(2)
-    assert len(list(csv.DictReader((tmp_path / "memory.csv").open()))) == 2 * 3
+    assert len(list(csv.DictReader((tmp_path / "memory.csv").read_text().splitlines()))) == 2 * 3
     for name in ("step.svg", "memory.svg"):
         ElementTree.parse(tmp_path / name)
     for title, columns, rows in (
