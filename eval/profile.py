@@ -13,7 +13,7 @@ import numpy as np
 from kvcascade.cache.cascade import Cache, nbytes
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
-from kvcascade.eval import bench, memory
+from kvcascade.eval import bench, buffers
 from kvcascade.eval.records import Record
 from kvcascade.eval.trace import trace
 from kvcascade.kernels import native, traffic
@@ -85,7 +85,7 @@ def profile(model: Model, spec: CacheSpec, batch: int, context: int) -> Record:
         latest[:] = jax.block_until_ready(next(tokens))
 
     del cache  # the first step takes it
-    watch = memory.steady(step, watched(context))
+    watch = buffers.steady(step, watched(context))
     plain, traced = [], []
     for _ in range(ROUNDS):
         plain += [_seconds(step) for _ in range(EACH)]
@@ -120,7 +120,7 @@ def profile(model: Model, spec: CacheSpec, batch: int, context: int) -> Record:
         "tiers": _tiers(model, cache, batch, context, times["attention"]),
         "operations": _operations(model, programs[0], cache, batch),
         "kv_bytes": nbytes(cache) // batch,
-        "buffers": memory.buffers(programs[0].compiled, cache, component),
+        "buffers": buffers.of_step(programs[0].compiled, cache, component),
         "watched": watch,
         "seed": model.seed,
     }

@@ -9,7 +9,7 @@ import jax
 
 from kvcascade.cache.codec import CODECS
 from kvcascade.cache.spec import CacheSpec, parse
-from kvcascade.eval import memory
+from kvcascade.eval import buffers
 from kvcascade.eval.records import Record, full_bytes
 from kvcascade.model import gpt
 from kvcascade.model.config import ModelConfig
@@ -102,7 +102,7 @@ def layer_kinds(config: ModelConfig) -> list[Record]:
         kind = "MHA" if kv_heads == config.heads else "MQA" if kv_heads == 1 else "GQA"
         for codec in CODECS:
             if codec not in ("f32", "int4h"):  # f32 is for tests; int4h takes the bytes of int4
-                size = memory.allocated(one, parse(f"full@{codec}"), config.context) / config.context
+                size = buffers.allocated(one, parse(f"full@{codec}"), config.context) / config.context
                 found.append(
                     {"kind": "layer", "layer": f"{kind}, {kv_heads} KV heads", "codec": codec, "bytes_per_token": size}
                 )

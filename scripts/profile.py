@@ -10,7 +10,7 @@ import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import bench, memory, profile, profile_report, records
+from kvcascade.eval import bench, buffers, profile, profile_report, records
 from kvcascade.scripts import console
 
 
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
             bandwidth = max(bandwidth, bench.bandwidth())
             record = profile.profile(model, spec, args.batch, context)
             show(2 * len(found) + 1, f"steps behind {spec}")
-            record["growth"] = memory.measured(model, spec, args.batch, context)
+            record["growth"] = buffers.measured(model, spec, args.batch, context)
             found.append(records.stamp(record, time.monotonic() - start))
             show(2 * len(found), f"memory of {spec}")
     found = [record | {"bandwidth": bandwidth} for record in found]

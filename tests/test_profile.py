@@ -15,7 +15,7 @@ import tiny_models
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import memory, profile, profile_report, records, report, whole_step
+from kvcascade.eval import buffers, profile, profile_report, records, report, whole_step
 from kvcascade.eval.trace import Event, divide, trace
 from kvcascade.kernels import native, traffic
 from kvcascade.model import generate, gpt, pretrained
@@ -146,7 +146,7 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     found = []
     for spec in map(parse, ("full", "sink 4 | heavy 12@int8")):
         record = profile.profile(model, spec, 2, 256) | {"bandwidth": 1e10}
-        found.append(record | {"growth": memory.measured(model, spec, 2, 256)})
+        found.append(record | {"growth": buffers.measured(model, spec, 2, 256)})
     jaxtyping.config.update("jaxtyping_disable", False)
     return found
 

@@ -90,7 +90,7 @@ def _fill(layer: LayerCache, count: int, config: ModelConfig) -> LayerCache:
 _append = jax.jit(LayerCache.append, donate_argnums=0)
 
 
-def buffers(compiled: jax.stages.Compiled, cache: Cache, component: Callable[[str], str], most: int = 6) -> Record:
+def of_step(compiled: jax.stages.Compiled, cache: Cache, component: Callable[[str], str], most: int = 6) -> Record:
     """Which buffers a compiled decode step has, and which instructions have the largest temporaries.
 
     What instructions of the same kind and size write, mostly one of each layer, is one line; they share memory, so the lines add up to
