@@ -109,6 +109,7 @@ class LayerCache:
         """Every tier's slots, and how they are stored."""
         return [(slots, tier.codec) for tier, slots in zip(self.cascade.tiers, self.slots, strict=True)]
 
+    @jax.named_scope("scores")
     def observe(self, mass: list[Float[Array, "B K _"]]) -> "LayerCache":
         """Add the attention mass that each tier's slots received to their scores, where those are kept."""
         if not self.observed:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -61,6 +62,7 @@ def empty(tier: Tier, batch: int, kv_heads: int, head_dim: int, context: int, sc
     return Slots(encode(), encode(), jnp.full(shape, -1, jnp.int32), jnp.zeros(shape) if scored else None)
 
 
+@jax.named_scope("priority")
 def take_in(
     tier: Tier, slots: Slots, entry: Entry, now_B11: Int[Array, "B 1 1"], last: bool
 ) -> tuple[Slots, Entry | None]:

@@ -85,8 +85,13 @@ class Ours:
 
 def weight_bytes(config: ModelConfig, params: Params) -> int:
     """Bytes of the parameters that each decode step reads whole: all but tables of which it takes a row per token."""
+    return sum(leaf.nbytes for leaf in read_whole(config, params))
+
+
+def read_whole(config: ModelConfig, params: Params) -> list:
+    """The parameters that each decode step reads whole."""
     tables = ("position",) if config.tied else ("position", "embed")
-    return sum(leaf.nbytes for name, part in params.items() if name not in tables for leaf in jax.tree.leaves(part))
+    return [leaf for name, part in params.items() if name not in tables for leaf in jax.tree.leaves(part)]
 
 
 def occupied_bytes(cache: Cache) -> int:

@@ -2,7 +2,7 @@
 
 import markupsafe
 
-from kvcascade.eval import bench, crash, figures, fit, stream
+from kvcascade.eval import bench, crash, figures, fit, profile_report, stream
 from kvcascade.eval.records import Record, markdown, of_kind
 
 
@@ -22,6 +22,7 @@ def sections(records: list[Record]) -> dict:
             "sentences": crash.sentences(crashes),
             "limit": f"{crashes[0]['limit'] / 1e9:g} GB",
         },
+        "profiles": [_profile(mine) for mine in profile_report.groups(of_kind(records, "profile"))],
     }
 
 
@@ -31,6 +32,22 @@ _svg = markupsafe.Markup
 def _speed(benches: list[Record]) -> dict:
     title, columns, rows = bench.table(benches)
     return {"title": title, "table": (columns, rows)}
+
+
+def _profile(profiles: list[Record]) -> dict:
+    title, *summary = profile_report.summary(profiles)
+    each = [
+        {"table": profile_report.table(r)[1:], "cache": r["cache"], "lines": profile_report.sentences(r)}
+        for r in profiles
+    ]
+    grown = _svg(figures.growth([r["growth"] for r in profiles]))
+    return {
+        "title": title,
+        "table": summary,
+        "step": _svg(figures.step_shares(profiles)),
+        "memory": grown,
+        "each": each,
+    }
 
 
 def _fits(fits: list[Record]) -> list[dict]:

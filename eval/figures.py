@@ -136,12 +136,19 @@ def bytes_by_kind(layers: list[Record]) -> str:
 
 
 def growth(records: list[Record]) -> str:
-    """Bytes of one row's cache against the context."""
+    """Bytes of one row's cache against the context; dashed, where they are known, the temporaries of a decode step."""
     with plt.rc_context(STYLE):
         figure, axes = _axes()
         for colour, record in zip(COLOURS, records, strict=False):
             axes.plot(
                 record["contexts"], record["kv_bytes"], color=colour, marker="o", markersize=4, label=record["cache"]
+            )
+            if "temporary_bytes" in record:
+                axes.plot(record["contexts"], record["temporary_bytes"], color=colour, linestyle="--", linewidth=1.2)
+        temporaries = any("temporary_bytes" in record for record in records)
+        if temporaries:
+            axes.plot(
+                [], [], color="#666", linestyle="--", linewidth=1.2, label="dashed: temporaries of a step, all rows"
             )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
@@ -150,7 +157,8 @@ def growth(records: list[Record]) -> str:
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("context, tokens")
         axes.set_ylabel("measured bytes of one row's cache")
-        axes.legend(fontsize=9)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14)} if temporaries else {}
+        axes.legend(fontsize=9, **below)
         return to_svg(figure)
 
 
@@ -171,6 +179,54 @@ def latency(records: list[Record]) -> str:
         axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.4, -0.16), ncols=3, fontsize=9)
         axes.set_yticks(range(len(records)), [f"{r['model']}: {r['cache']}" for r in reversed(records)])
         axes.set_xlabel("milliseconds per decode step of the batch")
+        axes.grid(axis="y", visible=False)
+        return to_svg(figure)
+
+
+# Products with weights in blues, the cache in warm colours, the rest in greys.
+PARTS = {
+    "mlp": ("#0072B2", ("mlp", "activation")),
+    "head": ("#56B4E9", ("head",)),
+    "qkv, output": ("#9BD0F0", ("qkv", "output")),
+    "attention": ("#D55E00", ("attention",)),
+    "eviction": ("#E69F00", ("priority", "exchange", "scores")),
+    "norms, RoPE, embedding, others": ("#009E73", ("norm", "rope", "embedding", "other")),
+    "sampling": ("#CC79A7", ("sampling",)),
+    "nothing runs": ("#d0d0d0", ("between", "around")),
+}
+
+
+def step_shares(records: list[Record]) -> str:
+    """Time of a decode step by component, a bar for each cache."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(SIZE[0], 1.3 + 0.5 * len(records)))
+        widest = max(record["profiled_ms"] for record in records)
+        for place, record in enumerate(reversed(records)):
+            ms = {each["name"]: each["ms"] for each in record["components"]}
+            ms |= {"between": record["between_ms"], "around": record["around_ms"]}
+            left = 0.0
+            for colour, names in PARTS.values():
+                width = sum(ms.get(name, 0.0) for name in names)
+                bar = axes.barh(place, width, 0.62, left, color=colour, edgecolor="white", linewidth=0.6)
+                if width > 0.06 * widest:
+                    share = f"{width / record['profiled_ms']:.0%}"
+                    axes.bar_label(
+                        bar,
+                        [share],
+                        label_type="center",
+                        fontsize=9,
+                        color="white" if colour in COLOURS[:3] else "black",
+                    )
+                left += width
+            axes.annotate(f"{left:.2f}", (left, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
+        models = {record["model"] for record in records}
+        names = [f"{r['model']}: {r['cache']}" if len(models) > 1 else r["cache"] for r in reversed(records)]
+        axes.set_yticks(range(len(records)), ["\n".join(textwrap.wrap(name, 34)) for name in names])
+        axes.set_xlabel("milliseconds of a decode step")
+        handles = [Patch(color=colour) for colour, _ in PARTS.values()]
+        axes.legend(
+            handles, PARTS, loc="upper right", bbox_to_anchor=(1.0, -0.55 / len(records) - 0.1), ncols=4, fontsize=9
+        )
         axes.grid(axis="y", visible=False)
         return to_svg(figure)
 

@@ -1,4 +1,4 @@
-"""What a study measures: the caches it compares, and records of training, growth and bytes by layer kind."""
+"""What a study measures: the caches it compares, and records of training and of bytes by layer kind."""
 
 import dataclasses
 import statistics
@@ -6,13 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import jax
-import numpy as np
 
-from kvcascade.cache.cascade import nbytes
 from kvcascade.cache.codec import CODECS
 from kvcascade.cache.spec import CacheSpec, parse
+from kvcascade.eval import buffers
 from kvcascade.eval.records import Record, full_bytes
-from kvcascade.model import generate, gpt
+from kvcascade.model import gpt
 from kvcascade.model.config import ModelConfig
 from kvcascade.train import checkpoint
 
@@ -95,25 +94,6 @@ def training(name: str, path: Path, unigram_bits_per_byte: float) -> Record:
     }
 
 
-def measured_bytes(config: ModelConfig, spec: CacheSpec, context: int) -> int:
-    """Bytes of one row's cache, by allocating it and adding up its buffers."""
-    return nbytes(generate.empty_cache(dataclasses.replace(config, context=context), spec, 1, context))
-
-
-def growth(config: ModelConfig, specs: list[CacheSpec]) -> list[Record]:
-    """Bytes of one row's cache at contexts from 64 tokens to 8 times the model's, by allocation."""
-    contexts = [2**n for n in range(6, 1 + int(np.log2(8 * config.context)))]
-    return [
-        {
-            "kind": "growth",
-            "cache": str(spec),
-            "contexts": contexts,
-            "kv_bytes": [measured_bytes(config, spec, c) for c in contexts],
-        }
-        for spec in specs
-    ]
-
-
 def layer_kinds(config: ModelConfig) -> list[Record]:
     """Bytes per token in one layer for MHA, GQA and MQA of this width, by codec, by allocation; scales and positions included."""
     found = []
@@ -122,7 +102,7 @@ def layer_kinds(config: ModelConfig) -> list[Record]:
         kind = "MHA" if kv_heads == config.heads else "MQA" if kv_heads == 1 else "GQA"
         for codec in CODECS:
             if codec not in ("f32", "int4h"):  # f32 is for tests; int4h takes the bytes of int4
-                size = measured_bytes(one, parse(f"full@{codec}"), config.context) / config.context
+                size = buffers.allocated(one, parse(f"full@{codec}"), config.context) / config.context
                 found.append(
                     {"kind": "layer", "layer": f"{kind}, {kv_heads} KV heads", "codec": codec, "bytes_per_token": size}
                 )

@@ -123,6 +123,15 @@ def table(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 
 def copies(program: str, held: list) -> int:
     """How often a program writes an array with the shape and type of one of these, other than by a kernel that changes it in place."""
+    wanted = kinds(held)
+    entry = program[program.index("ENTRY ") :]
+    written = re.findall(r"^\s+(?:ROOT )?%?\S+ = (\(.*?\)|\S+) ([\w-]+)\(", entry, re.MULTILINE)
+    free = re.compile("parameter|tuple|bitcast|get-tuple-element|custom-call")
+    return sum(bool(wanted & set(re.findall(r"\w+\[[\d,]*\]", kind))) for kind, how in written if not free.match(how))
+
+
+def kinds(held: list) -> set[str]:
+    """The types of arrays as a program has them."""
     short = {
         "bfloat16": "bf16",
         "float8_e4m3fn": "f8e4m3fn",
@@ -131,9 +140,4 @@ def copies(program: str, held: list) -> int:
         "uint8": "u8",
         "int32": "s32",
     }
-    kinds = {f"{short[leaf.dtype.name]}[{','.join(map(str, leaf.shape))}]" for leaf in held}
-    entry = program[program.index("ENTRY ") :]
-    written = re.findall(r"^\s+(?:ROOT )?%?\S+ = (\w+\[[\d,]*\])\S* (\S+?)\(", entry, re.MULTILINE)
-    return sum(
-        kind in kinds and not re.match("parameter|bitcast|get-tuple-element|custom-call", how) for kind, how in written
-    )
+    return {f"{short[leaf.dtype.name]}[{','.join(map(str, leaf.shape))}]" for leaf in held}

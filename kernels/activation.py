@@ -11,6 +11,7 @@ from kvcascade.kernels.backend import Implementation, Kernel, run
 from kvcascade.kernels.nonlinear import ACTIVATIONS, Inputs, slopes, value
 
 
+@jax.named_scope("activation")
 def activate(
     up: Float[Array, "*B F"],
     gate: Float[Array, "*B F"] | None,

@@ -16,6 +16,7 @@ from kvcascade.kernels.slots import Format, Slots
 type Result = tuple[Float[Array, "B N H"], list[Float[Array, "B K _"]]]
 
 
+@jax.named_scope("attention")
 def decode(
     q_BNH: Float[Array, "B N H"],
     q_pos_B: Int[Array, " B"],

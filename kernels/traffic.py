@@ -19,6 +19,10 @@ class Launch:
     """What a custom call calls."""
     moved: int
     """Bytes of its operands and results; of what it slices or updates in place, only those of the slice."""
+    result: str
+    """The type of what it writes."""
+    scope: str
+    """Where the model does it: the names of the scopes that it was traced in, separated by slashes; of an unnamed one, its first user's."""
 
 
 BITS = {"pred": 8, "token": 0, "opaque": 0}
@@ -35,8 +39,13 @@ class _Instruction:
     root: bool
 
     @property
+    def scope(self) -> str:
+        found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found[1] if found else ""
+
+    @property
     def size(self) -> int:
-        return _size(self.kind)
+        return size(self.kind)
 
 
 def launches(hlo: str) -> list[Launch]:
@@ -44,6 +53,19 @@ def launches(hlo: str) -> list[Launch]:
     computations = _computations(hlo)
     entry = re.search(r"^ENTRY %?(\S+)", hlo, re.MULTILINE)
     return list(_launches(computations, entry[1])) if entry else []
+
+
+def returned(hlo: str) -> set[str]:
+    """The instructions whose results an optimised HLO text returns, and what those are parts of."""
+    entry = re.search(r"^ENTRY %?(\S+)", hlo, re.MULTILINE)
+    by_name = {each.name: each for each in _computations(hlo)[entry[1]]} if entry else {}
+    found, todo = set(), [name for name, each in by_name.items() if each.root]
+    while todo:
+        name = todo.pop()
+        found.add(name)
+        if by_name[name].operation in ("tuple", "bitcast", "get-tuple-element"):
+            todo += by_name[name].operands
+    return found
 
 
 def _launches(computations: dict[str, list[_Instruction]], name: str) -> Iterator[Launch]:
@@ -66,7 +88,9 @@ def _launches(computations: dict[str, list[_Instruction]], name: str) -> Iterato
             case _:
                 moved = each.size + sum(kinds[operand].size for operand in each.operands)
         target = re.search(r'custom_call_target="([^"]*)"', each.rest)
-        yield Launch(each.name, each.operation, target[1] if target else "", moved)
+        users = (user for user in computations[name] if each.name in user.operands)
+        scope = each.scope or next((user.scope for user in users if user.scope), "")
+        yield Launch(each.name, each.operation, target[1] if target else "", moved, each.kind, scope)
 
 
 def _fused(body: list[_Instruction]) -> int:
@@ -76,19 +100,19 @@ def _fused(body: list[_Instruction]) -> int:
         for operand in each.operands:
             users.setdefault(operand, []).append(each)
 
-    def read(name: str, size: int) -> int:
+    def read(name: str, whole: int) -> int:
         total = 0
         for user in users.get(name, []):
             match user.operation:
                 case "bitcast":
-                    total += read(user.name, size)
+                    total += read(user.name, whole)
                 case "slice" | "dynamic-slice" | "gather" if user.operands[0] == name:
                     total += user.size
                 case "dynamic-update-slice" if user.operands[0] == name:
                     pass
                 case _:
-                    return size
-        return min(total, size)
+                    return whole
+        return min(total, whole)
 
     def written(each: _Instruction) -> int:
         match each.operation:
@@ -119,7 +143,7 @@ def _computations(hlo: str) -> dict[str, list[_Instruction]]:
     return found
 
 
-def _size(kind: str) -> int:
+def size(kind: str) -> int:
     """Bytes of an HLO type, all elements of a tuple together."""
     total = 0
     for name, shape in re.findall(r"(\w+)\[([\d,]*)\]", kind):

@@ -12,6 +12,7 @@ from kvcascade.kernels.backend import Implementation, Kernel, run
 from kvcascade.kernels.slots import Entry, Format, Slots
 
 
+@jax.named_scope("exchange")
 def exchange(
     slots: Slots,
     entry: Entry,

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -17,6 +18,7 @@ type Rotation = tuple[Float[Array, "B T 1 1 H2"], Float[Array, "B T 1 2 H2"]]
 """Cosines, and sines with the sign that each half takes."""
 
 
+@jax.named_scope("rope")
 def rotation(positions_BT: Int[Array, "B T"], H: int, base: float, factors: tuple[float, ...] = ()) -> Rotation:
     """What RoPE turns pair h at each position by: position times base^(-2h/H) / factors[h] radians (RoFormer, Su et al. 2021, eq. 34)."""
     # In float64 on the host: at position 8,000 a frequency that is off in its last float32 digit turns by 0.001 radians.
@@ -26,6 +28,7 @@ def rotation(positions_BT: Int[Array, "B T"], H: int, base: float, factors: tupl
     return lax.optimization_barrier((jnp.cos(angle), jnp.asarray([[-1.0], [1.0]]) * jnp.sin(angle)))
 
 
+@jax.named_scope("rope")
 def turn(x_BTNH: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
     """Turn each pair (h, h + H/2) of a vector."""
     # Both halves in one expression, the other one reached by reversing: XLA makes a single loop of it, with no concatenation.
@@ -62,8 +65,9 @@ class Attention(nnx.Module):
         """RoPE, `by`, is applied before a key is stored, so positions stay true after eviction; `fresh` says that the cache is empty."""
         B, T, _ = x_BTM.shape
         config = self.config
-        projected = together(x_BTM, self.q, self.k, self.v)
-        q_BTNH, k_BTKH, v_BTKH = (x.reshape(B, T, -1, config.head_dim) for x in projected)
+        with jax.named_scope("qkv"):
+            projected = together(x_BTM, self.q, self.k, self.v)
+            q_BTNH, k_BTKH, v_BTKH = (x.reshape(B, T, -1, config.head_dim) for x in projected)
         if config.qk_norm:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH).astype(q_BTNH.dtype), self.k_norm(k_BTKH).astype(k_BTKH.dtype)
         if by is not None:
@@ -72,4 +76,5 @@ class Attention(nnx.Module):
             out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, config.window)
         else:
             out_BTNH, cache = cache.step(q_BTNH, k_BTKH, v_BTKH, positions_BT, config.window, fresh)
-        return self.o(out_BTNH.reshape(B, T, -1)), cache
+        with jax.named_scope("output"):
+            return self.o(out_BTNH.reshape(B, T, -1)), cache

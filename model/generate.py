@@ -63,6 +63,7 @@ class Sampling:
 
 
 @functools.partial(jax.jit, static_argnames="sampling")
+@jax.named_scope("sampling")
 def sample(
     logits_BV: Float[Array, "B V"], key: Key[Array, ""], sampling: Sampling, seen_BV: Bool[Array, "B _"]
 ) -> Int[Array, " B"]:

@@ -40,16 +40,24 @@ class Block(nnx.Module):
         self.activation, self.dropout = config.activation, config.dropout
 
     def __call__(self, x_BTM, positions_BT, by, cache, dropout_key, fresh):
-        out, cache = self.attention(self.attention_norm(x_BTM), positions_BT, by, cache, fresh)
-        x_BTM = x_BTM + out
-        h = self.mlp_norm(x_BTM)
+        with jax.named_scope("norm"):
+            h = self.attention_norm(x_BTM)
+        out, cache = self.attention(h, positions_BT, by, cache, fresh)
+        with jax.named_scope("norm"):
+            x_BTM = x_BTM + out
+            h = self.mlp_norm(x_BTM)
+        with jax.named_scope("mlp"):
+            return x_BTM + self.mlp(h, dropout_key), cache
+
+    def mlp(self, h, dropout_key):
+        """Up and gate, the activation, down."""
         # Their biases are added in the one pass that the activation makes over the products.
         if self.activation == "swiglu":
             (up, gate), gate_bias = products(h, self.up, self.gate), self.gate.added
         else:
             (up,), gate, gate_bias = products(h, self.up), None, None
         hidden = activate(up, gate, self.activation, self.dropout, dropout_key, self.up.added, gate_bias)
-        return x_BTM + self.down(hidden), cache
+        return self.down(hidden)
 
 
 class GPT(nnx.Module):
@@ -70,24 +78,27 @@ class GPT(nnx.Module):
 
     def hidden(self, tokens_BT, positions_BT, cache, dropout_key=None, fresh=False):
         """What the head is applied to, and the cache that has seen the tokens."""
-        x_BTM = self.embed(tokens_BT)
         by, config = None, self.config
-        if config.positions == "learned":
-            x_BTM = x_BTM + self.position(jnp.maximum(positions_BT, 0)).astype(x_BTM.dtype)
-        else:
-            by = rotation(positions_BT, config.head_dim, config.rope_base, config.rope_factors)
+        with jax.named_scope("embedding"):
+            x_BTM = self.embed(tokens_BT)
+            if config.positions == "learned":
+                x_BTM = x_BTM + self.position(jnp.maximum(positions_BT, 0)).astype(x_BTM.dtype)
+            else:
+                by = rotation(positions_BT, config.head_dim, config.rope_base, config.rope_factors)
         caches = []
         for index, block in enumerate(self.layers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             x_BTM, layer = block(x_BTM, positions_BT, by, None if cache is None else cache[index], key, fresh)
             caches.append(layer)
-        return self.norm(x_BTM), tuple(caches)
+        with jax.named_scope("norm"):
+            return self.norm(x_BTM), tuple(caches)
 
     @property
     def head_matrix(self):
         """What the logits are products with."""
         return self.embed if self.config.tied else self.head
 
+    @jax.named_scope("head")
     def logits(self, x_BTM):
         """The head: products with its matrix, or with the embeddings."""
         return self.head_matrix.product(x_BTM)

@@ -16,6 +16,7 @@ COMMANDS = {
     "memory": "bytes of models and caches by arithmetic, and the users that leaves room for",
     "fit": "how many users fit on a GPU, compiled for it without one",
     "crash": "how many users fit: more and more under a hard limit of memory, until one is killed",
+    "profile": "where a decode step spends time and bytes, and how memory grows with the context",
     "kernels": "what the GPU kernels cost on a card, without one; their speed, with one",
     "compare": "runs side by side: loss, perplexity, bytes, latency",
     "retrieve": "what a cache still lets a model find: needles, copying, arithmetic, several questions",

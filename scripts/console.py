@@ -5,6 +5,7 @@ import contextlib
 import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import TextIO
 
 import jax
 from rich.console import Console
@@ -92,12 +93,12 @@ def answers(prompts: Sequence[str], texts: Sequence[str]) -> None:
         print(f"── {prompt}\n{text}\n")
 
 
-def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table to stdout; its first column is text, the others are figures."""
+def table(title: str, columns: list[str], rows: list[list[str]], file: TextIO | None = None) -> None:
+    """Print a table to stdout or a file; its first column is text, the others are figures."""
     shown = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         shown.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         shown.add_row(*row)
     # A file or a pipe has no width of its own; rich would take 80 columns and fold every figure.
-    Console(width=None if sys.stdout.isatty() else 160).print(shown)
+    Console(file=file, width=None if file is None and sys.stdout.isatty() else 160).print(shown)

@@ -12,7 +12,7 @@ from typing import Literal
 
 import tyro
 
-from kvcascade.eval import latency, perplexity, records, report, suite
+from kvcascade.eval import buffers, latency, perplexity, records, report, suite
 from kvcascade.scripts import console
 from kvcascade.train import checkpoint, config, data, run
 
@@ -105,6 +105,6 @@ def _measure(folder: Path, names: list[str], scale: Scale) -> list[records.Recor
     for model in (first, last):
         for one in latency.decode_step(model.config, model.params, timed, batch=8):
             found.append(records.stamp({"model": model.name} | one, 0))
-    grown = suite.growth(last.config, suite.scaled(suite.GROWING, context))
+    grown = buffers.growth(last.config, suite.scaled(suite.GROWING, context))
     measured = [{"model": last.name} | one for one in grown]
     return found + [records.stamp(one, 0) for one in measured + suite.layer_kinds(first.config)]

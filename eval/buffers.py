@@ -1,0 +1,157 @@
+"""How the memory of a decode step grows with the context, which buffers a step has, and whether anything grows from step to step."""
+
+import collections
+import dataclasses
+import gc
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvcascade.cache.cascade import Cache, LayerCache, nbytes
+from kvcascade.cache.spec import CacheSpec
+from kvcascade.eval import bench, whole_step
+from kvcascade.eval.records import Record
+from kvcascade.kernels import traffic
+from kvcascade.kernels.slots import Entry
+from kvcascade.model import generate
+from kvcascade.model.config import ModelConfig
+from kvcascade.model.pretrained import Model
+
+
+def allocated(config: ModelConfig, spec: CacheSpec, context: int) -> int:
+    """Bytes of one row's cache, by allocating it and adding up its buffers."""
+    return nbytes(generate.empty_cache(dataclasses.replace(config, context=context), spec, 1, context))
+
+
+def growth(config: ModelConfig, specs: list[CacheSpec]) -> list[Record]:
+    """Bytes of one row's cache at contexts from 64 tokens to 8 times the model's, by allocation."""
+    contexts = _doubling(8 * config.context)
+    return [
+        {
+            "kind": "growth",
+            "cache": str(spec),
+            "contexts": contexts,
+            "kv_bytes": [allocated(config, spec, c) for c in contexts],
+        }
+        for spec in specs
+    ]
+
+
+def _doubling(longest: int) -> list[int]:
+    """Powers of two from 64 to a context, and that context."""
+    return sorted({*(2**n for n in range(6, longest.bit_length()) if 2**n <= longest), longest})
+
+
+def measured(model: Model, spec: CacheSpec, batch: int, context: int) -> Record:
+    """What `growth` says, up to a context, of caches that are filled: per length, random keys and values and then a decode step.
+
+    `kv_bytes` is of one row; the others of all rows. `held_bytes` are those of slots with a token; `live_bytes` what the arrays that
+    the process has grew by, the step's logits among it; `temporary_bytes` what the step takes while it runs, by the compiled program.
+    """
+    found: Record = {"cache": str(spec), "contexts": _doubling(context)}
+    columns = collections.defaultdict(list)
+    for length in found["contexts"]:
+        before = _live()[1]
+        cache = generate.empty_cache(model.config, spec, batch, length)
+        cache = tuple(_fill(layer, length - 1, model.config) for layer in cache)
+        token_B, position_B = jnp.zeros(batch, jnp.int32), jnp.full(batch, length - 1)
+        step = generate.decode_step.trace(model.config, model.params, cache, token_B, position_B).lower().compile()
+        logits_BV, cache = jax.block_until_ready(step(model.params, cache, token_B, position_B))
+        del token_B, position_B
+        columns["kv_bytes"].append(nbytes(cache) // batch)
+        columns["held_bytes"].append(bench.occupied_bytes(cache))
+        columns["live_bytes"].append(_live()[1] - before)
+        columns["output_bytes"].append(logits_BV.nbytes)
+        columns["temporary_bytes"].append(_analysis(step).temp_size_in_bytes)
+        del logits_BV, cache
+    return found | columns
+
+
+CHUNK = 64
+
+
+def _fill(layer: LayerCache, count: int, config: ModelConfig) -> LayerCache:
+    """Put so many tokens into an empty layer, in pieces of one length, so that not every count is compiled anew."""
+    shape = (*layer.slots[0].pos_BKS.shape[:2], CHUNK)
+    k, v = np.random.default_rng(0).standard_normal((2, *shape, config.head_dim), np.float32)
+    for start in range(0, count, CHUNK):
+        pos = np.arange(start, start + CHUNK, dtype=np.int32)
+        pos_BKT = np.broadcast_to(np.where(pos < count, pos, -1), shape)
+        entry = Entry(*map(jnp.asarray, (k, v, pos_BKT, np.zeros(shape, np.float32))))
+        layer = _append(layer, entry, entry.pos_BKT.max(-1, keepdims=True)[:, :1])
+    return layer
+
+
+_append = jax.jit(LayerCache.append, donate_argnums=0)
+
+
+def of_step(compiled: jax.stages.Compiled, cache: Cache, component: Callable[[str], str], most: int = 6) -> Record:
+    """Which buffers a compiled decode step has, and which instructions have the largest temporaries.
+
+    What instructions of the same kind and size write, mostly one of each layer, is one line; they share memory, so the lines add up to
+    more than `temporaries`. A `copies` of anything but 0 says that the program writes a whole K or V buffer of the cache.
+    """
+    memory, program = _analysis(compiled), compiled.as_text() or ""
+    held = jax.tree.leaves([(slots.k, slots.v) for layer in cache for slots in layer.slots])
+    in_place = whole_step.kinds(jax.tree.leaves(cache))
+    outputs = traffic.returned(program)
+    found: collections.Counter[tuple[str, str, str]] = collections.Counter()
+    for launch in traffic.launches(program):
+        parts = re.findall(r"\w+\[[\d,]*\]", launch.result)
+        kept = [part for part in parts if not (launch.target and part in in_place)]
+        if kept and launch.name not in outputs:
+            found[re.sub(r"\.\d+$", "", launch.name), component(launch.scope), ", ".join(kept)] += 1
+    lines = [
+        {"instruction": name, "component": part, "type": kind, "count": count, "bytes": traffic.size(kind)}
+        for (name, part, kind), count in found.items()
+    ]
+    return {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "cache": nbytes(cache),
+        "copies": whole_step.copies(program, held),
+        "largest": sorted(lines, key=lambda line: -line["bytes"])[:most],
+    }
+
+
+def _analysis(compiled: jax.stages.Compiled):
+    found = compiled.memory_analysis()
+    assert found  # on a CPU and on GPUs there always is one
+    return found
+
+
+def steady(step: Callable[[], object], count: int) -> Record:
+    """Take so many steps; by how much live arrays, their bytes and the process's memory grew over all but the first few."""
+    warm = min(8, count // 2)
+    for _ in range(warm):
+        step()
+    arrays, size, resident = *_live(), _resident()
+    for _ in range(count - warm):
+        step()
+    after = *_live(), _resident()
+    return {
+        "steps": count - warm,
+        "arrays": after[0] - arrays,
+        "bytes": after[1] - size,
+        "resident": after[2] - resident,
+    }
+
+
+def _live() -> tuple[int, int]:
+    """How many arrays this process has on its devices, and their bytes."""
+    gc.collect()
+    every = jax.live_arrays()
+    return len(every), sum(each.nbytes for each in every)
+
+
+def _resident() -> int:
+    """Bytes of memory that the process has, 0 where the system does not say."""
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.exists() else 0

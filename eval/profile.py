@@ -1,0 +1,219 @@
+"""Where a decode step spends its time and its bytes, by component: from the compiled program, and from traces of real steps."""
+
+import collections
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvcascade.cache.cascade import Cache, nbytes
+from kvcascade.cache.errors import BadInput
+from kvcascade.cache.spec import CacheSpec
+from kvcascade.eval import bench, buffers
+from kvcascade.eval.records import Record
+from kvcascade.eval.trace import trace
+from kvcascade.kernels import native, traffic
+from kvcascade.kernels.decode import decode
+from kvcascade.model import generate
+from kvcascade.model.config import ModelConfig
+from kvcascade.model.pretrained import Model
+
+COMPONENTS = {
+    "qkv": "one product for queries, keys and values",
+    "output": "attention's projection back to the model's width",
+    "mlp": "the products of the MLP",
+    "activation": "of the MLP",
+    "head": "the logits",
+    "attention": "one query over the slots of all tiers, decoding them",
+    "priority": "how much each slot deserves to stay",
+    "exchange": "append and evict: the codes of what goes in and out",
+    "scores": "attention mass added to that of the slots",
+    "norm": "norms, and the sums of the residual stream",
+    "rope": "turning queries and keys",
+    "embedding": "the token's vector",
+    "sampling": "the likeliest token",
+    "other": "everything else",
+}
+"""The scopes that a model is traced in, and what is done there."""
+TOLERANCE = 0.1
+"""By how much the profiled steps may differ from the others for their shares to be trusted."""
+ROUNDS, EACH = 6, 8  # stretches of steps without and with the profiler, in turns, and the steps of each
+LEAST = 256
+"""The shortest context that has room for the steps of a profile."""
+
+
+def check(config: ModelConfig, specs: list[CacheSpec], context: int) -> None:
+    """BadInput if the context is too short for a profile or longer than the model's, or a cache does not suit the model."""
+    if context < LEAST:
+        raise BadInput(f"a profile needs a context of at least {LEAST} tokens, not {context}")
+    generate.check_context(config, context)
+    for spec in specs:
+        spec.cascades(config.layers)
+
+
+def watched(context: int) -> int:
+    """Decode steps over which nothing may grow, before those that are timed."""
+    return min(256, context // 2)
+
+
+class _Program(NamedTuple):
+    name: str
+    text: str
+    compiled: jax.stages.Compiled
+    launches: list[traffic.Launch]
+
+
+def profile(model: Model, spec: CacheSpec, batch: int, context: int) -> Record:
+    """The record of one cache: a step's time and bytes by component, its buffers, and whether anything grows from step to step.
+
+    Rows of random tokens are prefilled, then decoded greedily by `generate.generate` up to `context`. The shares are means over the
+    fastest quarter of the profiled steps, so they add up to `profiled_ms`; `step_ms` is the same mean without the profiler.
+    """
+    config = model.config
+    count = watched(context) + 2 * ROUNDS * EACH
+    prompts = np.random.default_rng(model.seed).integers(0, model.encoding.n_vocab, (batch, context - count)).tolist()
+    cache = generate.empty_cache(config, spec, batch, context)
+    programs = _programs(model, cache, batch)
+    tokens = generate.generate(config, model.params, cache, prompts, count)
+    latest: list = []
+
+    def step():
+        latest[:] = jax.block_until_ready(next(tokens))
+
+    del cache  # the first step takes it
+    watch = buffers.steady(step, watched(context))
+    plain, traced = [], []
+    for _ in range(ROUNDS):
+        plain += [_seconds(step) for _ in range(EACH)]
+        traced += trace(step, EACH)
+    cache = latest[1]
+    fastest = _fastest(traced, lambda each: each.total)
+    mean = lambda values: statistics.fmean(values) / 1e6
+    places = {(p.name, launch.name): component(launch.scope) for p in programs for launch in p.launches}
+    times: dict[str, float] = collections.defaultdict(float)
+    calls: collections.Counter[str] = collections.Counter()
+    for key in {key for each in fastest for key in each.instructions}:
+        times[places.get(key, "other")] += mean(each.instructions.get(key, 0.0) for each in fastest)
+        calls[places.get(key, "other")] += 1
+    moved = _moved(programs, cache)
+    return {
+        "kind": "profile",
+        "model": model.name,
+        "weights": config.weights,
+        "cache": str(spec),
+        "batch": batch,
+        "context": context,
+        "steps": len(traced),
+        "step_ms": statistics.fmean(_fastest(plain, float)) * 1e3,
+        "profiled_ms": mean(each.total for each in fastest),
+        "components": [
+            {"name": name, "calls": calls[name], "ms": times[name], "bytes": moved[name]}
+            for name in COMPONENTS
+            if calls[name]
+        ],
+        "between_ms": mean(each.between for each in fastest),
+        "around_ms": mean(each.around for each in fastest),
+        "tiers": _tiers(model, cache, batch, context, times["attention"]),
+        "operations": _operations(model, programs[0], cache, batch),
+        "kv_bytes": nbytes(cache) // batch,
+        "buffers": buffers.of_step(programs[0].compiled, cache, component),
+        "watched": watch,
+        "seed": model.seed,
+    }
+
+
+def component(scope: str) -> str:
+    """The innermost of COMPONENTS in the names of the scopes that an instruction was traced in."""
+    return next((name for name in reversed(scope.split("/")) if name in COMPONENTS), "other")
+
+
+def _programs(model: Model, cache: Cache, batch: int) -> list[_Program]:
+    """What `generate.generate` runs for each token: the decode step first."""
+    each_row = jnp.zeros(batch, jnp.int32)
+    logits_BV = jax.ShapeDtypeStruct((batch, model.config.vocab), jnp.float32)
+    nothing_seen = jnp.zeros((batch, 0), bool)
+    traced = (
+        generate.decode_step.trace(model.config, model.params, cache, each_row, each_row),
+        generate.sample.trace(logits_BV, jax.random.key(0), generate.Sampling(), nothing_seen),
+    )
+    found = []
+    for compiled in (each.lower().compile() for each in traced):
+        text = compiled.as_text() or ""
+        found.append(_Program(text.split(",", 1)[0].split()[-1], text, compiled, traffic.launches(text)))
+    return found
+
+
+def _moved(programs: list[_Program], cache: Cache) -> collections.Counter[str]:
+    """Bytes that each component reads and writes in a step: what the operands and results of its instructions take.
+
+    But of what the C++ kernels are given, `kvcascade_decode` reads the slots that hold a token, `kvcascade_exchange` one of each KV head.
+    """
+    moved: collections.Counter[str] = collections.Counter()
+    targets = set()
+    for launch in (launch for program in programs for launch in program.launches):
+        moved[component(launch.scope)] += launch.moved
+        targets.add(launch.target)
+    size = lambda *parts: sum(leaf.nbytes for leaf in jax.tree.leaves(parts))
+    for slots in (slots for layer in cache for slots in layer.slots):
+        if "kvcascade_decode" in targets:
+            moved["attention"] -= round(float((slots.pos_BKS < 0).mean()) * size(slots.k, slots.v, slots.pos_BKS))
+        if "kvcascade_exchange" in targets and native.reads(slots.k):
+            moved["exchange"] -= round(2 * size(slots) * (1 - 1 / slots.pos_BKS.shape[-1]))
+    return moved
+
+
+def _operations(model: Model, program: _Program, cache: Cache, batch: int) -> float:
+    """Floating-point operations of a decode step: those that XLA counts, and those of the C++ kernels, which it does not."""
+    config, targets = model.config, {launch.target for launch in program.launches}
+    count = float((program.compiled.cost_analysis() or {}).get("flops", 0.0))
+    if "kvcascade_product" in targets:
+        count += 2 * batch * sum(leaf.size for leaf in bench.read_whole(config, model.params) if leaf.ndim == 2)
+    if "kvcascade_decode" in targets:
+        held = sum(int((slots.pos_BKS >= 0).sum()) for layer in cache for slots in layer.slots)
+        count += 4 * config.head_dim * config.heads // config.kv_heads * held
+    return count
+
+
+def _tiers(model: Model, cache: Cache, batch: int, context: int, attention_ms: float) -> list[dict]:
+    """Attention's part of a step by tier: bytes of the slots that hold a token, and time.
+
+    All tiers are one call, so its time is divided as are the times that attention over each tier alone takes, of all layers, one after the other.
+    """
+    texts = dict.fromkeys((i, str(tier)) for layer in cache for i, tier in enumerate(layer.cascade.tiers))
+    q_BNH, q_pos_B = jnp.ones((batch, model.config.heads, model.config.head_dim)), jnp.full(batch, context - 1)
+    found = []
+    for index, text in texts:
+        layers = [e for e in cache if len(e.slots) > index and str(e.cascade.tiers[index]) == text]
+        codec = layers[0].cascade.tiers[index].codec
+
+        @jax.jit
+        def alone(slots, q_BNH, codec=codec, observed=layers[0].observed):
+            for one in slots:
+                q_BNH, _ = decode(q_BNH, q_pos_B, [(one, codec)], observed, model.config.window)
+            return q_BNH
+
+        slots = [layer.slots[index] for layer in layers]
+        jax.block_until_ready(alone(slots, q_BNH))
+        times = [_seconds(lambda: jax.block_until_ready(alone(slots, q_BNH))) for _ in range(20)]  # noqa: B023
+        size = sum(
+            float((one.pos_BKS >= 0).mean()) * sum(leaf.nbytes for leaf in jax.tree.leaves((one.k, one.v, one.pos_BKS)))
+            for one in slots
+        )
+        found.append({"tier": text, "bytes": round(size), "alone_ms": statistics.median(times) * 1e3})
+    total = sum(each["alone_ms"] for each in found)
+    return [each | {"ms": attention_ms * each["alone_ms"] / total} for each in found]
+
+
+def _fastest[T](values: list[T], key: Callable[[T], float]) -> list[T]:
+    """The quarter of them that the rest of the machine disturbed least."""
+    return sorted(values, key=key)[: max(1, len(values) // 4)]
+
+
+def _seconds(call: Callable) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
