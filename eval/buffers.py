@@ -132,15 +132,15 @@ def steady(step: Callable[[], object], count: int) -> Record:
     warm = min(8, count // 2)
     for _ in range(warm):
         step()
-    arrays, size, resident = *_live(), _resident()
+    arrays, size, process = *_live(), resident()
     for _ in range(count - warm):
         step()
-    after = *_live(), _resident()
+    after = *_live(), resident()
     return {
         "steps": count - warm,
         "arrays": after[0] - arrays,
         "bytes": after[1] - size,
-        "resident": after[2] - resident,
+        "resident": after[2] - process,
     }
 
 
@@ -151,7 +151,7 @@ def _live() -> tuple[int, int]:
     return len(every), sum(each.nbytes for each in every)
 
 
-def _resident() -> int:
+def resident() -> int:
     """Bytes of memory that the process has, 0 where the system does not say."""
     pages = Path("/proc/self/statm")
     return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.exists() else 0

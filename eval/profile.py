@@ -70,36 +70,33 @@ class _Program(NamedTuple):
 def profile(model: Model, spec: CacheSpec, batch: int, context: int) -> Record:
     """The record of one cache: a step's time and bytes by component, its buffers, and whether anything grows from step to step.
 
-    Rows of random tokens are prefilled, then decoded greedily by `generate.generate` up to `context`. The shares are means over the
+    Rows of random tokens are prefilled, then decoded greedily up to `context`, a dispatch for each token. The shares are means over the
     fastest quarter of the profiled steps, so they add up to `profiled_ms`; `step_ms` is the same mean without the profiler.
     """
     config = model.config
     count = watched(context) + 2 * ROUNDS * EACH
     prompts = np.random.default_rng(model.seed).integers(0, model.encoding.n_vocab, (batch, context - count)).tolist()
-    cache = generate.empty_cache(config, spec, batch, context)
-    programs = _programs(model, cache, batch)
-    tokens = generate.generate(config, model.params, cache, prompts, count)
-    latest: list = []
+    latest = [generate.begin(config, model.params, generate.empty_cache(config, spec, batch, context), prompts)]
+    program = _program(generate.decode_steps.trace(config, model.params, latest[0]))
 
     def step():
-        latest[:] = jax.block_until_ready(next(tokens))
+        latest[:] = jax.block_until_ready(generate.decode_steps(config, model.params, latest.pop())[1:])
 
-    del cache  # the first step takes it
     watch = buffers.steady(step, watched(context))
     plain, traced = [], []
     for _ in range(ROUNDS):
         plain += [_seconds(step) for _ in range(EACH)]
         traced += trace(step, EACH)
-    cache = latest[1]
+    cache = latest[0].cache
     fastest = _fastest(traced, lambda each: each.total)
     mean = lambda values: statistics.fmean(values) / 1e6
-    places = {(p.name, launch.name): component(launch.scope) for p in programs for launch in p.launches}
+    places = {(program.name, launch.name): component(launch.scope) for launch in program.launches}
     times: dict[str, float] = collections.defaultdict(float)
     calls: collections.Counter[str] = collections.Counter()
     for key in {key for each in fastest for key in each.instructions}:
         times[places.get(key, "other")] += mean(each.instructions.get(key, 0.0) for each in fastest)
         calls[places.get(key, "other")] += 1
-    moved = _moved(programs, cache)
+    moved = _moved(program, cache)
     return {
         "kind": "profile",
         "model": model.name,
@@ -118,9 +115,9 @@ def profile(model: Model, spec: CacheSpec, batch: int, context: int) -> Record:
         "between_ms": mean(each.between for each in fastest),
         "around_ms": mean(each.around for each in fastest),
         "tiers": _tiers(model, cache, batch, context, times["attention"]),
-        "operations": _operations(model, programs[0], cache, batch),
+        "operations": _operations(model, program, cache, batch),
         "kv_bytes": nbytes(cache) // batch,
-        "buffers": buffers.of_step(programs[0].compiled, cache, component),
+        "buffers": buffers.of_step(program.compiled, cache, component),
         "watched": watch,
         "seed": model.seed,
     }
@@ -131,30 +128,20 @@ def component(scope: str) -> str:
     return next((name for name in reversed(scope.split("/")) if name in COMPONENTS), "other")
 
 
-def _programs(model: Model, cache: Cache, batch: int) -> list[_Program]:
-    """What `generate.generate` runs for each token: the decode step first."""
-    each_row = jnp.zeros(batch, jnp.int32)
-    logits_BV = jax.ShapeDtypeStruct((batch, model.config.vocab), jnp.float32)
-    nothing_seen = jnp.zeros((batch, 0), bool)
-    traced = (
-        generate.decode_step.trace(model.config, model.params, cache, each_row, each_row),
-        generate.sample.trace(logits_BV, jax.random.key(0), generate.Sampling(), nothing_seen),
-    )
-    found = []
-    for compiled in (each.lower().compile() for each in traced):
-        text = compiled.as_text() or ""
-        found.append(_Program(text.split(",", 1)[0].split()[-1], text, compiled, traffic.launches(text)))
-    return found
+def _program(traced) -> _Program:
+    compiled = traced.lower().compile()
+    text = compiled.as_text() or ""
+    return _Program(text.split(",", 1)[0].split()[-1], text, compiled, traffic.launches(text))
 
 
-def _moved(programs: list[_Program], cache: Cache) -> collections.Counter[str]:
+def _moved(program: _Program, cache: Cache) -> collections.Counter[str]:
     """Bytes that each component reads and writes in a step: what the operands and results of its instructions take.
 
     But of what the C++ kernels are given, `kvcascade_decode` reads the slots that hold a token, `kvcascade_exchange` one of each KV head.
     """
     moved: collections.Counter[str] = collections.Counter()
     targets = set()
-    for launch in (launch for program in programs for launch in program.launches):
+    for launch in program.launches:
         moved[component(launch.scope)] += launch.moved
         targets.add(launch.target)
     size = lambda *parts: sum(leaf.nbytes for leaf in jax.tree.leaves(parts))

@@ -159,6 +159,27 @@ def pad(prompts: list[list[int]]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarra
     return tokens, positions
 
 
+def begin(
+    config: ModelConfig,
+    params: Params,
+    cache: Cache,
+    prompts: list[list[int]],
+    sampling: Sampling = Sampling(),
+    key: Key[Array, ""] | None = None,
+) -> State:
+    """Put prompts into an empty cache, which is donated, and draw each row's first token. Raises BadInput for an empty prompt."""
+    if not all(prompts):
+        raise BadInput("the prompt is empty")
+    tokens_BT, positions_BT = pad(prompts)
+    seen = np.zeros((len(prompts), config.vocab if sampling.repetition_penalty != 1 else 0), bool)
+    for row, prompt in enumerate(prompts):
+        seen[row, prompt if seen.size else []] = True
+    seen_BV = jnp.asarray(seen)
+    logits_BV, cache = prefill(config, params, cache, jnp.asarray(tokens_BT), jnp.asarray(positions_BT))
+    token_B = sample(logits_BV, jax.random.key(0) if key is None else key, sampling, seen_BV)
+    return State(cache, token_B, jnp.asarray(positions_BT.max(-1)) + 1, _saw(seen_BV, token_B))
+
+
 def generate(
     config: ModelConfig,
     params: Params,
@@ -172,17 +193,9 @@ def generate(
 
     The yielded cache is donated to the next steps: look at it before asking for more tokens. Raises BadInput for an empty prompt.
     """
-    if not all(prompts):
-        raise BadInput("the prompt is empty")
-    tokens_BT, positions_BT = pad(prompts)
-    seen = np.zeros((len(prompts), config.vocab if sampling.repetition_penalty != 1 else 0), bool)
-    for row, prompt in enumerate(prompts):
-        seen[row, prompt if seen.size else []] = True
-    key, seen_BV = jax.random.key(seed), jnp.asarray(seen)
-    logits_BV, cache = prefill(config, params, cache, jnp.asarray(tokens_BT), jnp.asarray(positions_BT))
-    token_B = sample(logits_BV, key, sampling, seen_BV)
-    state = State(cache, token_B, jnp.asarray(positions_BT.max(-1)) + 1, _saw(seen_BV, token_B))
-    yield np.asarray(token_B)[None], cache
+    key = jax.random.key(seed)
+    state = begin(config, params, cache, prompts, sampling, key)
+    yield np.asarray(state.token_B)[None], state.cache
     for first in range(1, count, DISPATCH):
         n = min(DISPATCH, count - first)
         tokens_nB, state = decode_steps(

@@ -70,7 +70,7 @@ class Variant:
             os._exit(1)
         self.left -= steps
         assert self.left >= 0, "no room"
-        return [9.0] * 3 + [0.5, 0.25, 0.5][: steps - 3]
+        return [9.0] * 8 + [0.5, 0.25, 0.5][: steps - 8]
 
     def kv_bytes(self):
         return 1000
@@ -113,7 +113,7 @@ def test_peers_are_timed_in_turns(model: str) -> None:
     assert steady["step_ms"] == 500 and steady["first_token_ms"] == 2000 and steady["decode_tokens_per_second"] == 4
     assert (
         steady["prefills"] == 1
-        and steady["last_position"] == 16 + 2 * 6 - 1
+        and steady["last_position"] == 16 + 2 * (2 * 3 + 8) - 1
         and full["traces"] == recent["traces"] == 2
     )
     assert recent["kv_bytes"] < full["kv_bytes"] and recent["step_bytes"] < full["step_bytes"]

@@ -55,7 +55,7 @@ def test_the_page_of_a_pretrained_model(tmp_path):
 
 
 def test_nothing_to_report_is_refused(tmp_path):
-    with pytest.raises(BadInput, match="evaluations or of retrieval"):
+    with pytest.raises(BadInput, match="nothing to report"):
         report.write(tmp_path / "report.html", [], "kvcascade report")
     assert not list(tmp_path.iterdir())
 
