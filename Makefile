@@ -40,7 +40,7 @@ setup: .venv/ready
 	@touch $@
 
 kernels: .venv-aot/ready
-	JAX_PLATFORMS=cpu .venv-aot/bin/pytest -q tests/test_kernels_check.py
+	JAX_PLATFORMS=cpu .venv-aot/bin/pytest -q tests/test_kernels_check.py tests/test_fit.py
 	JAX_PLATFORMS=cpu .venv-aot/bin/kvcascade kernels check --gpu h100 --gpu a100
 
 demo: setup

@@ -1,37 +1,25 @@
 """How fast a model prefills and decodes behind a cache, what a step must read from memory, and peers timed in turns with it."""
 
-import contextlib
 import dataclasses
-import json
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kvcascade.cache.cascade import Cache
-from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
+from kvcascade.eval.peers import Peer, PeerFailed
 from kvcascade.eval.records import Record, full_bytes
-from kvcascade.kernels.write import argmin
 from kvcascade.model import generate
 from kvcascade.model.config import ModelConfig
+from kvcascade.model.generate import DISPATCH, Sampling, State
 from kvcascade.model.gpt import Params
-from kvcascade.model.pretrained import Model, locate
+from kvcascade.model.pretrained import Model
 
-WARM = 3  # decode steps before those that are timed
-
-
-@dataclasses.dataclass
-class Round:
-    """Seconds of one prefill, up to and with its first token, and of each decode step after it."""
-
-    prefill: float
-    steps: list[float]
+WARM = DISPATCH  # decode steps before those that are timed
 
 
 def bandwidth() -> float:
@@ -41,48 +29,58 @@ def bandwidth() -> float:
     return x.nbytes / min(_seconds(lambda: total(x)) for _ in range(8))
 
 
-def ours(model: Model, spec: CacheSpec, batch: int, context: int, steps: int) -> tuple[Callable[[], Round], Record]:
-    """A function that does a round, compiled and warm, and what is known of it before: bytes, compile time, traces."""
-    config, params = model.config, model.params
-    prompts = np.random.default_rng(model.seed).integers(0, model.encoding.n_vocab, (batch, context)).tolist()
-    tokens_BT, positions_BT = map(jnp.asarray, generate.pad(prompts))
-    likeliest = jax.jit(lambda logits_BV: argmin(-logits_BV))
-    caches: list[Cache] = []
+class Ours:
+    """A model behind a cache at one batch and context, compiled and warm; it decodes on until it is prefilled anew."""
 
-    def run(count: int = steps) -> Round:
-        cache = jax.block_until_ready(generate.empty_cache(config, spec, batch, context + steps))
+    def __init__(self, model: Model, spec: CacheSpec, batch: int, context: int, room: int):
+        self._model, self._spec, self._batch, self._context, self._room = model, spec, batch, context, room
+        prompts = np.random.default_rng(model.seed).integers(0, model.encoding.n_vocab, (batch, context)).tolist()
+        self._tokens_BT, self._positions_BT = map(jnp.asarray, generate.pad(prompts))
+        self._state: State | None = None
+        before = _traces()
+        self.first_seconds = self.prefill() + sum(self.decode(DISPATCH))
+        self.traces = _traces() - before
+
+    def prefill(self) -> float:
+        """Seconds from the prompts to each row's first token."""
+        config, params = self._model.config, self._model.params
+        self._state = None  # two caches would be held otherwise
+        cache = jax.block_until_ready(generate.empty_cache(config, self._spec, self._batch, self._room))
         start = time.perf_counter()
-        logits_BV, cache = generate.prefill(config, params, cache, tokens_BT, positions_BT)
-        token_B = jax.block_until_ready(likeliest(logits_BV))
-        prefill, seconds = time.perf_counter() - start, []
-        for index in range(count):
-            position_B = jnp.full(batch, context + index)
-            start = time.perf_counter()
-            logits_BV, cache = generate.decode_step(config, params, cache, token_B, position_B)
-            token_B = jax.block_until_ready(likeliest(logits_BV))
-            seconds.append(time.perf_counter() - start)
-        caches[:] = [cache]
-        return Round(prefill, seconds[WARM:])
+        logits_BV, cache = generate.prefill(config, params, cache, self._tokens_BT, self._positions_BT)
+        nothing = jnp.zeros((self._batch, 0), bool)
+        token_B = jax.block_until_ready(generate.sample(logits_BV, jax.random.key(0), Sampling(), nothing))
+        seconds = time.perf_counter() - start
+        self._state = State(cache, token_B, jnp.full(self._batch, self._context), nothing)
+        return seconds
 
-    before = _traces()
-    first = _seconds(lambda: run(WARM))
-    traces = _traces() - before
-    warm = _seconds(lambda: run(WARM))
-    return run, {
-        "kind": "bench",
-        "model": model.name,
-        "weights": config.weights,
-        "cache": str(spec),
-        "batch": batch,
-        "context": context,
-        "kv_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(caches[0])) // batch,
-        "kv_bytes_full": full_bytes(config, context),
-        "weight_bytes": weight_bytes(config, params),
-        "step_bytes": weight_bytes(config, params) + occupied_bytes(caches[0]),
-        "compile_seconds": round(first - warm, 2),
-        "traces": traces,
-        "seed": model.seed,
-    }
+    def decode(self, steps: int, together: int = DISPATCH) -> list[float]:
+        """Seconds of each greedy step, going on where the last one ended; so many are dispatched together, and share their time."""
+        seconds = []
+        while len(seconds) < steps:
+            count = min(together, steps - len(seconds))
+            start = time.perf_counter()
+            config, params = self._model.config, self._model.params
+            assert self._state is not None
+            tokens_nB, self._state = generate.decode_steps(config, params, self._state, count, most=DISPATCH)
+            jax.block_until_ready(tokens_nB)
+            seconds += [(time.perf_counter() - start) / count] * count
+        return seconds
+
+    def about(self) -> Record:
+        """What is known of it besides its times; the bytes are those of its cache as it is now."""
+        config, params = self._model.config, self._model.params
+        read = weight_bytes(config, params)
+        assert self._state is not None
+        return {
+            "weights": config.weights,
+            "cache": str(self._spec),
+            "kv_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self._state.cache)) // self._batch,
+            "kv_bytes_full": full_bytes(config, self._context),
+            "weight_bytes": read,
+            "step_bytes": read + occupied_bytes(self._state.cache),
+            "traces": self.traces,
+        }
 
 
 def weight_bytes(config: ModelConfig, params: Params) -> int:
@@ -105,88 +103,90 @@ def occupied_bytes(cache: Cache) -> int:
     return round(total)
 
 
-class Peer:
-    """transformers in an interpreter that has it, with the same weights; BadInput if it cannot be started."""
+@dataclasses.dataclass
+class Timed:
+    """One of ours or a peer, with the seconds of its prefills and of its steps so far, or with why it has none."""
 
-    def __init__(self, python: Path, model: str):
-        script = Path(__file__).with_name("peer_transformers.py")
+    who: Ours | Peer
+    prefill: list[float] = dataclasses.field(default_factory=list)
+    steps: list[float] = dataclasses.field(default_factory=list)
+    alone: list[float] = dataclasses.field(default_factory=list)
+    reason: str = ""
+
+    def attempt(self, call: Callable, *arguments: object) -> None:
+        """Call unless it failed before; a peer's failure is kept."""
         try:
-            self.process = subprocess.Popen(
-                [str(python), str(script), str(locate(model))],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-            )
-        except OSError as error:
-            raise BadInput(f"cannot run the peer's Python {python}: {error.strerror}") from error
-        self.name = self._read()["name"]
+            if not self.reason:
+                call(*arguments)
+        except PeerFailed as failed:
+            self.reason = str(failed)
 
-    def ask(self, batch: int, context: int, steps: int) -> Round:
-        """One round, the same as ours."""
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # what it wrote before it ended says why
-            print(json.dumps([batch, context, steps]), file=self.process.stdin, flush=True)
-        found = self._read()
-        return Round(found["prefill"], found["steps"][WARM:])
+    def turn(self, prefill: bool, steps: int) -> None:
+        """A round: the prompts where they are due, and steps, of which the first few are not kept."""
+        if prefill:
+            self.prefill.append(self.who.prefill())
+        self.steps += self.who.decode(WARM + steps)[WARM:]
+        # A peer hands out every token by itself anyway.
+        self.alone += self.who.decode(steps, together=1) if isinstance(self.who, Ours) else self.steps[-steps:]
 
-    def close(self) -> None:
-        """End its process."""
-        self.process.kill()
-        with contextlib.suppress(BrokenPipeError):
-            self.process.__exit__(None, None, None)
-
-    def _read(self) -> dict:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        found = json.loads(line) if line.startswith("{") else {}
-        if "error" in found or not found:
-            self.close()
-            raise BadInput(
-                f"the peer failed: {found.get('error', 'it ended without a word; are torch and transformers there?')}"
-            )
-        return found
+    def record(self, batch: int, context: int) -> Record:
+        """What it is and how fast."""
+        known = self.who.about()
+        if self.reason:
+            return known | {"reason": self.reason}
+        first, step = statistics.median(self.prefill), statistics.median(self.steps)
+        if isinstance(self.who, Ours):
+            known["compile_seconds"] = round(max(0.0, self.who.first_seconds - first - DISPATCH * step), 2)
+        low, high = np.quantile(self.steps, [0.05, 0.95]) * 1e3
+        return known | {
+            "first_token_ms": first * 1e3,
+            "first_token_ms_range": [min(self.prefill) * 1e3, max(self.prefill) * 1e3],
+            "prefill_tokens_per_second": batch * context / first,
+            "step_ms": step * 1e3,
+            "step_ms_5_95": [low, high],
+            "alone_ms_50_90_99": (np.quantile(self.alone, [0.5, 0.9, 0.99]) * 1e3).tolist(),
+            "decode_tokens_per_second": batch / step,
+        }
 
 
 def bench(
-    model: Model, specs: list[CacheSpec], batch: int, context: int, steps: int, repeats: int, peer: Peer | None
+    models: list[Model],
+    specs: list[CacheSpec],
+    peers: list[Peer],
+    batch: int,
+    context: int,
+    steps: int,
+    repeats: int,
+    prefills: int,
 ) -> list[Record]:
-    """Records of each cache at one batch and context, and of the peer: rounds in turns, so that noise of the machine hits all."""
-    rounds: dict[int, list[Round]] = {}
-    entries = [ours(model, spec, batch, context, steps + WARM) for spec in specs]
-    if peer is not None:
-        run = lambda: peer.ask(batch, context, steps + WARM)
-        run()
-        shared = {key: entries[0][1][key] for key in ("kind", "batch", "context", "seed")}
-        entries.append(
-            (run, shared | {"model": model.name, "weights": "float32", "cache": "transformers", "peer": peer.name})
-        )
-    for _ in range(repeats):
-        for index, (run, _) in enumerate(entries):
-            rounds.setdefault(index, []).append(run())
-    found = []
-    for index, (_, record) in enumerate(entries):
-        prefill = [each.prefill for each in rounds[index]]
-        every = np.sort([step for each in rounds[index] for step in each.steps])
-        low, median, high = np.quantile(every, [0.05, 0.5, 0.95])
-        found.append(
-            record
-            | {
-                "steps": steps,
-                "repeats": repeats,
-                "first_token_ms": statistics.median(prefill) * 1e3,
-                "first_token_ms_range": [min(prefill) * 1e3, max(prefill) * 1e3],
-                "prefill_tokens_per_second": batch * context / statistics.median(prefill),
-                "step_ms": median * 1e3,
-                "step_ms_5_95": [low * 1e3, high * 1e3],
-                "decode_tokens_per_second": batch / median,
-            }
-        )
-    return found
+    """Records of each cache at one batch and context, and of each peer: rounds in turns, so that noise of the machine hits all.
+
+    A round is `WARM` steps, `steps` that are timed in dispatches of DISPATCH, and as many one by one. The first `prefills` of the
+    `repeats` rounds begin with the prompts, the others go on where the round before ended. `models` are one model with its weights
+    in several formats. A peer that cannot do this has a `reason` in its record instead of times.
+    """
+    length = room(context, steps, repeats, prefills)
+    entries = [Timed(Ours(model, spec, batch, context, length)) for model in models for spec in specs]
+    for peer in peers:
+        entries.append(Timed(peer))
+        entries[-1].attempt(peer.prepare, batch, context, length)
+    for index in range(repeats):
+        for entry in entries:
+            entry.attempt(entry.turn, index < prefills, steps)
+    shared = {
+        "kind": "bench", "model": models[0].name, "batch": batch, "context": context, "last_position": length - 1, "steps": steps,
+        "repeats": repeats, "prefills": min(prefills, repeats), "seed": models[0].seed,
+    }  # fmt: skip
+    return [shared | entry.record(batch, context) for entry in entries]
+
+
+def room(context: int, steps: int, repeats: int, prefills: int) -> int:
+    """Tokens per row that a cache must take: the prompt and the steps of as many rounds as go on from one prefill."""
+    return context + (2 * steps + WARM) * max(1, repeats - prefills + 1)
 
 
 def _traces() -> int:
-    return sum(step._cache_size() for step in (generate.prefill, generate.decode_step))  # pyright: ignore
+    return sum(step._cache_size() for step in (generate.prefill, generate.decode_steps))  # pyright: ignore
 
 
 def _seconds(call: Callable) -> float:
@@ -195,29 +195,43 @@ def _seconds(call: Callable) -> float:
     return time.perf_counter() - start
 
 
+SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second")
+
+
 def table(found: list[Record]) -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and rows of one model: speeds with their spread, bytes per step against the memory's bandwidth, the ratio to the peer."""
-    peers = {(r["batch"], r["context"]): r for r in found if "peer" in r}
+    """Title, columns and rows of one model: speeds with their spread, bytes per step against the memory's bandwidth, ratios to each library."""
+    libraries = list(dict.fromkeys(r["library"] for r in found if "library" in r))
     columns = [
-        "cache", "weights", "batch", "context", "prefill, tok/s", "decode, tok/s", *(["× peer: prefill, decode"] if peers else []),
-        "of bandwidth", "step, ms", "5…95 %", "MB read", "first token, ms",
+        "cache", "weights", "batch × context", "KV, MB/row", "first token, ms", "prefill, tok/s", "decode, tok/s",
+        "step, ms", "alone: 50, 90, 99 %", "MB read, of bandwidth", *(f"× {library}" for library in libraries),
     ]  # fmt: skip
     rows = []
     for r in found:
-        low, high = r["step_ms_5_95"]
-        ratios, share, size = "", "", ""
-        if "peer" not in r:
-            size = f"{r['step_bytes'] / 1e6:,.1f}"
-            share = f"{r['step_bytes'] / r['bandwidth'] * 1e3 / r['step_ms']:.0%}"
-            if peer := peers.get((r["batch"], r["context"])):
-                keys = ("prefill_tokens_per_second", "decode_tokens_per_second")
-                ratios = ", ".join(f"{r[key] / peer[key]:.2f}" for key in keys)
+        cells = [r["cache"], r.get("weights", ""), f"{r['batch']} × {r['context']:,}"]
+        if "reason" in r:
+            rows.append([f"{cells[0]}: {r['reason']}", *cells[1:], *[""] * (len(columns) - len(cells))])
+            continue
+        read = (
+            "step_bytes" in r
+            and f"{r['step_bytes'] / 1e6:,.1f}, {r['step_bytes'] / r['bandwidth'] * 1e3 / r['step_ms']:.0%}"
+        )
+        size = r.get("kv_bytes")
         rows.append([
-            r["cache"], r["weights"], str(r["batch"]), f"{r['context']:,}", f"{r['prefill_tokens_per_second']:,.0f}",
-            f"{r['decode_tokens_per_second']:,.1f}", *([ratios] if peers else []), share, f"{r['step_ms']:.2f}",
-            f"{low:.2f}…{high:.2f}", size, f"{r['first_token_ms']:,.0f}",
+            *cells, f"{size / 1e6:,.2f}" if size else "", f"{r['first_token_ms']:,.0f}", f"{r['prefill_tokens_per_second']:,.0f}",
+            f"{r['decode_tokens_per_second']:,.1f}", f"{r['step_ms']:.2f}", ", ".join(f"{x:.2f}" for x in r["alone_ms_50_90_99"]),
+            read or "", *(_ratios(r, _like(r, found, library)) for library in libraries),
         ])  # fmt: skip
     first = found[0]
-    peer = "".join(f"; peer: {name}" for name in dict.fromkeys(r["peer"] for r in peers.values()))
-    title = f"{first['model']}, {first['steps']} steps × {first['repeats']} rounds, memory read at {first['bandwidth'] / 1e9:.1f} GB/s{peer}"
+    names = list(dict.fromkeys(r["peer"] for r in found if "peer" in r))
+    peers = f"; × a library: prefill, decode, over its quickest variant here ({'; '.join(names)})" if names else ""
+    title = f"{first['model']}, {first['steps']} steps × {first['repeats']} rounds, memory read at {first['bandwidth'] / 1e9:.1f} GB/s{peers}"
     return title, columns, rows
+
+
+def _like(record: Record, found: list[Record], library: str) -> list[Record]:
+    alike = lambda r: r.get("library") == library and "reason" not in r
+    return [r for r in found if alike(r) and (r["batch"], r["context"]) == (record["batch"], record["context"])]
+
+
+def _ratios(record: Record, peers: list[Record]) -> str:
+    return ", ".join(f"{record[key] / max(r[key] for r in peers):.2f}" for key in SPEEDS) if peers else ""

@@ -267,3 +267,48 @@ def retrieval(records: list[Record]) -> str:
         figure.supylabel("depth of the answer", fontsize=10)
         figure.tight_layout()
         return to_svg(figure)
+
+
+def stream(records: list[Record]) -> str:
+    """Milliseconds per token against tokens generated, a line per cache."""
+    with plt.rc_context(STYLE):
+        figure, axes = _axes()
+        for colour, record in zip(COLOURS, records, strict=False):
+            done, ms, _ = zip(*record["points"], strict=True)
+            axes.plot(done, ms, color=colour, marker="o", markersize=3, label=f"{record['cache']}, {record['weights']}")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("tokens generated")
+        axes.set_ylabel("milliseconds per token")
+        axes.legend(fontsize=9)
+        return to_svg(figure)
+
+
+def users(records: list[Record], filled: list[dict[str, int]]) -> str:
+    """Users that fit on a card, a bar per cache and context; beside it the bytes that fill the card, against what a program may have of it."""
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(
+            1, 2, figsize=(1.3 * SIZE[0], 1.3 + 0.5 * len(records)), sharey=True, gridspec_kw={"wspace": 0.06}
+        )
+        places = range(len(records))[::-1]
+        bars = left.barh(places, [r["users"] for r in records], 0.6, color=COLOURS[0])
+        left.bar_label(bars, [f"{r['users']:,}" for r in records], padding=3, fontsize=9)
+        left.margins(x=0.15)
+        names = [
+            "\n".join(textwrap.wrap(r["cache"], 34)) + (f", {r['context']:,}" if len(records) > 1 else "")
+            for r in records
+        ]
+        left.set_yticks(places, names, fontsize=9)
+        left.set_xlabel("users that fit")
+        start = [0.0] * len(records)
+        for colour, what in zip(("#999999", COLOURS[5], COLOURS[1]), filled[0], strict=True):
+            sizes = [each[what] / 2**30 for each in filled]
+            right.barh(places, sizes, 0.6, left=start, color=colour, label=what)
+            start = [before + size for before, size in zip(start, sizes, strict=True)]
+        right.axvline(records[0]["budget"] / 2**30, color="#333", linewidth=1, linestyle="--")
+        right.set_xlabel("GiB held; dashed: what a program may have")
+        right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=9)
+        for axes in (left, right):
+            axes.grid(axis="y", visible=False)
+        return to_svg(figure)

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 import jax
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import whole_step
+from kvcascade.eval import child, whole_step
 from kvcascade.eval.kernel_cases import Case, cases
 from kvcascade.eval.records import Record
 from kvcascade.eval.whole_step import Step
@@ -27,10 +26,9 @@ CHILD = (sys.executable, "-m", "kvcascade.eval.kernel_check")
 
 def cards(names: Sequence[str]) -> list[aot.GPU]:
     """Cards by their names. Raises BadInput for one that is not known, `aot.NotInstalled` without the compiler."""
-    known = [*aot.KNOWN, *aot.DERIVED]
     for name in names:
-        if name not in known:
-            raise BadInput(f"no GPU {name!r}; there are {', '.join(known)}")
+        if name not in aot.MEMORY:
+            raise BadInput(f"no GPU {name!r}; there are {', '.join(aot.MEMORY)}")
     return [aot.gpu(name) for name in dict.fromkeys(names)]
 
 
@@ -63,32 +61,7 @@ def _in_a_process(what: str, names: list[str], folder: Path, told: Callable[[], 
     """What a child finds out of each case. One that ends before its time has failed at the case that it was at."""
     folder.mkdir()
     environment = {"JAX_PLATFORMS": "cpu"} if what == "traffic" else resources.environment(folder)
-    found: dict[str, Record] = {}
-    while left := [name for name in names if name not in found]:
-        with (
-            (folder / "stderr").open("w+") as errors,
-            subprocess.Popen(
-                [*CHILD, what, str(folder), *left],
-                env=os.environ | environment,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            ) as child,
-        ):
-            assert child.stdout is not None
-            for line in child.stdout:
-                if line.startswith("{"):
-                    one = json.loads(line)
-                    found[one.pop("case")] = one
-                    told()
-            status = child.wait()
-            errors.seek(0)
-            said = [line.strip() for line in errors if line.strip()]
-        left = [name for name in names if name not in found]
-        if left:
-            found[left[0]] = {"failed": f"ended with status {status}: {said[-1] if said else 'without a word'}"}
-            told()
-    return found
+    return child.results([*CHILD, what, str(folder)], names, environment, told)
 
 
 def main(arguments: list[str]) -> None:

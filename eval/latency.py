@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kvcascade.cache.spec import CacheSpec
-from kvcascade.kernels.write import argmin
 from kvcascade.model import generate, gpt
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
@@ -30,13 +29,13 @@ def decode_step(config: ModelConfig, params: Params, specs: list[CacheSpec], bat
     jax.block_until_ready(products(params, x_BM))
     found = []
     for spec in specs:
-        step, state = _greedy(config), _fresh(config, spec, batch)
+        state = generate.start(config, spec, batch, config.context)
         compiled = time.perf_counter()
-        state = [jax.block_until_ready(step(params, *state))]
+        state = [jax.block_until_ready(generate.decode_steps(config, params, state)[1])]
         compiled = time.perf_counter() - compiled
 
-        def once(step=step, state=state):
-            state[0] = step(params, *state[0])
+        def once(state=state):
+            state[0] = generate.decode_steps(config, params, state[0])[1]
             return state[0]
 
         ours, theirs = [], []
@@ -51,20 +50,6 @@ def decode_step(config: ModelConfig, params: Params, specs: list[CacheSpec], bat
             "compile_seconds": compiled,
         })  # fmt: skip
     return found
-
-
-def _greedy(config: ModelConfig):
-    @functools.partial(jax.jit, donate_argnums=(1, 2, 3))
-    def step(params, cache, token_B, position_B):
-        logits_BTV, cache = gpt.step(config, params, cache, token_B[:, None], position_B[:, None])
-        return cache, argmin(-logits_BTV[:, 0]), position_B + 1
-
-    return step
-
-
-def _fresh(config: ModelConfig, spec: CacheSpec, batch: int):
-    token_B, position_B = jnp.ones(batch, jnp.int32), jnp.zeros(batch, jnp.int32)
-    return generate.empty_cache(config, spec, batch, config.context), token_B, position_B
 
 
 def _products(config: ModelConfig, params: Params, x_BM):

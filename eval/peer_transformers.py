@@ -1,49 +1,85 @@
-"""transformers as a peer of `eval/bench.py`, run by a Python that has it: a JSON line in for each round, a JSON line out.
+"""transformers as a peer of `eval/bench.py`: its caches, in float32, eagerly or compiled."""
 
-Nothing of kvcascade is imported. Arguments: the model's GGUF file or directory.
-"""
-
-import json
-import os
-import sys
+import importlib.metadata
 import time
-import traceback
 from pathlib import Path
 
+NEEDS = ("torch", "transformers")
+VARIANTS = ("DynamicCache", "StaticCache, compiled", "QuantizedCache, 4 bits")
 
-def main(path: Path) -> None:
-    """Answer [batch, context, steps] with the seconds of a prefill and of each greedy decode step after it."""
-    import torch  # pyright: ignore
-    import transformers  # pyright: ignore
 
-    torch.set_num_threads(os.cpu_count() or 1)
-    name = {"gguf_file": path.name} if path.is_file() else {}
-    folder = path.parent if path.is_file() else path
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **name).eval()
-    say({"name": f"transformers {transformers.__version__}, torch {torch.__version__}, DynamicCache"})
-    for line in sys.stdin:
-        batch, context, steps = json.loads(line)
-        tokens = torch.randint(0, model.config.vocab_size, (batch, context))
-        with torch.no_grad():
+class Variant:
+    """A model in float32 behind one of transformers' caches."""
+
+    def __init__(self, variant: str, model: Path, threads: int):
+        import torch  # pyright: ignore
+        import transformers  # pyright: ignore
+
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        self.torch, self.transformers, self.variant = torch, transformers, variant
+        named = {"gguf_file": model.name} if model.is_file() else {}
+        folder = model.parent if model.is_file() else model
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **named).eval()
+        self.step = self.model.forward
+        if variant.endswith("compiled"):
+            self.step = torch.compile(self.model.forward, fullgraph=True)
+        versions = [f"{name} {importlib.metadata.version(name)}" for name in self.libraries]
+        self.about = {
+            "peer": ", ".join(versions),
+            "weights": "float32",
+            "weight_bytes": sum(parameter.nbytes for parameter in self.model.parameters()),
+            "kv": "int4" if variant.endswith("bits") else "f32",
+        }
+
+    libraries = NEEDS
+
+    def prepare(self, batch: int, context: int, room: int) -> None:
+        """Prompts, and a part of them and three steps to warm up; a step that is compiled, is compiled here."""
+        self.room = room
+        self.prompts = self.torch.randint(0, self.model.config.vocab_size, (batch, context))
+        prompts, self.prompts = self.prompts, self.prompts[:, :64]
+        self.prefill()
+        self.decode(3)
+        self.prompts = prompts
+
+    def prefill(self) -> float:
+        """Seconds from the prompts to each row's first token."""
+        self.cache = self.empty()
+        start = time.perf_counter()
+        self.read()
+        return time.perf_counter() - start
+
+    def read(self) -> None:
+        """Put the prompts into the empty cache."""
+        out = self.model(self.prompts, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.token, self.position = out.logits[:, -1:].argmax(-1), self.prompts.shape[1]
+
+    def decode(self, steps: int) -> list[float]:
+        """Seconds of each greedy step, going on where the last ended."""
+        seconds = []
+        for _ in range(steps):
             start = time.perf_counter()
-            out = model(tokens, use_cache=True, logits_to_keep=1)
-            token = out.logits[:, -1:].argmax(-1)
-            prefill, seconds = time.perf_counter() - start, []
-            for _ in range(steps):
-                start = time.perf_counter()
-                out = model(token, past_key_values=out.past_key_values, use_cache=True)
-                token = out.logits[:, -1:].argmax(-1)
-                seconds.append(time.perf_counter() - start)
-        say({"prefill": prefill, "steps": seconds})
+            # Said, not counted from the cache: a pruned one is shorter than what it has read.
+            positions = self.torch.full_like(self.token, self.position)
+            out = self.step(self.token, past_key_values=self.cache, position_ids=positions, use_cache=True)
+            self.token = out.logits[:, -1:].argmax(-1)
+            self.position += 1
+            seconds.append(time.perf_counter() - start)
+        return seconds
 
+    def empty(self):
+        """A cache as the variant says."""
+        config = self.model.config
+        if self.variant.startswith("Static"):
+            return self.transformers.StaticCache(config=config, max_cache_len=self.room)
+        if self.variant.startswith("Quantized"):
+            return self.transformers.QuantizedCache("quanto", config, nbits=4)
+        return self.transformers.DynamicCache(config=config)
 
-def say(answer: dict) -> None:
-    """Write one line of JSON."""
-    print(json.dumps(answer), flush=True)
-
-
-if __name__ == "__main__":
-    try:
-        main(Path(sys.argv[1]))
-    except Exception:
-        say({"error": traceback.format_exc().strip().splitlines()[-1]})
+    def kv_bytes(self) -> int | None:
+        """Bytes of keys and values per row; None where a cache does not say."""
+        if self.variant.startswith("Quantized"):
+            return None
+        total = sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+        return total // len(self.token)

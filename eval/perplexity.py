@@ -17,6 +17,8 @@ from kvcascade.model import generate, gpt
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
 
+DISPATCH = 64  # tokens that are scored between two moments at which the user can stop
+
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
@@ -42,23 +44,25 @@ def check(config: ModelConfig, specs: list[CacheSpec], context: int, prefix: int
 
 
 class _Step:
-    """A scoring step that counts its traces.
-
-    The rows and the results stay on the device: the loop only dispatches, and never waits for a value.
-    """
+    """Scoring steps in one dispatch, which count their traces. The rows and the results stay on the device."""
 
     def __init__(self, config: ModelConfig):
         self.config = config
         self.traces = 0
-        self.run = jax.jit(self._run, donate_argnames=("cache", "t", "nll_BT"))
+        self.run = jax.jit(self._run, donate_argnames=("cache", "nll_BT"))
 
-    def _run(self, params, rows_BT, cache, t, nll_BT):
+    def _run(self, params, rows_BT, cache, t, stop, nll_BT):
         self.traces += 1
-        token_B, next_B = jnp.take(rows_BT, t, 1), jnp.take(rows_BT, t + 1, 1)
-        positions_BT = jnp.full((rows_BT.shape[0], 1), t)
-        logits_BTV, cache = gpt.step(self.config, params, cache, token_B[:, None], positions_BT)
-        nll_B = optax.softmax_cross_entropy_with_integer_labels(logits_BTV[:, 0].astype(jnp.float32), next_B)
-        return cache, t + 1, nll_BT.at[:, t].set(nll_B)
+
+        def body(t, carry):
+            cache, nll_BT = carry
+            token_B, next_B = jnp.take(rows_BT, t, 1), jnp.take(rows_BT, t + 1, 1)
+            positions_BT = jnp.full((rows_BT.shape[0], 1), t)
+            logits_BTV, cache = gpt.step(self.config, params, cache, token_B[:, None], positions_BT)
+            nll_B = optax.softmax_cross_entropy_with_integer_labels(logits_BTV[:, 0].astype(jnp.float32), next_B)
+            return cache, nll_BT.at[:, t].set(nll_B)
+
+        return jax.lax.fori_loop(t, stop, body, (cache, nll_BT))
 
 
 @functools.lru_cache(maxsize=64)
@@ -88,14 +92,13 @@ def score(
             logits_BV, cache = generate.prefill(config, params, cache, rows_BT[:, :prefix], positions)
             loss = optax.softmax_cross_entropy_with_integer_labels(logits_BV.astype(jnp.float32), rows_BT[:, prefix])
             nll_BT = nll_BT.at[:, prefix - 1].set(loss)
-        t = jnp.asarray(prefix)
         start = time.perf_counter()
         if prefix < T - 1:
-            cache, t, nll_BT = jax.block_until_ready(step.run(params, rows_BT, cache, t, nll_BT))
+            cache, nll_BT = jax.block_until_ready(step.run(params, rows_BT, cache, prefix, prefix + 1, nll_BT))
         if not first:
             compile_seconds, start = time.perf_counter() - start, time.perf_counter()
-        for _ in range(prefix + 1, T - 1):
-            cache, t, nll_BT = step.run(params, rows_BT, cache, t, nll_BT)
+        for t in range(prefix + 1, T - 1, DISPATCH):
+            cache, nll_BT = step.run(params, rows_BT, cache, t, min(t + DISPATCH, T - 1), nll_BT)
         scored.append(np.asarray(nll_BT)[: windows - first, max(prefix, 1) - 1 : T - 1])
         seconds += time.perf_counter() - start
         steps += T - 2 - prefix + bool(first)

@@ -8,7 +8,7 @@ import jinja2
 import markupsafe
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import bench, figures, profile_report, suite
+from kvcascade.eval import bench, figures, fit, profile_report, suite
 from kvcascade.eval.records import Record, interval, paired, retrieval_table, wilson
 from kvcascade.kernels.files import write_whole
 
@@ -39,13 +39,12 @@ def of_kind(records: list[Record], kind: str) -> list[Record]:
 
 def sections(records: list[Record]) -> dict:
     """What the page shows of what there is: figures, the table behind each, the findings in words, the protocol."""
-    kinds = ("train", "evaluate", "retrieve", "layer", "growth", "latency", "bench", "profile")
-    trainings, evaluations, retrievals, layers, grown, latencies, benches, profiles = (
+    kinds = ("train", "evaluate", "retrieve", "layer", "growth", "latency", "bench", "profile", "fit")
+    trainings, evaluations, retrievals, layers, grown, latencies, benches, profiles, fits = (
         of_kind(records, kind) for kind in kinds
     )
-    if not evaluations and not retrievals:
-        raise BadInput("a report needs records of evaluations or of retrieval")
-    first = (evaluations or retrievals)[0]
+    if not any((evaluations, retrievals, profiles, fits)):
+        raise BadInput("a report needs records of evaluations or of retrieval, of profiles, or of users that fit")
     groups = {r["cache"]: suite.group_of(r["cache"], r["context"]) for r in evaluations}
     figure = lambda draw, *arguments: markupsafe.Markup(draw(*arguments))
     quality = []
@@ -54,8 +53,6 @@ def sections(records: list[Record]) -> dict:
         quality.append({
             "model": name, "figure": figure(figures.quality_against_bytes, mine, groups), "table": quality_table(mine, groups),
         })  # fmt: skip
-    seconds = sum(t["train_seconds"] for t in trainings), sum(r["seconds"] for r in (*evaluations, *retrievals))
-    own = trainings and trainings[0]["model"] == first["model"]
     return {
         "findings": findings(records),
         "trainings": trainings and {"figure": figure(figures.loss_curves, trainings), "table": models_table(trainings)},
@@ -90,20 +87,34 @@ def sections(records: list[Record]) -> dict:
             }
             for mine in profile_report.groups(profiles)
         ],
-        "protocol": {
-            "model": ", ".join(dict.fromkeys(r["model"] for r in (*evaluations, *retrievals))),
-            "text": (
-                f"{first['data']}{', validation files only' if own else ''}" if evaluations else "made from the seed"
-            ),
-            "windows": f"{first['sequences']} consecutive windows of {first['context']} tokens, {first['tokens']:,} tokens scored per cache"
-            if evaluations
-            else f"{first['samples']} samples per task, length and depth",
-            "seed": first["seed"],
-            "device": first["device"],
-            "versions": ", ".join(f"{name} {version}" for name, version in first["versions"].items()),
-            "commit": first["commit"],
-            "seconds": f"{seconds[0]:,.0f} training, {seconds[1]:,.0f} evaluating",
-        },
+        "fits": _fits(fits),
+        "protocol": _protocol(trainings, evaluations, retrievals, [*profiles, *fits]),
+    }
+
+
+def _protocol(
+    trainings: list[Record], evaluations: list[Record], retrievals: list[Record], others: list[Record]
+) -> dict:
+    """What was measured on what, by which versions; of others alone there is neither a text nor a seed."""
+    first = (evaluations or retrievals or others)[0]
+    found = {"model": ", ".join(dict.fromkeys(r["model"] for r in (*evaluations, *retrievals, *others)))}
+    if evaluations:
+        own = trainings and trainings[0]["model"] == first["model"]
+        found["text"] = f"{first['data']}{', validation files only' if own else ''}"
+        found["windows"] = (
+            f"{first['sequences']} consecutive windows of {first['context']} tokens, {first['tokens']:,} tokens scored per cache"
+        )
+    elif retrievals:
+        found["text"] = "made from the seed"
+        found["windows"] = f"{first['samples']} samples per task, length and depth"
+    if evaluations or retrievals:
+        found["seed"] = first["seed"]
+    seconds = sum(t["train_seconds"] for t in trainings), sum(r["seconds"] for r in (*evaluations, *retrievals))
+    return found | {
+        "device": first["device"],
+        "versions": ", ".join(f"{name} {version}" for name, version in first["versions"].items()),
+        "commit": first["commit"],
+        "seconds": f"{seconds[0]:,.0f} training, {seconds[1]:,.0f} evaluating",
     }
 
 
@@ -334,6 +345,29 @@ def speed_table(records: list[Record]) -> str:
     found = of_kind(records, "bench")
     title, columns, rows = bench.table(found)
     return f"{markdown((columns, rows))}\n\n{title}; {found[0]['device']}, commit {found[0]['commit']}."
+
+
+def _fits(fits: list[Record]) -> list[dict]:
+    """A figure, a table and notes for each model and card."""
+    found = []
+    for model, gpu in dict.fromkeys((r["model"], r["gpu"]) for r in fits):
+        mine = [r for r in fits if (r["model"], r["gpu"]) == (model, gpu)]
+        title, columns, rows = fit.table(mine)
+        drawn = [r for r in mine if "failed" not in r]
+        figure = markupsafe.Markup(figures.users(drawn, [*map(fit.filled, drawn)])) if drawn else ""
+        found.append({"title": title, "figure": figure, "table": (columns, rows), "notes": fit.notes(mine)})
+    return found
+
+
+def fits_table(records: list[Record]) -> str:
+    """Users that fit, for each model and card a table, with what has to be said of them and the versions that say so."""
+    fits, parts = of_kind(records, "fit"), []
+    for each in _fits(fits):
+        columns, rows = each["table"]
+        marked = markdown((columns, [[f"`{cache}`", *cells] for cache, *cells in rows]))
+        parts.append("\n\n".join([f"{each['title'][0].upper()}{each['title'][1:]}:", marked, *each["notes"]]))
+    versions = ", ".join(f"{name} {version}" for name, version in fits[0]["versions"].items())
+    return "\n\n".join([*parts, f"Commit {fits[0]['commit']}; {versions}."])
 
 
 def fill(readme: str, parts: dict[str, str]) -> str:

@@ -1,13 +1,14 @@
 """A whole decode step, compiled for a card that need not be there: one program that changes its cache in place."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kvcascade.cache.spec import parse
+from kvcascade.cache.cascade import Cache
+from kvcascade.cache.spec import CacheSpec, parse
 from kvcascade.eval.records import Record
 from kvcascade.kernels import aot, traffic
 from kvcascade.model import generate, gpt
@@ -40,20 +41,27 @@ SPARE = 0.05
 """Temporaries that a step may have, as a share of its cache."""
 
 
-def measure(step: Step, card: aot.GPU) -> Record:
-    """Bytes of the cache, those aliased by its donation, temporaries, copies of K and V, launches: all from the compiled program."""
-    model, spec = step.model, parse(step.cache)
+def compile_step(
+    model: ModelConfig, spec: CacheSpec, batch: int, context: int, card: aot.GPU
+) -> tuple[jax.stages.Compiled, Any, Cache]:
+    """A decode step with its cache donated, compiled for a card; also XLA's analysis of its memory, and the cache's shapes."""
     params = gpt.graph(model)[1]
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    cache = jax.eval_shape(lambda: spec.init(step.batch, model.layers, model.kv_heads, model.head_dim, step.context))
-    each_row = jax.ShapeDtypeStruct((step.batch,), jnp.int32)
+    cache = jax.eval_shape(lambda: spec.init(batch, model.layers, model.kv_heads, model.head_dim, context))
+    each_row = jax.ShapeDtypeStruct((batch,), jnp.int32)
 
     def decode_step(params, cache, token_B, position_B):
         return generate.decode_step(model, params, cache, token_B, position_B)
 
     compiled = aot.compile_for(decode_step, (params, cache, each_row, each_row), card, donate=(1,))
-    memory, program = compiled.memory_analysis(), compiled.as_text() or ""
-    assert memory
+    return compiled, compiled.memory_analysis(), cache
+
+
+def measure(step: Step, card: aot.GPU) -> Record:
+    """Bytes of the cache, those aliased by its donation, temporaries, copies of K and V, launches: all from the compiled program."""
+    model, spec = step.model, parse(step.cache)
+    compiled, memory, cache = compile_step(model, spec, step.batch, step.context, card)
+    program = compiled.as_text() or ""
     held = [leaf for layer in cache for slots in layer.slots for leaf in jax.tree.leaves((slots.k, slots.v))]
     launches = traffic.launches(program)
     cache_bytes = spec.nbytes(model.layers, model.kv_heads, model.head_dim, step.context) * step.batch
@@ -115,10 +123,8 @@ def table(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 def copies(program: str, held: list) -> int:
     """How often a program writes an array with the shape and type of one of these, other than by a kernel that changes it in place."""
     wanted = kinds(held)
-    entry = program[program.index("ENTRY ") :]
-    written = re.findall(r"^\s+(?:ROOT )?%?\S+ = (\(.*?\)|\S+) ([\w-]+)\(", entry, re.MULTILINE)
-    free = re.compile("parameter|tuple|bitcast|get-tuple-element|custom-call")
-    return sum(bool(wanted & set(re.findall(r"\w+\[[\d,]*\]", kind))) for kind, how in written if not free.match(how))
+    written = (launch.result for launch in traffic.launches(program) if launch.operation != "custom-call")
+    return sum(bool(wanted & set(traffic.kinds(result))) for result in written)
 
 
 def kinds(held: list) -> set[str]:

@@ -15,8 +15,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kvcascade.kernels import backend
 
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu,cuda", "CUDA_VISIBLE_DEVICES": "-1", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
-"""What has to stand in the environment before JAX is imported, so that the CUDA plug-in loads without a GPU."""
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu,cuda",
+    "CUDA_VISIBLE_DEVICES": "-1",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+}
+"""What has to stand in the environment before JAX is imported, so that the CUDA plug-in loads without a GPU, and really compiles."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +94,19 @@ DERIVED: dict[str, dict[str, Any]] = {
     "l4": {"device_description_str": '"NVIDIA L4"', "core_count": 58, "memory_bandwidth": 300_000_000_000,
            "device_memory_size": 23034 << 20, "l2_cache_size": 48 << 20, "clock_rate_ghz": 2.04, "minor": 9},
 }  # fmt: skip
+
+
+MEMORY = {
+    "h100": 84_942_979_072,
+    "h200": 151_397_597_184,
+    "b200": 191_514_411_008,
+    "a100": 85_100_068_864,
+    "a100-40": 42_331_013_120,
+    "a6000": 51_041_271_808,
+    "rtx6000pro": 103_079_215_104,
+    "v100": 16_935_682_048,
+} | {name: figures["device_memory_size"] for name, figures in DERIVED.items()}
+"""Bytes of every card, as the compiler's description has them: known without the compiler too."""
 
 
 MISSING = "compiling for a GPU needs more packages: pip install 'kvcascade[aot]'"

@@ -17,7 +17,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def cache_dir() -> Path:
-    """Return the folder for tokens, tokenisers and compiled kernels: $KVCASCADE_CACHE, or `kvcascade` under the user's cache folder."""
+    """Return the folder for tokens, tokenisers, compiled kernels and programs: $KVCASCADE_CACHE, or `kvcascade` under the user's cache folder."""
     if own := os.environ.get("KVCASCADE_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvcascade"

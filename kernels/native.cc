@@ -7,11 +7,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
+#include <mutex>
 #include <thread>
 #include <type_traits>
 #include <utility>
@@ -43,6 +45,7 @@ struct Register {
 };
 
 constexpr int64_t kAhead = 6;  // blocks of slots
+constexpr int64_t kAheadBytes = 8192;  // of weights
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
@@ -73,6 +76,8 @@ struct Call {
   int64_t kv_heads, group, H;  // K, G = N / K
   int64_t window;              // positions that a query sees, 0: all
   std::vector<Tier> tiers;
+  int64_t shares;  // of a row's KV head
+  float* memory;   // of all shares
 };
 
 constexpr int64_t RowBytes(Format format, int64_t H) {
@@ -227,22 +232,31 @@ inline Lanes Sums(Lanes* x) {
   return x[0];
 }
 
+// A row's KV head over its share of each tier's slots; shares merge as partials do, by the logits' maximum and the weights' sum.
 // kWide registers hold a vector of H (0: known only when run).
 template <int kWide>
-class Head {
+class Share {
  public:
-  Head(const Call& call, int64_t row_head) : call_(call), H_(call.H), G_(call.group), row_head_(row_head) {
+  Share(const Call& call, int64_t row_head, int64_t share)
+      : call_(call), H_(call.H), G_(call.group), row_head_(row_head), share_(share) {
     now_ = call.query_pos[row_head / call.kv_heads];
     oldest_ = call.window ? std::max<int64_t>(0, now_ - call.window + 1) : 0;
-    for (const Tier& tier : call.tiers) slots_ += RoundUp(tier.slots);
+    for (const Tier& tier : call.tiers) slots_ += Last(tier) - First(tier);
     stride_ = kWide ? kWide * kLanes : RoundUp(H_);
+    weights_ = Memory(share) + RoundUp(2 * G_) + G_ * stride_;
     thread_local std::vector<Register> memory;
-    memory.assign((G_ * (slots_ + 3 * stride_) + kLanes * stride_) / kLanes, Register{});
-    weights_ = reinterpret_cast<float*>(memory.data());
-    q_ = weights_ + G_ * slots_;
+    memory.assign((3 * G_ + kLanes) * stride_ / kLanes, Register{});
+    q_ = reinterpret_cast<float*>(memory.data());
     q_turned_ = q_ + G_ * stride_;
     part_ = q_turned_ + G_ * stride_;
     block_ = part_ + G_ * stride_;
+  }
+
+  // Floats that a share keeps: maxima and sums [G] each, outputs [G, stride], weights [G, slots].
+  static int64_t Size(const Call& call) {
+    int64_t slots = 0;
+    for (const Tier& tier : call.tiers) slots += (RoundUp(tier.slots) / kLanes / call.shares + 1) * kLanes;
+    return RoundUp(2 * call.group) + call.group * (RoundUp(call.H) + slots);
   }
 
   void Run() {
@@ -257,18 +271,56 @@ class Head {
     int64_t offset = 0;
     for (const Tier& tier : call_.tiers) {
       Logits(tier, weights_ + offset);
-      offset += RoundUp(tier.slots);
+      offset += Last(tier) - First(tier);
     }
-    for (int64_t g = 0; g < G_; ++g) Softmax(weights_ + g * slots_);
-    std::fill_n(call_.out + row_head_ * G_ * H_, G_ * H_, 0.0f);
+    for (int64_t g = 0; g < G_; ++g) Softmax(weights_ + g * slots_, Maxima(share_) + g, Maxima(share_) + G_ + g);
+    std::fill_n(Outputs(share_), G_ * stride_, 0.0f);
     offset = 0;
     for (const Tier& tier : call_.tiers) {
       Output(tier, weights_ + offset);
-      offset += RoundUp(tier.slots);
+      offset += Last(tier) - First(tier);
+    }
+  }
+
+  // Once all shares have run: the head's output, by its first share, and the mass of this share's slots.
+  void Finish() {
+    std::vector<float> factors(G_);
+    for (int64_t g = 0; g < G_; ++g) {
+      float top = kNever, sum = 0;
+      for (int64_t p = 0; p < call_.shares; ++p) top = std::max(top, Maxima(p)[g]);
+      auto rescaled = [&](int64_t p) { return Maxima(p)[g] == kNever ? 0.0f : Exp(Maxima(p)[g] - top); };
+      for (int64_t p = 0; p < call_.shares; ++p) sum += Maxima(p)[G_ + g] * rescaled(p);
+      factors[g] = sum > 0 ? rescaled(share_) / sum : 0.0f;
+      if (share_) continue;
+      float* out = call_.out + (row_head_ * G_ + g) * H_;
+      std::fill_n(out, H_, 0.0f);
+      for (int64_t p = 0; p < call_.shares && sum > 0; ++p) {
+        const float factor = rescaled(p) / sum, *part = Outputs(p) + g * stride_;
+        for (int64_t h = 0; h < H_; ++h) out[h] += factor * part[h];
+      }
+    }
+    const float* weights = weights_;
+    for (const Tier& tier : call_.tiers) {
+      const int64_t first = First(tier), last = Last(tier);
+      for (int64_t s = first; tier.mass && s < std::min(last, tier.slots); ++s) {
+        float mass = 0;
+        for (int64_t g = 0; g < G_; ++g) mass += factors[g] * weights[g * slots_ + s - first];
+        tier.mass[row_head_ * tier.slots + s] = mass;
+      }
+      weights += last - first;
     }
   }
 
  private:
+  // The slots of a share: whole blocks.
+  int64_t Bound(const Tier& tier, int64_t share) const { return RoundUp(tier.slots) / kLanes * share / call_.shares * kLanes; }
+  int64_t First(const Tier& tier) const { return Bound(tier, share_); }
+  int64_t Last(const Tier& tier) const { return Bound(tier, share_ + 1); }
+
+  float* Memory(int64_t share) const { return call_.memory + (row_head_ * call_.shares + share) * Size(call_); }
+  float* Maxima(int64_t share) const { return Memory(share); }  // and the sums after them
+  float* Outputs(int64_t share) const { return Memory(share) + RoundUp(2 * G_); }
+
   int64_t wide() const { return kWide ? kWide : stride_ / kLanes; }
 
   // Read a block of slots, zeros in place of those that are not seen; false if none is.
@@ -305,13 +357,14 @@ class Head {
     return count > 0;
   }
 
-  void Logits(const Tier& tier, float* logits) {
+  void Logits(const Tier tier, float* logits) {
     const float* queries = tier.k.turned ? q_turned_ : q_;
     const auto* block = reinterpret_cast<const Lanes*>(block_);
-    for (int64_t first = 0; first < tier.slots; first += kLanes) {
+    const int64_t start = First(tier), end = Last(tier);
+    for (int64_t first = start; first < end; first += kLanes) {
       const bool any = ReadBlock(tier, tier.k, first);
       for (int64_t g = 0; g < G_; ++g) {
-        auto& result = *reinterpret_cast<Lanes*>(logits + g * slots_ + first);
+        auto& result = *reinterpret_cast<Lanes*>(logits + g * slots_ + first - start);
         if (!any) {
           result = Lanes{} + kNever;
           continue;
@@ -328,34 +381,33 @@ class Head {
     }
   }
 
-  // Logits become weights that sum to one; a query that sees nothing has zeros.
-  void Softmax(float* weights) {
+  // Logits become weights relative to the largest; a query that sees nothing has zeros.
+  void Softmax(float* weights, float* maximum, float* total) {
     auto* w = reinterpret_cast<Lanes*>(weights);
     const int64_t blocks = slots_ / kLanes;
     Lanes tops = Lanes{} + kNever, sums = {};
     for (int64_t s = 0; s < blocks; ++s) tops = w[s] > tops ? w[s] : tops;
-    float top = kNever, sum = 0;
+    float top = kNever;
     for (int j = 0; j < kLanes; ++j) top = std::max(top, tops[j]);
-    if (top == kNever) top = 0;
+    *maximum = top, *total = 0;
     for (int64_t s = 0; s < blocks; ++s) {
       auto* x = reinterpret_cast<float*>(w + s);
 #pragma omp simd
       for (int j = 0; j < kLanes; ++j) x[j] = x[j] == kNever ? 0.0f : Exp(x[j] - top);
       sums += w[s];
     }
-    for (int j = 0; j < kLanes; ++j) sum += sums[j];
-    const float factor = sum > 0 ? 1.0f / sum : 0.0f;
-    for (int64_t s = 0; s < blocks; ++s) w[s] *= factor;
+    for (int j = 0; j < kLanes; ++j) *total += sums[j];
   }
 
-  void Output(const Tier& tier, const float* weights) {
+  void Output(const Tier tier, const float* weights) {
     const auto* block = reinterpret_cast<const Lanes*>(block_);
     std::fill_n(part_, G_ * stride_, 0.0f);
-    for (int64_t first = 0; first < tier.slots; first += kLanes) {
+    const int64_t start = First(tier), end = Last(tier);
+    for (int64_t first = start; first < end; first += kLanes) {
       if (!ReadBlock(tier, tier.v, first)) continue;
       for (int64_t g = 0; g < G_; ++g) {
         auto* part = reinterpret_cast<Lanes*>(part_ + g * stride_);
-        const float* w = weights + g * slots_ + first;
+        const float* w = weights + g * slots_ + first - start;
         for (int64_t i = 0; i < wide(); ++i) {
           // Four sums, because one would wait for each addition.
           Lanes sums[4] = {part[i]};
@@ -366,24 +418,19 @@ class Head {
       }
     }
     for (int64_t g = 0; g < G_; ++g) {
-      float *part = part_ + g * stride_, *out = call_.out + (row_head_ * G_ + g) * H_;
+      float *part = part_ + g * stride_, *out = Outputs(share_) + g * stride_;
       if (tier.k.turned) Turn(part, H_);
       for (int64_t h = 0; h < H_; ++h) out[h] += part[h];
-    }
-    if (!tier.mass) return;
-    for (int64_t s = 0; s < tier.slots; ++s) {
-      float mass = 0;
-      for (int64_t g = 0; g < G_; ++g) mass += weights[g * slots_ + s];
-      tier.mass[row_head_ * tier.slots + s] = mass;
     }
   }
 
   const Call& call_;
-  const int64_t H_, G_, row_head_;
-  int64_t slots_ = 0;  // of all tiers, each padded to whole blocks
+  const int64_t H_, G_, row_head_, share_;
+  int64_t slots_ = 0;  // of this share of all tiers, each padded to whole blocks
   int64_t stride_;     // H, padded
   int32_t now_, oldest_;  // the positions that are seen
-  float *weights_, *q_, *q_turned_, *part_;  // [G, slots], [G, stride] three times
+  float* weights_;                           // [G, slots]
+  float *q_, *q_turned_, *part_;             // [G, stride]
   float* block_;                             // [kLanes, stride]
   alignas(sizeof(Lanes)) float seen_[kLanes];  // 0, or -inf for a slot that is not seen
 };
@@ -430,64 +477,142 @@ void Decode(const Stored& stored, int64_t row, int64_t H, float* x) {
   if (stored.turned) Turn(x, H);
 }
 
-// Tasks are claimed one by one, by this thread too, and only claimed ones are waited for: a pool whose threads all wait here
-// for each other cannot hang.
-template <typename F>
-void Parallel(ffi::ThreadPool& pool, int64_t tasks, int64_t threads, F task) {
-  struct Progress {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto progress = std::make_shared<Progress>();
-  auto work = [progress, tasks, &task] {
-    for (int64_t i; (i = progress->next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      task(i);
-      progress->done.fetch_add(1, std::memory_order_release);
+// Threads that share the tasks of a kernel. A decode step asks for them every few tens of microseconds, less than it takes the system
+// to wake one, so each waits in a loop for kPatience before it sleeps.
+class Workers {
+ public:
+  // Tasks are claimed one by one, by this thread too, so none is waited for that nobody has begun. Another caller meanwhile works alone.
+  template <typename F>
+  void Run(int64_t tasks, int64_t threads, const F& task) {
+    const std::unique_lock<std::mutex> alone(busy_, std::try_to_lock);
+    if (threads < 2 || tasks < 2 || !alone) {
+      for (int64_t i = 0; i < tasks; ++i) task(i);
+      return;
     }
-  };
-  for (int64_t t = 1; t < std::min(threads, tasks); ++t) pool.Schedule([work] { work(); });
-  work();
-  while (progress->done.load(std::memory_order_acquire) < tasks) std::this_thread::yield();
+    while (static_cast<int64_t>(started_) + 1 < threads) std::thread(&Workers::Wait, this, started_++).detach();
+    task_ = [](const void* task, int64_t i) { (*static_cast<const F*>(task))(i); };
+    context_ = &task, tasks_ = tasks, wanted_ = threads - 1;
+    next_.store(0, std::memory_order_relaxed);
+    open_.store(true);
+    calls_.fetch_add(1);
+    if (asleep_.load()) {
+      { const std::lock_guard<std::mutex> lock(sleep_); }
+      wake_.notify_all();
+    }
+    Work();
+    open_.store(false);  // who has not come in by now stays out
+    for (int spins = 0; inside_.load(); ++spins) spins < 1000 ? Pause() : std::this_thread::yield();
+  }
+
+ private:
+  static constexpr std::chrono::microseconds kPatience{200};
+
+  static void Pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  void Work() {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) task_(context_, i);
+  }
+
+  void Wait(int64_t index) {
+    for (uint64_t seen = 0;;) {
+      const auto since = std::chrono::steady_clock::now();
+      for (int spins = 1; calls_.load() == seen; ++spins) {
+        Pause();
+        if (spins % 64 || std::chrono::steady_clock::now() - since < kPatience) continue;
+        std::unique_lock<std::mutex> lock(sleep_);
+        asleep_.fetch_add(1);
+        wake_.wait(lock, [&] { return calls_.load() != seen; });
+        asleep_.fetch_sub(1);
+      }
+      seen = calls_.load();
+      inside_.fetch_add(1);
+      if (open_.load() && index < wanted_) Work();
+      inside_.fetch_sub(1);
+    }
+  }
+
+  std::mutex busy_, sleep_;
+  std::condition_variable wake_;
+  void (*task_)(const void*, int64_t);
+  const void* context_;
+  int64_t tasks_, wanted_, started_ = 0;
+  std::atomic<int64_t> next_{0};
+  std::atomic<bool> open_{false};
+  std::atomic<int> inside_{0}, asleep_{0};
+  std::atomic<uint64_t> calls_{0};
+};
+
+// Never destroyed: its threads may be in it until the process ends.
+Workers& Shared() {
+  static Workers* const workers = new Workers;
+  return *workers;
 }
 
 // y[r, n] = scale[n] * sum over i of x[r, i] w[n, i], for kRows rows of x and kLanes / kRows outputs n: kLanes sums at once.
 template <typename T, int kRows>
 void ProductBlock(const float* x, const T* w, const float* scale, float* y, int64_t I, int64_t O, int64_t rows, int64_t first) {
   constexpr int kOutputs = kLanes / kRows;
+  // Outputs are taken by fours at most: memory is read in few streams, and several registers of each before the next.
+  constexpr int kGroup = std::min(kOutputs, 4), kDeep = kOutputs / kGroup;
   const int64_t outputs = std::min<int64_t>(kOutputs, O - first);
   // Past the last row or output the last one is computed again, and not written.
   const float* xs[kRows];
-  const T* ws[kOutputs];
   for (int r = 0; r < kRows; ++r) xs[r] = x + std::min<int64_t>(r, rows - 1) * I;
-  for (int n = 0; n < kOutputs; ++n) ws[n] = w + (first + std::min<int64_t>(n, outputs - 1)) * I;
-  Lanes sums[kLanes] = {};
-  const int64_t ahead = std::max<int64_t>(kOutputs * I, 4096);
-  int64_t i = 0;
-  for (; i + kLanes <= I; i += kLanes) {
-    const bool prefetch = i % (64 / sizeof(T)) == 0;
-    Lanes row[kRows];
-    for (int r = 0; r < kRows; ++r) std::memcpy(&row[r], xs[r] + i, sizeof(Lanes));
-#pragma GCC unroll 16
-    for (int n = 0; n < kOutputs; ++n) {
-      const Lanes weight = Widened(ws[n] + i);
-      if (prefetch) __builtin_prefetch(ws[n] + i + ahead);
+  auto output = [&](int n) { return w + (first + std::min<int64_t>(n, outputs - 1)) * I; };
+  Lanes sums[kLanes];
+  const int64_t ahead = std::max<int64_t>(kGroup * I, kAheadBytes / sizeof(T)), whole_lanes = I / kLanes * kLanes;
+#pragma GCC unroll 4
+  for (int group = 0; group < kOutputs; group += kGroup) {
+    const T* ws[kGroup];
+    for (int n = 0; n < kGroup; ++n) ws[n] = output(group + n);
+    Lanes parts[kDeep][kRows][kGroup] = {};
+    auto add = [&](int64_t i, auto deep) {
+#pragma GCC unroll 4
+      for (int d = 0; d < decltype(deep)::value; ++d) {
+        Lanes row[kRows];
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) sums[r * kOutputs + n] += row[r] * weight;
+        for (int r = 0; r < kRows; ++r) std::memcpy(&row[r], xs[r] + i + d * kLanes, sizeof(Lanes));
+#pragma GCC unroll 4
+        for (int n = 0; n < kGroup; ++n) {
+          if ((i + d * kLanes) % (64 / sizeof(T)) == 0) __builtin_prefetch(ws[n] + i + d * kLanes + ahead);
+          const Lanes weight = Widened(ws[n] + i + d * kLanes);
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) parts[d][r][n] += row[r] * weight;
+        }
+      }
+    };
+    int64_t i = 0;
+    for (; i + kDeep * kLanes <= I; i += kDeep * kLanes) add(i, std::integral_constant<int, kDeep>());
+    for (; i < whole_lanes; i += kLanes) add(i, std::integral_constant<int, 1>());
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kGroup; ++n) {
+        Lanes sum = parts[0][r][n];
+#pragma GCC unroll 4
+        for (int d = 1; d < kDeep; ++d) sum += parts[d][r][n];
+        sums[r * kOutputs + group + n] = sum;
+      }
     }
   }
-  float whole[kLanes], scales[kOutputs];
+  float whole[kLanes];
   const Lanes folded = Sums(sums);
   std::memcpy(whole, &folded, sizeof whole);
-  for (int n = 0; n < kOutputs; ++n) scales[n] = scale ? scale[first + std::min<int64_t>(n, outputs - 1)] : 1.0f;
-  for (int r = 0; r < kRows; ++r) {
-    for (int n = 0; n < kOutputs; ++n) {
-      for (int64_t rest = i; rest < I; ++rest) whole[r * kOutputs + n] += xs[r][rest] * Number(ws[n][rest]);
-      whole[r * kOutputs + n] *= scales[n];
+  for (int n = 0; n < outputs; ++n) {
+    const T* weights = output(n);
+    for (int r = 0; r < std::min<int64_t>(kRows, rows); ++r) {
+      float sum = whole[r * kOutputs + n];
+      for (int64_t rest = whole_lanes; rest < I; ++rest) sum += xs[r][rest] * Number(weights[rest]);
+      y[r * O + first + n] = scale ? sum * scale[first + n] : sum;
     }
-    if (r < rows) std::copy_n(whole + r * kOutputs, outputs, y + r * O + first);
   }
 }
 
-constexpr int64_t kWorthAThread = 1 << 20;  // about 25 us of work; less is done before another thread is awake
+constexpr int64_t kWorthAThread = 1 << 18;  // products: some 6 us of work
 
 ffi::ErrorOr<Stored> ReadStored(ffi::RemainingArgs& args, size_t& next, int64_t arrays, bool turned) {
   auto first = args.get<ffi::AnyBuffer>(next);
@@ -561,15 +686,33 @@ ffi::Error Exchange(int64_t arrays, bool turned, bool forget, ffi::Buffer<ffi::F
   return ffi::Error::Success();
 }
 
+constexpr int64_t kShareSlots = 256;  // at least
+
 template <int kWide>
-void RunHead(const Call& call, int64_t row_head) { Head<kWide>(call, row_head).Run(); }
+void AttendAll(Call& call, int64_t heads, int64_t slots, int64_t threads) {
+  // Few heads are divided, so that all threads have work to the end.
+  call.shares = threads < 2 ? 1 : std::max<int64_t>(1, std::min((4 * threads + heads - 1) / heads, slots / kShareSlots));
+  thread_local std::vector<Register> memory;
+  const size_t size = heads * call.shares * Share<kWide>::Size(call) / kLanes;
+  if (memory.size() < size) memory.resize(size);
+  call.memory = reinterpret_cast<float*>(memory.data());
+  Shared().Run(heads * call.shares, threads, [&](int64_t task) {
+    Share<kWide> share(call, task / call.shares, task % call.shares);
+    share.Run();
+    if (call.shares == 1) share.Finish();
+  });
+  if (call.shares == 1) return;
+  Shared().Run(heads * call.shares, threads, [&](int64_t task) {
+    Share<kWide>(call, task / call.shares, task % call.shares).Finish();
+  });
+}
 
 // args: per tier its positions, the arrays of K, the arrays of V; rets: per tier its mass, or none at all.
 ffi::Error Attend(ffi::ThreadPool pool, ffi::Span<const int64_t> arrays, ffi::Span<const int64_t> turned,
                   int64_t window, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::S32> query_pos, ffi::RemainingArgs args,
                   ffi::ResultBuffer<ffi::F32> out, ffi::RemainingRets masses) {
   const auto dims = q.dimensions();
-  Call call{q.typed_data(), query_pos.typed_data(), out->typed_data(), 0, 0, dims[2], window, {}};
+  Call call{q.typed_data(), query_pos.typed_data(), out->typed_data(), 0, 0, dims[2], window, {}, 1, nullptr};
   int64_t slots = 0;
   size_t next = 0;
   for (size_t i = 0; i < arrays.size(); ++i) {
@@ -585,19 +728,19 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Span<const int64_t> arrays, ffi::Sp
     slots += pos->dimensions()[2];
   }
   call.group = dims[1] / call.kv_heads;
-  void (*run)(const Call&, int64_t) = RunHead<0>;
+  auto* run = AttendAll<0>;
   switch (RoundUp(call.H) / kLanes) {
-    case 1: run = RunHead<1>; break;
-    case 2: run = RunHead<2>; break;
-    case 4: run = RunHead<4>; break;
-    case 5: run = RunHead<5>; break;
-    case 6: run = RunHead<6>; break;
-    case 8: run = RunHead<8>; break;
+    case 1: run = AttendAll<1>; break;
+    case 2: run = AttendAll<2>; break;
+    case 4: run = AttendAll<4>; break;
+    case 5: run = AttendAll<5>; break;
+    case 6: run = AttendAll<6>; break;
+    case 8: run = AttendAll<8>; break;
   }
   // A stored number is read at the price of four products.
   const int64_t work = 2 * dims[0] * call.kv_heads * slots * call.H * (call.group + 4);
   const int64_t threads = std::min<int64_t>(pool.num_threads(), work / kWorthAThread);
-  Parallel(pool, dims[0] * call.kv_heads, threads, [&](int64_t row_head) { run(call, row_head); });
+  run(call, dims[0] * call.kv_heads, slots, threads);
   return ffi::Error::Success();
 }
 
@@ -608,24 +751,27 @@ struct Matrix {
   int64_t outputs;     // O
 };
 
-constexpr int64_t kBlock = 64;  // outputs of a task
-
 // Rows in groups, so that a weight comes from memory once and is converted for several rows at a time.
 template <typename T>
 void Products(ffi::ThreadPool& pool, const float* x, const std::vector<Matrix>& matrices, int64_t I, int64_t rows) {
-  auto blocks = [](const Matrix& matrix) { return (matrix.outputs + kBlock - 1) / kBlock; };
-  int64_t tasks = 0, weights = 0;
-  for (const Matrix& matrix : matrices) tasks += blocks(matrix), weights += matrix.outputs * I;
-  // Some 10 us of work for each thread: about as many bytes to be read, or products with so many rows.
-  const int64_t threads = std::min<int64_t>(pool.num_threads(), weights * static_cast<int64_t>(sizeof(T) + rows) / 500'000);
-  Parallel(pool, tasks, threads, [&](int64_t task) {
+  int64_t weights = 0, tasks = 0;
+  for (const Matrix& matrix : matrices) weights += matrix.outputs * I;
+  const int64_t size = sizeof(T);
+  // Some 4 us of work for each thread: about as many bytes to be read, or products with so many rows.
+  const int64_t threads = std::clamp<int64_t>(weights * (size + rows) / 200'000, 1, pool.num_threads());
+  // What is read in one long piece comes faster; short ones keep all threads at work to the end.
+  const int64_t piece = std::clamp<int64_t>(weights * size / (2 * threads), 96 << 10, 576 << 10);
+  const int64_t block = std::max<int64_t>(1, piece / (I * size * kLanes)) * kLanes;
+  auto blocks = [block](const Matrix& matrix) { return (matrix.outputs + block - 1) / block; };
+  for (const Matrix& matrix : matrices) tasks += blocks(matrix);
+  Shared().Run(tasks, threads, [&](int64_t task) {
     const Matrix* matrix = matrices.data();
     for (; task >= blocks(*matrix); ++matrix) task -= blocks(*matrix);
-    const int64_t O = matrix->outputs, end = std::min(O, (task + 1) * kBlock);
+    const int64_t O = matrix->outputs, end = std::min(O, (task + 1) * block);
     const T* w = static_cast<const T*>(matrix->weight);
     auto some = [&](auto count) {
       constexpr int kRows = decltype(count)::value;
-      for (int64_t n = task * kBlock; n < end; n += kLanes / kRows) {
+      for (int64_t n = task * block; n < end; n += kLanes / kRows) {
         for (int64_t r = 0; r < rows; r += kRows) {
           ProductBlock<T, kRows>(x + r * I, w, matrix->scale, matrix->y + r * O, I, O, rows - r, n);
         }

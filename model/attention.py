@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kvcascade.cache.cascade import LayerCache
@@ -13,20 +14,27 @@ from kvcascade.kernels.causal import causal_attention
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.linear import Linear, together
 
+type Rotation = tuple[Float[Array, "B T 1 1 H2"], Float[Array, "B T 1 2 H2"]]
+"""Cosines, and sines with the sign that each half takes."""
+
 
 @jax.named_scope("rope")
-def rope(
-    x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], base: float, factors: tuple[float, ...] = ()
-) -> Float[Array, "B T N H"]:
-    """Turn each pair (h, h + H/2) of a vector by its token's position times base^(-2h/H) / factors[h] radians (RoFormer, Su et al. 2021, eq. 34)."""
-    H = x_BTNH.shape[-1]
+def rotation(positions_BT: Int[Array, "B T"], H: int, base: float, factors: tuple[float, ...] = ()) -> Rotation:
+    """What RoPE turns pair h at each position by: position times base^(-2h/H) / factors[h] radians (RoFormer, Su et al. 2021, eq. 34)."""
     # In float64 on the host: at position 8,000 a frequency that is off in its last float32 digit turns by 0.001 radians.
     frequency = base ** (-np.arange(0, H, 2) / H) / np.asarray(factors or 1.0)
     angle = positions_BT[:, :, None, None, None] * jnp.asarray(frequency, jnp.float32)
+    # Without the barrier XLA would compute them again in every layer, for queries and for keys.
+    return lax.optimization_barrier((jnp.cos(angle), jnp.asarray([[-1.0], [1.0]]) * jnp.sin(angle)))
+
+
+@jax.named_scope("rope")
+def turn(x_BTNH: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
+    """Turn each pair (h, h + H/2) of a vector."""
     # Both halves in one expression, the other one reached by reversing: XLA makes a single loop of it, with no concatenation.
-    halves = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], 2, H // 2)
-    sign = jnp.asarray([[-1.0], [1.0]])
-    turned = halves * jnp.cos(angle) + halves[..., ::-1, :] * (sign * jnp.sin(angle))
+    halves = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], 2, -1)
+    cos, sin = by
+    turned = halves * cos + halves[..., ::-1, :] * sin
     return turned.reshape(x_BTNH.shape).astype(x_BTNH.dtype)
 
 
@@ -50,10 +58,11 @@ class Attention(nnx.Module):
         self,
         x_BTM: Float[Array, "B T M"],
         positions_BT: Int[Array, "B T"],
+        by: Rotation | None,
         cache: LayerCache | None,
         fresh: bool = False,
     ) -> tuple[Float[Array, "B T M"], LayerCache | None]:
-        """RoPE is applied before a key is stored, so positions stay true after eviction; `fresh` says that the cache is empty."""
+        """RoPE, `by`, is applied before a key is stored, so positions stay true after eviction; `fresh` says that the cache is empty."""
         B, T, _ = x_BTM.shape
         config = self.config
         with jax.named_scope("qkv"):
@@ -61,11 +70,8 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH, v_BTKH = (x.reshape(B, T, -1, config.head_dim) for x in projected)
         if config.qk_norm:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH).astype(q_BTNH.dtype), self.k_norm(k_BTKH).astype(k_BTKH.dtype)
-        if config.positions == "rope":
-            turn = functools.partial(
-                rope, positions_BT=positions_BT, base=config.rope_base, factors=config.rope_factors
-            )
-            q_BTNH, k_BTKH = turn(q_BTNH), turn(k_BTKH)
+        if by is not None:
+            q_BTNH, k_BTKH = turn(q_BTNH, by), turn(k_BTKH, by)
         if cache is None:
             out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, config.window)
         else:

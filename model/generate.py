@@ -19,6 +19,9 @@ from kvcascade.model import gpt
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
 
+DISPATCH = 8
+"""Tokens that `generate` decodes between two looks at them."""
+
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def prefill(
@@ -86,10 +89,59 @@ def sample(
     return jax.random.categorical(key, logits)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Where rows stand: their newest tokens and those tokens' positions, a cache that has seen all before them, and `seen` as `sample` has it."""
+
+    cache: Cache
+    token_B: Int[Array, " B"]
+    position_B: Int[Array, " B"]
+    seen_BV: Bool[Array, "B _"]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "most"), donate_argnames="state")
+def decode_steps(
+    config: ModelConfig,
+    params: Params,
+    state: State,
+    count: int | Int[Array, ""] = 1,
+    sampling: Sampling = Sampling(),
+    key: Key[Array, ""] | None = None,
+    most: int = 1,
+) -> tuple[Int[Array, "{most} B"], State]:
+    """`count` decode steps, at most `most`, in one dispatch: each puts a token per row into the cache and draws the next.
+
+    Tokens from `count` on mean nothing. The state is donated. A step draws by `key` folded with its number; the likeliest token needs none.
+    """
+
+    def body(index, carry):
+        tokens_nB, state = carry
+        positions_BT = state.position_B[:, None]
+        logits_BTV, cache = gpt.step(config, params, state.cache, state.token_B[:, None], positions_BT)
+        folded = jax.random.fold_in(jax.random.key(0) if key is None else key, index)
+        token_B = sample(logits_BTV[:, 0], folded, sampling, state.seen_BV)
+        seen_BV = _saw(state.seen_BV, token_B)
+        return tokens_nB.at[index].set(token_B), State(cache, token_B, state.position_B + 1, seen_BV)
+
+    tokens_nB = jnp.zeros((most, len(state.token_B)), jnp.int32)
+    return body(0, (tokens_nB, state)) if most == 1 else lax.fori_loop(0, count, body, (tokens_nB, state))
+
+
+def _saw(seen_BV, token_B):
+    return seen_BV.at[jnp.arange(len(token_B)), token_B].set(True) if seen_BV.shape[-1] else seen_BV
+
+
 def empty_cache(config: ModelConfig, spec: CacheSpec, batch: int, context: int) -> Cache:
     """An empty cache for a model; BadInput if the context is longer than the model's."""
     check_context(config, context)
     return spec.init(batch, config.layers, config.kv_heads, config.head_dim, context)
+
+
+def start(config: ModelConfig, spec: CacheSpec, batch: int, context: int) -> State:
+    """Rows that begin with token 1 and an empty cache: what is timed, where the text does not matter."""
+    cache = empty_cache(config, spec, batch, context)
+    return State(cache, jnp.ones(batch, jnp.int32), jnp.zeros(batch, jnp.int32), jnp.zeros((batch, 0), bool))
 
 
 def check_context(config: ModelConfig, context: int) -> None:
@@ -115,25 +167,25 @@ def generate(
     count: int,
     sampling: Sampling = Sampling(),
     seed: int = 0,
-) -> Iterator[tuple[Int[Array, " B"], Cache]]:
-    """Continue each prompt by `count` tokens; yields a token per row as it comes, with the cache that has seen those before it.
+) -> Iterator[tuple[Int[np.ndarray, "n B"], Cache]]:
+    """Continue each prompt by `count` tokens; yields the first one per row, then DISPATCH at a time, with the cache that has seen those before.
 
-    The yielded cache is donated to the next step: look at it before asking for the next token. Raises BadInput for an empty prompt.
+    The yielded cache is donated to the next steps: look at it before asking for more tokens. Raises BadInput for an empty prompt.
     """
     if not all(prompts):
         raise BadInput("the prompt is empty")
     tokens_BT, positions_BT = pad(prompts)
-    rows_B, keys = jnp.arange(len(prompts)), jax.random.split(jax.random.key(seed), count)
     seen = np.zeros((len(prompts), config.vocab if sampling.repetition_penalty != 1 else 0), bool)
     for row, prompt in enumerate(prompts):
         seen[row, prompt if seen.size else []] = True
-    seen_BV = jnp.asarray(seen)
+    key, seen_BV = jax.random.key(seed), jnp.asarray(seen)
     logits_BV, cache = prefill(config, params, cache, jnp.asarray(tokens_BT), jnp.asarray(positions_BT))
-    position_B = jnp.asarray(positions_BT.max(-1))
-    for index in range(count):
-        token_B = sample(logits_BV, keys[index], sampling, seen_BV)
-        yield token_B, cache
-        if index + 1 < count:
-            position_B = position_B + 1
-            seen_BV = seen_BV.at[rows_B, token_B].set(True) if seen.size else seen_BV
-            logits_BV, cache = decode_step(config, params, cache, token_B, position_B)
+    token_B = sample(logits_BV, key, sampling, seen_BV)
+    state = State(cache, token_B, jnp.asarray(positions_BT.max(-1)) + 1, _saw(seen_BV, token_B))
+    yield np.asarray(token_B)[None], cache
+    for first in range(1, count, DISPATCH):
+        n = min(DISPATCH, count - first)
+        tokens_nB, state = decode_steps(
+            config, params, state, n, sampling, jax.random.fold_in(key, first), most=DISPATCH
+        )
+        yield np.asarray(tokens_nB[:n]), state.cache

@@ -12,7 +12,7 @@ from kvcascade.cache.cascade import Cache
 from kvcascade.kernels import linear
 from kvcascade.kernels.activation import activate
 from kvcascade.kernels.loss import token_nll
-from kvcascade.model.attention import Attention
+from kvcascade.model.attention import Attention, rotation
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.linear import Embedding, Linear, products
 
@@ -39,10 +39,10 @@ class Block(nnx.Module):
         self.down = project(config.mlp, config.width, init=out_init)
         self.activation, self.dropout = config.activation, config.dropout
 
-    def __call__(self, x_BTM, positions_BT, cache, dropout_key, fresh):
+    def __call__(self, x_BTM, positions_BT, by, cache, dropout_key, fresh):
         with jax.named_scope("norm"):
             h = self.attention_norm(x_BTM)
-        out, cache = self.attention(h, positions_BT, cache, fresh)
+        out, cache = self.attention(h, positions_BT, by, cache, fresh)
         with jax.named_scope("norm"):
             x_BTM = x_BTM + out
             h = self.mlp_norm(x_BTM)
@@ -78,14 +78,17 @@ class GPT(nnx.Module):
 
     def hidden(self, tokens_BT, positions_BT, cache, dropout_key=None, fresh=False):
         """What the head is applied to, and the cache that has seen the tokens."""
+        by, config = None, self.config
         with jax.named_scope("embedding"):
             x_BTM = self.embed(tokens_BT)
-            if self.config.positions == "learned":
+            if config.positions == "learned":
                 x_BTM = x_BTM + self.position(jnp.maximum(positions_BT, 0)).astype(x_BTM.dtype)
+        if config.positions != "learned":
+            by = rotation(positions_BT, config.head_dim, config.rope_base, config.rope_factors)
         caches = []
         for index, block in enumerate(self.layers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            x_BTM, layer = block(x_BTM, positions_BT, None if cache is None else cache[index], key, fresh)
+            x_BTM, layer = block(x_BTM, positions_BT, by, None if cache is None else cache[index], key, fresh)
             caches.append(layer)
         with jax.named_scope("norm"):
             return self.norm(x_BTM), tuple(caches)

@@ -60,6 +60,12 @@ def load(name: str, report: Report = lambda done, of: None, weights: str = "floa
     return (_load_directory if path.is_dir() else _load_gguf)(name, path, weights, report)
 
 
+def shape(name: str) -> ModelConfig:
+    """The shape of what `load` takes, without reading its weights; BadInput as there."""
+    path = locate(name)
+    return _of_directory(name, path) if path.is_dir() else _of_gguf(GGUFFile(path), path)
+
+
 def locate(name: str) -> Path:
     """The GGUF file or the directory that a pretrained model's name stands for, fetched if need be; BadInput if it cannot be had."""
     if name == "smollm2":
@@ -78,13 +84,21 @@ def is_pretrained(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).parent.exists()
 
 
-def _load_gguf(name: str, path: Path, weights: str, report: Report) -> Model:
-    file = GGUFFile(path)
+def _of_gguf(file: GGUFFile, path: Path) -> ModelConfig:
     config = shapes.from_gguf(file.fields, file.shapes(), str(path))
     if "rope_freqs.weight" in file.tensors:
         factors = tuple(float(x) for x in file.read("rope_freqs.weight").ravel())
         config = dataclasses.replace(config, rope_factors=factors)
-    config = dataclasses.replace(config, weights=weights)
+    return config
+
+
+def _of_directory(name: str, folder: Path) -> ModelConfig:
+    return shapes.from_hub(read_json(folder / "config.json"), name)
+
+
+def _load_gguf(name: str, path: Path, weights: str, report: Report) -> Model:
+    file = GGUFFile(path)
+    config = dataclasses.replace(_of_gguf(file, path), weights=weights)
     encoding = tokenizer.from_gguf(file.fields, str(path))
     _check_vocabulary(config, encoding, str(path))
     names = GGUF_GPT2 if config.positions == "learned" else GGUF
@@ -95,7 +109,7 @@ def _load_gguf(name: str, path: Path, weights: str, report: Report) -> Model:
 
 
 def _load_directory(name: str, folder: Path, weights: str, report: Report) -> Model:
-    config = dataclasses.replace(shapes.from_hub(read_json(folder / "config.json"), name), weights=weights)
+    config = dataclasses.replace(_of_directory(name, folder), weights=weights)
     encoding = tokenizer.from_json(folder / "tokenizer.json")
     _check_vocabulary(config, encoding, name)
     names = HUB_GPT2 if config.positions == "learned" else HUB_LLAMA

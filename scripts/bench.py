@@ -9,7 +9,7 @@ import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import bench, records
+from kvcascade.eval import bench, peers, records
 from kvcascade.model import generate, pretrained
 from kvcascade.scripts import console
 
@@ -30,10 +30,14 @@ class Args:
     """Decode steps timed per round."""
     repeats: int = 5
     """Rounds, taken in turns by all caches and the peer."""
-    weights: str = "float32"
-    """What a pretrained model's matrices are kept in: float32, bfloat16 or int8."""
-    peer: Path | None = None
-    """A Python that has torch and transformers, which are then timed in turns, in float32, on the same pretrained model."""
+    weights: tuple[str, ...] = ("float32",)
+    """What a pretrained model's matrices are kept in: float32, bfloat16 or int8; several take turns."""
+    prefills: int | None = None
+    """Rounds that begin with the prompts, the others go on decoding where the one before ended; by default all."""
+    peer: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    """A Python that has transformers, kvpress or llama_cpp, which are timed in turns on the same pretrained model; by default this one."""
+    variant: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Only the peers whose name has this in it, as `llamacpp` or `DynamicCache`; give it several times for more."""
     out: Path | None = None
     """File that one JSON object per row is appended to."""
 
@@ -42,17 +46,19 @@ def main(arguments: list[str]) -> None:
     """Time every cache at every batch and context, print a table, append the records."""
     args = tyro.cli(Args, prog="kvcascade bench", args=arguments)
     specs = [parse(text) for text in args.cache or ("full",)]
-    if min((*args.batch, *args.context, args.steps, args.repeats)) < 1:
-        raise BadInput("batch, context, steps and repeats must be at least 1")
-    if args.peer and not pretrained.is_pretrained(args.model):
-        raise BadInput(f"{args.model} is a run, which transformers cannot load; --peer is for pretrained models")
-    model = console.open_model(args.model, args.weights)
-    after = args.steps + bench.WARM
-    contexts = args.context or (64, min(1024, model.config.context - after))
+    prefills = args.repeats if args.prefills is None else args.prefills
+    if min((*args.batch, *args.context, args.steps, args.repeats, prefills)) < 1:
+        raise BadInput("batch, context, steps, repeats and prefills must be at least 1")
+    known = pretrained.is_pretrained(args.model)
+    if (args.peer or args.variant) and not known:
+        raise BadInput(f"{args.model} is a run, which no peer can load; --peer and --variant are for pretrained models")
+    models = [console.open_model(args.model, weights) for weights in args.weights]
+    config, after = models[0].config, bench.room(0, args.steps, args.repeats, prefills)
+    contexts = args.context or (64, min(1024, config.context - after))
     for context in contexts:
-        generate.check_context(model.config, context + after)
+        generate.check_context(config, context + after)
     records.check_writable(args.out)
-    peer = bench.Peer(args.peer, args.model) if args.peer else None
+    others = peers.find(args.peer, pretrained.locate(args.model), args.variant) if known else []
     found = []
     try:
         with console.progress("bench", len(args.batch) * len(contexts)) as show:
@@ -60,13 +66,13 @@ def main(arguments: list[str]) -> None:
             for batch in args.batch:
                 for context in contexts:
                     start = time.monotonic()
-                    some = bench.bench(model, specs, batch, context, args.steps, args.repeats, peer)
+                    some = bench.bench(models, specs, others, batch, context, args.steps, args.repeats, prefills)
                     seconds = time.monotonic() - start
                     found += [records.stamp(one | {"bandwidth": bandwidth}, seconds) for one in some]
                     show(len(found) // len(some), f"batch {batch}, context {context}")
     finally:
-        if peer:
-            peer.close()
+        for other in others:
+            other.close()
     if args.out:
         records.append(args.out, found)
     console.table(*bench.table(found))

@@ -12,6 +12,9 @@ COMMANDS = {
     "convert": "pool a run's KV heads, ready for uptraining",
     "evaluate": "perplexity, bytes and speed of a model behind caches",
     "bench": "prefill and decode speed, and the share of the memory bandwidth",
+    "stream": "decode on and on: whether time and memory per token stay flat",
+    "memory": "bytes of models and caches by arithmetic, and the users that leaves room for",
+    "fit": "how many users fit on a GPU, compiled for it without one",
     "profile": "where a decode step spends time and bytes, and how memory grows with the context",
     "kernels": "what the GPU kernels cost on a card, without one; their speed, with one",
     "compare": "runs side by side: loss, perplexity, bytes, latency",
@@ -19,6 +22,9 @@ COMMANDS = {
     "report": "a page of what was recorded",
     "generate": "continue a prompt through a cache",
 }
+
+COLD = ("bench", "compare", "study")
+"""They report how long compiling takes."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,6 +51,8 @@ def _run(arguments: list[str]) -> None:
     logging.basicConfig(format="kvcascade: %(message)s", level=logging.ERROR)
     logging.getLogger("kvcascade").setLevel(logging.INFO)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's notes about this machine are not about the user's work
+    if command not in COLD:
+        keep_programs()
     script = importlib.import_module(f"kvcascade.scripts.{command}")
     from kvcascade.cache.errors import BadInput
     from kvcascade.train.loop import Diverged, Interrupted
@@ -60,6 +68,15 @@ def _run(arguments: list[str]) -> None:
         _fail(str(error), 1)
     except Interrupted as error:
         _fail(str(error), 128 + error.signal)
+
+
+def keep_programs() -> None:
+    """Let JAX, which is yet to be imported, keep compiled programs in the user's cache, up to a GiB; its own variables say otherwise."""
+    from kvcascade.kernels.files import cache_dir
+
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "programs"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 def _unraisable(event, others=sys.unraisablehook) -> None:

@@ -62,19 +62,19 @@ def main(arguments: list[str]) -> None:
     if alone and not args.chat:
         print(args.prompt[0], end="", flush=True)
     steps = generate.generate(model.config, model.params, cache, prompts, args.tokens, args.sampling, args.seed)
-    for token_B, seen in steps:
-        cache = seen
-        for row, token in zip(rows, token_B.tolist(), strict=True):
-            text = row.add(token)
+    drawn = 0
+    for tokens_nB, seen in steps:
+        cache, drawn = seen, drawn + len(tokens_nB)
+        for token_B in tokens_nB.tolist():
+            texts = [row.add(token) for row, token in zip(rows, token_B, strict=True)]
             if alone:
-                print(text, end="", flush=True)
+                print(texts[0], end="", flush=True)
         if all(row.done for row in rows):
             break
     print() if alone else console.answers(args.prompt, [row.text for row in rows])
     held = max(sum(int((slots.pos_BKS[row, 0] >= 0).sum()) for slots in cache[0].slots) for row in range(len(prompts)))
-    seen_tokens = longest + max(row.count for row in rows) - 1
     full = full_bytes(model.config, context)
     print(
-        f"\n{spec}: holds {held} of {seen_tokens} tokens in {size:,} bytes; a full bf16 cache takes {full:,}",
+        f"\n{spec}: holds {held} of {longest + drawn - 1} tokens in {size:,} bytes; a full bf16 cache takes {full:,}",
         file=sys.stderr,
     )

@@ -7,7 +7,7 @@ from kvcascade.kernels.files import write_whole
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "eval" / "results" / "toy.jsonl"
-PRETRAINED, KERNELS = (RESULTS.with_name(name) for name in ("smollm2.jsonl", "kernels.jsonl"))
+PRETRAINED, KERNELS, FIT = (RESULTS.with_name(f"{name}.jsonl") for name in ("smollm2", "kernels", "fit"))
 
 
 def generated() -> dict[Path, str]:
@@ -18,6 +18,7 @@ def generated() -> dict[Path, str]:
     groups = {r["cache"]: suite.group_of(r["cache"], r["context"]) for r in evaluations}
     pretrained = records.read(PRETRAINED)
     parts = {"pretrained": report.pretrained_table(pretrained), "speed": report.speed_table(pretrained)}
+    parts |= {"fit": report.fits_table(records.read(FIT))}
     parts |= kernel_report.readme_tables(records.read(KERNELS))
     return {
         ROOT / "README.md": report.fill(readme, report.readme_tables(found) | parts),

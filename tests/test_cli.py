@@ -298,3 +298,34 @@ def test_only_late_writes_of_a_failed_checkpoint_are_silent(monkeypatch, capfd: 
 
     Lost()
     assert "ValueError: lost" in capfd.readouterr().err
+
+
+def test_compiled_programs_are_kept_for_the_next_time(here: Path) -> None:
+    """The second run finds what the first one compiled, and keeps nothing new; nothing is kept where compiling is timed."""
+    cache = here / "kept"
+    command = [
+        sys.executable,
+        "-c",
+        "from kvcascade.scripts.cli import main; main()",
+        "generate",
+        "--model",
+        "run",
+        "--prompt",
+        "the",
+    ]
+    quick = {"KVCASCADE_CACHE": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMP")} | quick
+    programs = []
+    for _ in range(2):
+        done = subprocess.run([*command, "--tokens", "4"], cwd=here, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        programs.append({path.name for path in (cache / "programs").glob("jit_*-cache")})
+    assert programs[0] == programs[1] and any(name.startswith("jit_decode_steps") for name in programs[0])
+    assert {"bench", "study", "compare"} <= set(cli.COLD) <= set(cli.COMMANDS)
+
+
+def test_a_run_is_known_by_its_shape(here: Path, capsys):
+    """A layer, two KV heads of width 8: keys, values and positions of a token; none of its weights is read."""
+    shutil.rmtree(here / "run" / "checkpoints")
+    cli.main(["memory", "--model", "run", "--cache", "full", "--context", "32", "--weights", "bfloat16"])
+    assert f" {2 * (2 * 8 * 2 + 4)} " in capsys.readouterr().out

@@ -76,7 +76,7 @@ def test_a_penalty_keeps_a_text_from_repeating(nano) -> None:
     prompts = [[3, 1, 4], [9]]
     cache = generate.empty_cache(nano.config, parse("full"), 2, 16)
     steps = generate.generate(nano.config, nano.params, cache, prompts, 10, Sampling(repetition_penalty=1e6))
-    for prompt, more in zip(prompts, np.array([token_B for token_B, _ in steps]).T.tolist(), strict=True):
+    for prompt, more in zip(prompts, np.concatenate([tokens_nB for tokens_nB, _ in steps]).T.tolist(), strict=True):
         assert len({*prompt, *more}) == len(prompt) + 10
 
 

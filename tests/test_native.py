@@ -53,6 +53,21 @@ def test_decode_equals_float64(tiers, batch, kv_heads, group, head_dim, seed):
 
 
 @needs_compiler
+@pytest.mark.parametrize("counts", [(1500,), (700, 3, 900), (256,)])
+@pytest.mark.parametrize("head_dim", [64, 72])
+def test_decode_of_long_tiers_divided_among_threads(counts, head_dim):
+    """One row, one head: its slots are shared out, and the shares merged; a query sees all of them, a part, one, none."""
+    rng = np.random.default_rng(0)
+    formats = ["int4" if head_dim == 72 else "int4h", "bf16", "int8"]
+    slots = [
+        (held(rng, name, 1, 1, count, head_dim), CODECS[name]) for name, count in zip(formats, counts, strict=False)
+    ]
+    q = jnp.asarray(rng.normal(size=(1, 4, head_dim)), jnp.float32)
+    for now in (10_000, 30, 0, -1):
+        check_decode(q, jnp.asarray([now], jnp.int32), slots)
+
+
+@needs_compiler
 @pytest.mark.parametrize("head_dim", [80, 96])
 @pytest.mark.parametrize("codec_name", ["bf16", "int8", "int4"])
 def test_decode_at_head_widths_that_are_no_power_of_two(codec_name, head_dim):

@@ -40,6 +40,7 @@ def decoded(model: Model, spec: str, chunk: int = 1):
 def test_logits_equal_transformers(name, tmp_path):
     """Without a cache, token by token, and in chunks: a tolerance of 1e-4 on logits of up to 7."""
     model = pretrained.load(str(tiny_models.write(name, tmp_path / name)))
+    assert pretrained.shape(str(tmp_path / name)) == model.config
     for logits in (
         gpt.forward(model.config, model.params, TOKENS),
         decoded(model, "full@f32"),
@@ -125,6 +126,7 @@ def test_gguf_equals_the_directory(name, tmp_path):
     """Layouts, names and shapes of both kinds of file lead to the same parameters, bit for bit, and the same configuration."""
     ours = pretrained.load(f"gguf:{write_gguf(name, tmp_path / 'model.gguf')}")
     theirs = pretrained.load(str(tiny_models.write(name, tmp_path / name)))
+    assert pretrained.shape(f"gguf:{tmp_path / 'model.gguf'}") == ours.config
     jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
     same = dict.fromkeys(("rope_factors", "norm_eps", "head_width"))
     assert dataclasses.replace(ours.config, **{key: getattr(theirs.config, key) for key in same}) == theirs.config

@@ -32,11 +32,13 @@ def test_generation(implementation):
     def run(each):
         tokens, held = [], []
         with using(each):
-            for token_B, cache in generate(MODEL, params, empty_cache(MODEL, spec, 2, MODEL.context), prompts, count=3):
-                tokens.append(np.asarray(token_B))
+            for tokens_nB, cache in generate(
+                MODEL, params, empty_cache(MODEL, spec, 2, MODEL.context), prompts, count=3
+            ):
+                tokens.append(tokens_nB)
                 # Copies: the cache is donated to the next step.
                 held = [(np.array(s.pos_BKS), np.array(s.score_BKS)) for layer in cache for s in layer.slots]
-        return tokens, held
+        return np.concatenate(tokens), held
 
     tokens, held = run("xla")
     with counting() as traffic:

@@ -8,7 +8,8 @@ import tiktoken
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.model import convert as pooling
-from kvcascade.model import gpt, pretrained, tokenizer
+from kvcascade.model import gpt, known, pretrained, tokenizer
+from kvcascade.model.config import ModelConfig
 from kvcascade.model.pretrained import Model
 from kvcascade.train import checkpoint, config, data, loop
 from kvcascade.train.config import RunConfig
@@ -60,6 +61,17 @@ def open_model(name: str, report: pretrained.Report = lambda done, of: None, wei
     return Model(
         name, settings.model, trained.params, trained.encoding, data=settings.data.source, seed=settings.train.seed
     )
+
+
+def shape(name: str, weights: str | None = None) -> ModelConfig:
+    """The shape of a model by its name, one of `known.KNOWN` or what `open_model` takes, without its weights; kept in `weights` if given."""
+    if name in known.KNOWN:
+        found = known.KNOWN[name]
+    elif pretrained.is_pretrained(name):
+        found = pretrained.shape(name)
+    else:
+        found = checkpoint.open_run(Path(name))[0].model
+    return found if weights is None else dataclasses.replace(found, weights=weights)
 
 
 def evaluation_tokens(model: Model, source: str | None):

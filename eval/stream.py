@@ -1,0 +1,93 @@
+"""Decoding on and on through a bounded cache: whether time and memory per token stay as they were."""
+
+import functools
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from kvcascade.cache.cascade import nbytes
+from kvcascade.cache.spec import CacheSpec
+from kvcascade.eval.records import Record
+from kvcascade.kernels.write import argmin
+from kvcascade.model import generate, gpt
+from kvcascade.model.known import stretch
+from kvcascade.model.pretrained import Model
+
+DISPATCH = 64  # tokens that are decoded between two looks at the clock
+STRETCH = 1024  # tokens of a point of the curve
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory; where the system does not tell, the most that there have been."""
+    if (statm := Path("/proc/self/statm")).exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def stream(model: Model, spec: CacheSpec, batch: int, tokens: int, report: Callable[[int], None]) -> Record:
+    """Decode so many tokens greedily, also past the model's own context; a point of time and memory per STRETCH.
+
+    A point is [tokens so far, milliseconds per token (the median over its dispatches), resident bytes]. `traces` counts the step's,
+    `finite` says whether all logits were. `report` is told how many tokens there are.
+    """
+    config = stretch(model.config, tokens)
+    traces = []
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def decode(params, state, finite):
+        traces.append(1)
+
+        def body(_, carry):
+            (cache, token_B, position_B), finite = carry
+            logits_BTV, cache = gpt.step(config, params, cache, token_B[:, None], position_B[:, None])
+            return (cache, argmin(-logits_BTV[:, 0]), position_B + 1), finite & jnp.isfinite(logits_BTV).all()
+
+        return jax.lax.fori_loop(0, DISPATCH, body, (state, finite))
+
+    cache = generate.empty_cache(config, spec, batch, tokens)
+    kv_bytes = nbytes(cache) // batch
+    state, finite = (cache, jnp.ones(batch, jnp.int32), jnp.zeros(batch, jnp.int32)), jnp.asarray(True)
+    points, times = [], []
+    for done in range(DISPATCH, tokens + 1, DISPATCH):
+        start = time.perf_counter()
+        state, finite = jax.block_until_ready(decode(model.params, state, finite))
+        if done > DISPATCH:  # the first one compiles
+            times.append((time.perf_counter() - start) / DISPATCH * 1e3)
+        if done % STRETCH == 0:
+            points.append([done, statistics.median(times), resident()])
+            times = []
+            report(done)
+    return {
+        "kind": "stream", "model": model.name, "weights": config.weights, "cache": str(spec), "batch": batch, "tokens": tokens,
+        "points": points, "finite": bool(finite), "traces": len(traces), "kv_bytes": kv_bytes, "seed": model.seed,
+    }  # fmt: skip
+
+
+def table(found: list[Record]) -> tuple[str, list[str], list[list[str]]]:
+    """Title, columns and rows: milliseconds per token by tokens generated, and how far the process grew after the first stretch."""
+    marks = [mark for mark in (1024 * 2**n for n in range(20)) if any(r["points"][-1][0] >= mark for r in found)]
+    last = max(r["points"][-1][0] for r in found)
+    marks += [last] if last > marks[-1] else []
+    rows = []
+    for r in found:
+        at = {point[0]: point for point in r["points"]}
+        # A mark's figure is the median of the points since the mark before it.
+        cells = []
+        for before, mark in zip([0, *marks], marks, strict=False):
+            part = [ms for done, ms, _ in r["points"] if before < done <= mark]
+            cells.append(f"{statistics.median(part):.2f}" if mark in at else "")
+        grown = r["points"][-1][2] - r["points"][0][2]
+        rows.append([
+            r["cache"], r["weights"], f"{r['tokens']:,}", f"{r['kv_bytes'] / 2**20:.2f}", *cells,
+            f"{grown / 2**20:+.1f} of {r['points'][0][2] / 2**20:,.0f}", "finite" if r["finite"] else "NOT FINITE", str(r["traces"]),
+        ])  # fmt: skip
+    columns = [
+        "cache", "weights", "tokens", "cache, MiB", *(f"…{mark:,}" for mark in marks), "process, MiB", "logits", "traces",
+    ]  # fmt: skip
+    return f"{found[0]['model']}: milliseconds per token, by tokens generated", columns, rows

@@ -1,0 +1,68 @@
+"""Users that fit on a GPU, without one: `kvcascade fit --gpu h100 --model llama3-8b --cache full --cache full@int8 --context 8192`; a minute a cache."""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from kvcascade.cache.errors import BadInput
+from kvcascade.cache.spec import parse
+from kvcascade.eval import fit, kernel_check, memory, records
+from kvcascade.kernels import aot
+from kvcascade.model import known
+from kvcascade.scripts import console
+from kvcascade.train import run
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Compile a model's decode step for a card and find the most users, and for one user the longest context, that its memory holds."""
+
+    gpu: str
+    """h100, a100, rtx3060, rtx3090, rtx4090, l4, …"""
+    model: str
+    """A model's shape: gpt2, llama3-8b, …, a run's folder, smollm2, gguf:FILE, or a Hugging Face directory or name."""
+    cache: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+    """A cache in one line, or a preset's name. The others are compared with the first."""
+    context: tuple[int, ...] = ()
+    """Tokens per user; several are fitted in turn. By default the model's own context."""
+    weights: str | None = None
+    """What matrices are kept in: float32, bfloat16 or int8; by default bfloat16 for a model that is known by its shape, float32 for others."""
+    share: float = memory.SHARE
+    """Of the card's memory, what the program may have; the rest is for CUDA, the libraries and the allocator's gaps."""
+    out: Path | None = None
+    """File that one JSON object per cache and context is appended to."""
+
+
+def main(arguments: list[str]) -> None:
+    """Fit each cache, print a table, append the records."""
+    args = tyro.cli(Args, prog="kvcascade fit", args=arguments)
+    if min(args.context, default=1) < 1:
+        raise BadInput("context must be at least 1")
+    memory.budget(args.gpu, args.share)
+    specs = [parse(text) for text in args.cache or ("full",)]
+    config = run.shape(args.model, args.weights)
+    contexts = args.context or (config.context,)
+    known.stretch(config, max(contexts))
+    for spec in specs:
+        memory.decode_step(config, spec, max(contexts))
+    try:
+        (card,) = kernel_check.cards([args.gpu])
+    except aot.NotInstalled as error:
+        raise BadInput(str(error)) from error
+    records.check_writable(args.out)
+    start = time.monotonic()
+    with console.progress("fit", len(specs)) as show:
+        done = iter(range(1, len(specs) + 1))
+        tell = lambda: show(next(done), "caches")
+        found = fit.fit(args.model, config, card, specs, contexts, args.share, tell)
+    found = [records.stamp(one, time.monotonic() - start) for one in found]
+    if args.out:
+        records.append(args.out, found)
+    console.table(*fit.table(found))
+    print(*fit.notes(found), sep="\n")
+    if any("failed" in one for one in found):
+        sys.exit(1)

@@ -1,0 +1,52 @@
+"""Decode on and on: `kvcascade stream --model smollm2 --weights int8 --cache "sink 4 | recent 124" --tokens 100000`; minutes."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from kvcascade.cache.errors import BadInput
+from kvcascade.cache.spec import parse
+from kvcascade.eval import records, stream
+from kvcascade.model.known import stretch
+from kvcascade.scripts import console
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Decode many tokens greedily through each cache, and show milliseconds per token and the process's memory as they go."""
+
+    model: str
+    """A run's folder, smollm2, gguf:FILE, or a Hugging Face directory or name."""
+    cache: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+    """A cache in one line, or a preset's name; give it several times to compare."""
+    tokens: int = 32_768
+    """Tokens to decode, also past the model's own context."""
+    batch: int = 1
+    """Rows at once."""
+    weights: str = "float32"
+    """What a pretrained model's matrices are kept in: float32, bfloat16 or int8."""
+    out: Path | None = None
+    """File that one JSON object per cache is appended to."""
+
+
+def main(arguments: list[str]) -> None:
+    """Decode through every cache, print the table, append the records."""
+    args = tyro.cli(Args, prog="kvcascade stream", args=arguments)
+    specs = [parse(text) for text in args.cache]
+    if args.batch < 1 or args.tokens < stream.STRETCH:
+        raise BadInput(f"batch must be at least 1, tokens at least {stream.STRETCH}")
+    model = console.open_model(args.model, args.weights)
+    stretch(model.config, args.tokens)
+    records.check_writable(args.out)
+    found = []
+    for spec in specs:
+        start = time.monotonic()
+        with console.progress(str(spec), args.tokens) as show:
+            one = stream.stream(model, spec, args.batch, args.tokens, lambda done, show=show: show(done, ""))
+        found.append(records.stamp(one, time.monotonic() - start))
+        if args.out:
+            records.append(args.out, found[-1:])
+    console.table(*stream.table(found))

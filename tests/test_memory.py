@@ -1,0 +1,132 @@
+"""The arithmetic of memory: published figures, the bytes of caches that are really allocated, and rows that fill a budget."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from kvcascade.cache.cascade import Cascade, nbytes
+from kvcascade.cache.errors import BadInput
+from kvcascade.cache.spec import parse
+from kvcascade.eval import memory, records
+from kvcascade.kernels import aot
+from kvcascade.model import gpt
+from kvcascade.model.known import KNOWN
+from kvcascade.scripts import cli
+
+GIB, MIB = 2**30, 2**20
+SPECS = [
+    "full",
+    "full@f32",
+    "full@fp8",
+    "full@int8",
+    "full@int4",
+    "full@nvfp4",
+    "sink 1 | recent 50% | heavy 32 | heavy 12.5%@int8",
+    "sink 4 | recent 6 | recent 13%@int8 | recent 70%@int4h",
+    "position-aware 25%@int4h | random[seed=1] 7@nvfp4",
+    "layers[0:3]: full@int8 ; layers[3:]: sink 2 | heavy 20%@int4",
+]
+
+
+def test_published_figures():
+    """Keys and values in 16 bits: Llama 2 7B at 4,096 tokens 2 GiB, GPT-2 at 512 tokens 18 MiB; a full cache has int32 positions besides."""
+    for name, context, published in (("llama2-7b", 4096, 2 * GIB), ("gpt2", 512, 18 * MIB)):
+        config = KNOWN[name]
+        assert records.full_bytes(config, context) == published
+        positions = config.layers * config.kv_heads * context * 4
+        assert memory.decode_step(config, parse("full"), context).cache == published + positions
+
+
+@pytest.mark.parametrize(("name", "context"), [("gpt2", 200), ("smollm2-135m", 130), ("qwen3-0.6b", 101)])
+def test_bytes_are_those_of_caches_that_are_really_allocated(name, context):
+    """Three models by ten specs, every codec, shares of the context and ranges of layers, to the byte."""
+    config = KNOWN[name]
+    allocate = jax.jit(Cascade.init, static_argnums=(0, 1, 2, 3, 4))  # compiled once for all layers that are alike
+    for text in SPECS:
+        spec = parse(text)
+        cache = tuple(
+            allocate(each, 1, config.kv_heads, config.head_dim, context) for each in spec.cascades(config.layers)
+        )
+        buffers = sum(shard.data.nbytes for leaf in jax.tree.leaves(cache) for shard in leaf.addressable_shards)
+        assert len(cache) == config.layers
+        assert memory.decode_step(config, spec, context).cache == nbytes(cache) == buffers, text
+
+
+@pytest.mark.parametrize("kept", ["float32", "bfloat16", "int8"])
+def test_weights_are_the_bytes_of_the_parameters(nano, kept):
+    config = dataclasses.replace(nano.config, weights=kept, biases="all", qk_norm=True, tied=False)
+    params = jax.tree.leaves(gpt.init(config, 0))
+    assert memory.weights(config) == sum(leaf.nbytes for leaf in params)
+    if kept == "float32":
+        assert memory.weights(config) == 4 * sum(leaf.size for leaf in params)
+
+
+def test_a_budget_is_filled_with_users_and_with_context():
+    """One more user, or one more token, would not fit; a cache of fixed counts takes any context, learned positions only their own."""
+    config, spec = KNOWN["llama3-8b"], parse("full@int8")
+    budget = memory.budget("h100")
+    held = memory.decode_step(config, spec, 8192)
+    users = held.users(budget)
+    assert held.total(users) <= budget < held.total(users + 1)
+    assert held.total(users) == held.weights + users * (held.cache + held.logits + held.inputs + held.workspace)
+    assert held.logits == 2 * 128256
+    assert (
+        held.total(2) - held.total(1) > held.row
+        and held.users(held.total(1)) == 1
+        and held.users(held.total(1) - 1) == 0
+    )
+    longest = memory.longest(config, spec, budget)
+    assert longest is not None
+    fits = lambda context: memory.decode_step(config, spec, context).total(1) <= budget
+    assert fits(longest) and not fits(longest + 1)
+    assert memory.longest(config, parse("sink 4 | heavy 60"), budget) is None
+    assert memory.longest(KNOWN["gpt2"], parse("full"), budget) == 1024
+    assert memory.longest(KNOWN["llama3-70b"], spec, budget) == 0
+    assert memory.decode_step(KNOWN["llama3-70b"], spec, 8192).users(budget) == 0
+
+
+def test_ranks_of_the_first_tier_and_logits_that_are_observed_make_the_workspace(nano):
+    """By hand: 2 layers, 4 heads, 2 KV heads of width 8, MLP 64, float32."""
+    fixed = 4 * 32 + max(8 * 8 * 8, 2 * 64 * 4)
+    at = lambda text: memory.workspace(nano.config, parse(text), 100)
+    assert at("full") == 2 * 4 * 2 * 101 + fixed
+    assert at("sink 9 | recent 50") == 2 * 4 * 2 * 10 + fixed
+    assert memory.workspace(nano.config, parse("full"), 100, alone=True) == 4 * 2 * 101 + fixed
+    assert at("sink 9 | heavy 50") == at("sink 9 | recent 50") + 4 * 4 * 59
+    assert at("layers[0:1]: full ; layers[1:]: sink 9") == 4 * 2 * (101 + 10) + fixed
+
+
+def test_the_table_has_a_row_for_every_model_context_and_cache(capsys):
+    models = {name: KNOWN[name] for name in ("gpt2", "llama2-7b")}
+    title, columns, rows = memory.table(models, [parse("full"), parse("neurokv")], [512], "rtx3060")
+    assert len(rows) == 4 and all(len(row) == len(columns) for row in rows) and "12.0 GiB" in title
+    assert [row[:4] for row in rows[::2]] == [["gpt2", "512", "full", "0.23"], ["llama2-7b", "512", "full", "12.55"]]
+    assert rows[0][5] == "18.3" and rows[2][8] == "0"
+    cli.main(["memory", "--model", "llama2-7b", "--context", "4096", "--cache", "full"])
+    assert "528,384" in capsys.readouterr().out  # 2 · 32 · 32 · 128 · 2 and a position in each of 32 · 32 places
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--gpu", "h101"], "no GPU 'h101'; there are h100"),
+        (["--model", "gpt2", "--context", "2000"], "longer than the model's 1024 learned positions"),
+        (["--model", "gpt9"], "no run"),
+        (["--context", "0"], "context must be at least 1"),
+        (["--cache", "heavy"], "needs a number of slots"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, line, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["memory", *arguments])
+    out, err = capsys.readouterr()
+    assert line in err and err.count("\n") == 1 and not out
+
+
+def test_a_share_is_above_nothing_and_at_most_all():
+    assert memory.budget("rtx3060", 0.5) == 6 * GIB
+    for share in (0.0, 1.1):
+        with pytest.raises(BadInput, match="share"):
+            memory.budget("rtx3060", share)
+    assert set(aot.MEMORY) == {*aot.KNOWN, *aot.DERIVED}
