@@ -3,10 +3,8 @@
 import collections
 import dataclasses
 import gc
-import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +14,7 @@ from kvcascade.cache.cascade import Cache, LayerCache, nbytes
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.eval import bench, whole_step
 from kvcascade.eval.records import Record
+from kvcascade.eval.stream import resident
 from kvcascade.kernels import traffic
 from kvcascade.kernels.slots import Entry
 from kvcascade.model import generate
@@ -102,7 +101,7 @@ def of_step(compiled: jax.stages.Compiled, cache: Cache, component: Callable[[st
     outputs = traffic.returned(program)
     found: collections.Counter[tuple[str, str, str]] = collections.Counter()
     for launch in traffic.launches(program):
-        parts = re.findall(r"\w+\[[\d,]*\]", launch.result)
+        parts = traffic.kinds(launch.result)
         kept = [part for part in parts if not (launch.target and part in in_place)]
         if kept and launch.name not in outputs:
             found[re.sub(r"\.\d+$", "", launch.name), component(launch.scope), ", ".join(kept)] += 1
@@ -129,18 +128,18 @@ def _analysis(compiled: jax.stages.Compiled):
 
 def steady(step: Callable[[], object], count: int) -> Record:
     """Take so many steps; by how much live arrays, their bytes and the process's memory grew over all but the first few."""
-    warm = min(8, count // 2)
+    warm = min(4, count // 2)
     for _ in range(warm):
         step()
-    arrays, size, process = *_live(), resident()
+    before = *_live(), resident()
     for _ in range(count - warm):
         step()
     after = *_live(), resident()
     return {
         "steps": count - warm,
-        "arrays": after[0] - arrays,
-        "bytes": after[1] - size,
-        "resident": after[2] - process,
+        "arrays": after[0] - before[0],
+        "bytes": after[1] - before[1],
+        "resident": after[2] - before[2],
     }
 
 
@@ -149,9 +148,3 @@ def _live() -> tuple[int, int]:
     gc.collect()
     every = jax.live_arrays()
     return len(every), sum(each.nbytes for each in every)
-
-
-def resident() -> int:
-    """Bytes of memory that the process has, 0 where the system does not say."""
-    pages = Path("/proc/self/statm")
-    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.exists() else 0

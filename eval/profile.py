@@ -41,7 +41,9 @@ COMPONENTS = {
 """The scopes that a model is traced in, and what is done there."""
 TOLERANCE = 0.1
 """By how much the profiled steps may differ from the others for their shares to be trusted."""
-ROUNDS, EACH = 6, 8  # stretches of steps without and with the profiler, in turns, and the steps of each
+ROUNDS, EACH = 6, 2  # stretches without and with the profiler, in turns, and the dispatches of each
+TIMED = 2 * ROUNDS * EACH * generate.DISPATCH  # steps
+WATCHED = 48  # dispatches at most, over which nothing may grow, before those that are timed
 LEAST = 256
 """The shortest context that has room for the steps of a profile."""
 
@@ -55,11 +57,6 @@ def check(config: ModelConfig, specs: list[CacheSpec], context: int) -> None:
         spec.cascades(config.layers)
 
 
-def watched(context: int) -> int:
-    """Decode steps over which nothing may grow, before those that are timed."""
-    return min(256, context // 2)
-
-
 class _Program(NamedTuple):
     name: str
     text: str
@@ -70,26 +67,30 @@ class _Program(NamedTuple):
 def profile(model: Model, spec: CacheSpec, batch: int, context: int) -> Record:
     """The record of one cache: a step's time and bytes by component, its buffers, and whether anything grows from step to step.
 
-    Rows of random tokens are prefilled, then decoded greedily up to `context`, a dispatch for each token. The shares are means over the
-    fastest quarter of the profiled steps, so they add up to `profiled_ms`; `step_ms` is the same mean without the profiler.
+    Rows of random tokens are prefilled, then decoded greedily by `generate.generate` up to `context`, DISPATCH steps at a time. The shares
+    are means over the fastest quarter of the profiled dispatches, so they add up to `profiled_ms`; `step_ms` is the same without the profiler.
     """
     config = model.config
-    count = watched(context) + 2 * ROUNDS * EACH
+    watched = min(WATCHED, (context - TIMED) * 3 // 4 // generate.DISPATCH)
+    count = 1 + watched * generate.DISPATCH + TIMED
     prompts = np.random.default_rng(model.seed).integers(0, model.encoding.n_vocab, (batch, context - count)).tolist()
-    latest = [generate.begin(config, model.params, generate.empty_cache(config, spec, batch, context), prompts)]
-    program = _program(generate.decode_steps.trace(config, model.params, latest[0]))
+    cache = generate.empty_cache(config, spec, batch, context)
+    program = _program(model, cache, batch)
+    tokens = generate.generate(config, model.params, cache, prompts, count)
+    latest: list = []
 
-    def step():
-        latest[:] = jax.block_until_ready(generate.decode_steps(config, model.params, latest.pop())[1:])
+    def dispatch():
+        latest[:] = jax.block_until_ready(next(tokens))
 
-    watch = buffers.steady(step, watched(context))
+    del cache  # the first dispatch takes it
+    watch = buffers.steady(dispatch, 1 + watched)
     plain, traced = [], []
     for _ in range(ROUNDS):
-        plain += [_seconds(step) for _ in range(EACH)]
-        traced += trace(step, EACH)
-    cache = latest[0].cache
+        plain += [_seconds(dispatch) for _ in range(EACH)]
+        traced += trace(dispatch, EACH)
+    cache = latest[1]
     fastest = _fastest(traced, lambda each: each.total)
-    mean = lambda values: statistics.fmean(values) / 1e6
+    mean = lambda values: statistics.fmean(values) / 1e6 / generate.DISPATCH
     places = {(program.name, launch.name): component(launch.scope) for launch in program.launches}
     times: dict[str, float] = collections.defaultdict(float)
     calls: collections.Counter[str] = collections.Counter()
@@ -104,8 +105,8 @@ def profile(model: Model, spec: CacheSpec, batch: int, context: int) -> Record:
         "cache": str(spec),
         "batch": batch,
         "context": context,
-        "steps": len(traced),
-        "step_ms": statistics.fmean(_fastest(plain, float)) * 1e3,
+        "steps": len(traced) * generate.DISPATCH,
+        "step_ms": mean(_fastest(plain, float)) * 1e9,
         "profiled_ms": mean(each.total for each in fastest),
         "components": [
             {"name": name, "calls": calls[name], "ms": times[name], "bytes": moved[name]}
@@ -118,7 +119,7 @@ def profile(model: Model, spec: CacheSpec, batch: int, context: int) -> Record:
         "operations": _operations(model, program, cache, batch),
         "kv_bytes": nbytes(cache) // batch,
         "buffers": buffers.of_step(program.compiled, cache, component),
-        "watched": watch,
+        "watched": watch | {"steps": watch["steps"] * generate.DISPATCH},
         "seed": model.seed,
     }
 
@@ -128,7 +129,19 @@ def component(scope: str) -> str:
     return next((name for name in reversed(scope.split("/")) if name in COMPONENTS), "other")
 
 
-def _program(traced) -> _Program:
+def _program(model: Model, cache: Cache, batch: int) -> _Program:
+    """What `generate.generate` dispatches; the loop over its steps is counted once, so all that it says is of one step."""
+    each_row = jnp.zeros(batch, jnp.int32)
+    state = generate.State(cache, each_row, each_row, jnp.zeros((batch, 0), bool))
+    traced = generate.decode_steps.trace(
+        model.config,
+        model.params,
+        state,
+        generate.DISPATCH,
+        generate.Sampling(),
+        jax.random.key(0),
+        most=generate.DISPATCH,
+    )
     compiled = traced.lower().compile()
     text = compiled.as_text() or ""
     return _Program(text.split(",", 1)[0].split()[-1], text, compiled, traffic.launches(text))

@@ -1,16 +1,18 @@
 """Decoding on and on through a bounded cache: whether time and memory per token stay as they were."""
 
 import functools
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from kvcascade.cache.cascade import nbytes
 from kvcascade.cache.spec import CacheSpec
-from kvcascade.eval.buffers import resident
 from kvcascade.eval.records import Record
 from kvcascade.kernels.write import argmin
 from kvcascade.model import generate, gpt
@@ -19,6 +21,13 @@ from kvcascade.model.pretrained import Model
 
 DISPATCH = 64  # tokens that are decoded between two looks at the clock
 STRETCH = 1024  # tokens of a point of the curve
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory; where the system does not tell, the most that there have been."""
+    if (statm := Path("/proc/self/statm")).exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def stream(model: Model, spec: CacheSpec, batch: int, tokens: int, report: Callable[[int], None]) -> Record:

@@ -1,6 +1,7 @@
 """What runs when in a program, read from the traces that JAX's profiler writes."""
 
 import collections
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable
@@ -68,7 +69,8 @@ def _read(path: Path) -> tuple[list[tuple[float, float]], list[Event]]:
                         steps.append((start, stop))
                         continue
                     stats = dict(event.stats) if stop > start else {}
-                    if stats.get("hlo_op") == event.name:  # it has an event of its own for its end
+                    # The end of an instruction is an event too; a loop is there while its instructions run.
+                    if stats.get("hlo_op") == event.name and not re.match("while|call|conditional", event.name):
                         events.append(Event(line.name, start, stop, str(stats["hlo_module"]), event.name))
     return sorted(steps), events
 

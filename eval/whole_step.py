@@ -1,7 +1,6 @@
 """A whole decode step, compiled for a card that need not be there: one program that changes its cache in place."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,10 +123,8 @@ def table(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 def copies(program: str, held: list) -> int:
     """How often a program writes an array with the shape and type of one of these, other than by a kernel that changes it in place."""
     wanted = kinds(held)
-    entry = program[program.index("ENTRY ") :]
-    written = re.findall(r"^\s+(?:ROOT )?%?\S+ = (\(.*?\)|\S+) ([\w-]+)\(", entry, re.MULTILINE)
-    free = re.compile("parameter|tuple|bitcast|get-tuple-element|custom-call")
-    return sum(bool(wanted & set(re.findall(r"\w+\[[\d,]*\]", kind))) for kind, how in written if not free.match(how))
+    written = (launch.result for launch in traffic.launches(program) if launch.operation != "custom-call")
+    return sum(bool(wanted & set(traffic.kinds(result))) for result in written)
 
 
 def kinds(held: list) -> set[str]:

@@ -143,6 +143,11 @@ def _computations(hlo: str) -> dict[str, list[_Instruction]]:
     return found
 
 
+def kinds(result: str) -> list[str]:
+    """The types of the arrays in an HLO type, without their layouts."""
+    return re.findall(r"\w+\[[\d,]*\]", result)
+
+
 def size(kind: str) -> int:
     """Bytes of an HLO type, all elements of a tuple together."""
     total = 0

@@ -83,8 +83,8 @@ class GPT(nnx.Module):
             x_BTM = self.embed(tokens_BT)
             if config.positions == "learned":
                 x_BTM = x_BTM + self.position(jnp.maximum(positions_BT, 0)).astype(x_BTM.dtype)
-            else:
-                by = rotation(positions_BT, config.head_dim, config.rope_base, config.rope_factors)
+        if config.positions != "learned":
+            by = rotation(positions_BT, config.head_dim, config.rope_base, config.rope_factors)
         caches = []
         for index, block in enumerate(self.layers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)

@@ -91,15 +91,14 @@ def unchecked() -> Iterator[None]:
 
 @functools.cache
 def compiled(spec: str, donate: bool = True) -> tuple[str, list, jax.stages.Compiled]:
-    """A decode step's program, K and V of its cache, and what it was compiled to."""
-    cache = generate.empty_cache(CONFIG, parse(spec), 2, 128)
-    each_row = jnp.zeros(2, jnp.int32)
+    """The program of some decode steps, K and V of its cache, and what it was compiled to."""
+    state = generate.start(CONFIG, parse(spec), 2, 128)
 
-    def step(params, cache, token_B, position_B):
-        return generate.decode_step.__wrapped__(CONFIG, params, cache, token_B, position_B)  # pyright: ignore
+    def steps(params, state):
+        return generate.decode_steps.__wrapped__(CONFIG, params, state, 4, most=4)  # pyright: ignore
 
-    made = jax.jit(step, donate_argnums=(1,) if donate else ()).lower(gpt.init(CONFIG, 0), cache, each_row, each_row)
-    held = jax.tree.leaves([(slots.k, slots.v) for layer in cache for slots in layer.slots])
+    made = jax.jit(steps, donate_argnums=(1,) if donate else ()).lower(gpt.init(CONFIG, 0), state)
+    held = jax.tree.leaves([(slots.k, slots.v) for layer in state.cache for slots in layer.slots])
     made = made.compile()
     return made.as_text() or "", held, made
 
@@ -121,19 +120,19 @@ def test_no_instruction_writes_a_whole_buffer_of_the_cache(spec: str) -> None:
 @in_place
 @pytest.mark.usefixtures("unchecked")
 def test_without_donation_every_buffer_is_copied() -> None:
-    """The check sees it: one copy for each array of K and V."""
+    """The check sees it: a copy for each array of K and V."""
     program, held, _ = compiled(CASCADE, donate=False)
-    assert whole_step.copies(program, held) == len(held)
+    assert whole_step.copies(program, held) >= len(held)
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_each_component_of_a_step_is_found() -> None:
-    """Every scope but sampling's is in the program of a step that has it, and what is in none moves next to nothing."""
+    """Every scope is in the program of a step, and what is in none moves next to nothing."""
     launches = traffic.launches(compiled(CASCADE)[0])
     moved = dict.fromkeys(profile.COMPONENTS, 0)
     for launch in launches:
         moved[profile.component(launch.scope)] += launch.moved
-    assert {name for name, size in moved.items() if not size} <= {"sampling", "embedding", "other"}
+    assert {name for name, size in moved.items() if not size} <= {"embedding", "other"}
     assert moved["other"] < 0.01 * sum(moved.values())
 
 
@@ -158,7 +157,7 @@ def test_the_parts_add_up_and_nothing_grows(profiled: list[dict]) -> None:
         assert parts == pytest.approx(record["profiled_ms"])
         assert {"qkv", "mlp", "head", "attention", "exchange", "sampling"} <= {e["name"] for e in record["components"]}
         assert (record["watched"]["arrays"], record["watched"]["bytes"]) == (0, 0)
-        assert record["buffers"]["aliased"] == record["buffers"]["cache"] == 2 * record["kv_bytes"]
+        assert record["buffers"]["aliased"] >= record["buffers"]["cache"] == 2 * record["kv_bytes"]
         assert record["buffers"]["copies"] == 0 or not native.ready()
         assert sum(tier["ms"] for tier in record["tiers"]) == pytest.approx(
             next(each["ms"] for each in record["components"] if each["name"] == "attention")
