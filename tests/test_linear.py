@@ -26,8 +26,12 @@ def test_products_equal_float64(rows, inputs, outputs, weights, seed):
     rng = np.random.default_rng(seed)
     matrix = linear.store(jnp.asarray(rng.normal(size=(outputs, inputs)), jnp.float32), weights)
     x = jnp.asarray(rng.normal(size=(rows, inputs)), jnp.float32)
-    exact = np.asarray(x, np.float64) @ np.asarray(linear.rows(matrix), np.float64).T
     for implementation in ("xla", "native", None) if native.ready() else ("xla", None):
+        rounded = implementation is None and rows > linear.FEW and weights != "float32"
+        exact = (
+            np.asarray(x.astype("bfloat16") if rounded else x, np.float64)
+            @ np.asarray(linear.rows(matrix), np.float64).T
+        )
         y = linear.products(x, [matrix], implementation)[0]
         np.testing.assert_allclose(y, exact, atol=1e-5 * inputs**0.5, rtol=1e-5)
 
@@ -71,7 +75,7 @@ def test_storing_rounds_to_the_nearest(weights, bound):
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "mistral"])
 def test_a_model_keeps_its_matrices_in_few_bits(name, weights, tmp_path):
-    """The logits are those of a float32 model with the rounded weights, in one pass and token by token; the bytes are a half or a quarter."""
+    """The logits are those of a float32 model with the rounded weights: of few rows to 1e-4, of many, rounded to bfloat16, to two hundredths."""
     folder = str(tiny_models.write(name, tmp_path / name))
     exact, small = pretrained.load(folder), pretrained.load(folder, weights=weights)
     assert small.config == dataclasses.replace(exact.config, weights=weights)
@@ -84,15 +88,12 @@ def test_a_model_keeps_its_matrices_in_few_bits(name, weights, tmp_path):
 
     want = gpt.forward(exact.config, rounded(small.params), tokens)
     got = gpt.forward(small.config, small.params, tokens)
-    np.testing.assert_allclose(got, want, atol=1e-4)
+    close = lambda a, b: np.std(np.subtract(a, b)) < 0.02 * np.std(b)
+    assert close(got, want)
     one = gpt.forward(small.config, small.params, tokens[:1, :4])  # few rows: in C++
     np.testing.assert_allclose(one, want[:1, :4], atol=1e-4)
-    np.testing.assert_allclose(
-        gpt.nll(small.config, small.params, tokens),
-        gpt.nll(exact.config, rounded(small.params), tokens),
-        atol=1e-4,
-    )
-    assert np.abs(got - gpt.forward(exact.config, exact.params, tokens)).max() > 1e-3
+    assert close(gpt.nll(small.config, small.params, tokens), gpt.nll(exact.config, rounded(small.params), tokens))
+    assert np.abs(one - gpt.forward(exact.config, exact.params, tokens[:1, :4])).max() > 1e-3
 
 
 def test_an_unknown_kind_of_weights_is_refused(tmp_path):
