@@ -156,6 +156,7 @@ PARENT = """
 import signal, sys
 from kvcascade.eval import limits
 signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
 limits.run({command}, {{}}, 300_000_000, limits.cgroup() if {grouped} else None, 60)
 """
 
