@@ -77,7 +77,7 @@ struct Call {
   int64_t window;              // positions that a query sees, 0: all
   std::vector<Tier> tiers;
   int64_t shares;  // of a row's KV head
-  float* memory;   // of all shares
+  float* memory;   // of all shares, where there are several
 };
 
 constexpr int64_t RowBytes(Format format, int64_t H) {
@@ -243,8 +243,15 @@ class Share {
     oldest_ = call.window ? std::max<int64_t>(0, now_ - call.window + 1) : 0;
     for (const Tier& tier : call.tiers) slots_ += Last(tier) - First(tier);
     stride_ = kWide ? kWide * kLanes : RoundUp(H_);
+    thread_local std::vector<Register> own, memory;
+    if (call.shares > 1) {
+      memory_ = call.memory + row_head * call.shares * Size(call);
+    } else {
+      const size_t size = Size(call) / kLanes;
+      if (own.size() < size) own.resize(size);
+      memory_ = reinterpret_cast<float*>(own.data());
+    }
     weights_ = Memory(share) + RoundUp(2 * G_) + G_ * stride_;
-    thread_local std::vector<Register> memory;
     memory.assign((3 * G_ + kLanes) * stride_ / kLanes, Register{});
     q_ = reinterpret_cast<float*>(memory.data());
     q_turned_ = q_ + G_ * stride_;
@@ -317,7 +324,7 @@ class Share {
   int64_t First(const Tier& tier) const { return Bound(tier, share_); }
   int64_t Last(const Tier& tier) const { return Bound(tier, share_ + 1); }
 
-  float* Memory(int64_t share) const { return call_.memory + (row_head_ * call_.shares + share) * Size(call_); }
+  float* Memory(int64_t share) const { return memory_ + share * Size(call_); }
   float* Maxima(int64_t share) const { return Memory(share); }  // and the sums after them
   float* Outputs(int64_t share) const { return Memory(share) + RoundUp(2 * G_); }
 
@@ -429,6 +436,7 @@ class Share {
   int64_t slots_ = 0;  // of this share of all tiers, each padded to whole blocks
   int64_t stride_;     // H, padded
   int32_t now_, oldest_;  // the positions that are seen
+  float* memory_;                            // of this head's shares; where there is one, this thread's
   float* weights_;                           // [G, slots]
   float *q_, *q_turned_, *part_;             // [G, stride]
   float* block_;                             // [kLanes, stride]
@@ -693,7 +701,7 @@ void AttendAll(Call& call, int64_t heads, int64_t slots, int64_t threads) {
   // Few heads are divided, so that all threads have work to the end.
   call.shares = threads < 2 ? 1 : std::max<int64_t>(1, std::min((4 * threads + heads - 1) / heads, slots / kShareSlots));
   thread_local std::vector<Register> memory;
-  const size_t size = heads * call.shares * Share<kWide>::Size(call) / kLanes;
+  const size_t size = call.shares > 1 ? heads * call.shares * Share<kWide>::Size(call) / kLanes : 0;
   if (memory.size() < size) memory.resize(size);
   call.memory = reinterpret_cast<float*>(memory.data());
   Shared().Run(heads * call.shares, threads, [&](int64_t task) {
