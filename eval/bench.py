@@ -23,10 +23,13 @@ WARM = DISPATCH  # decode steps before those that are timed
 
 
 def bandwidth() -> float:
-    """Bytes per second that this device reads from its memory: the best of seven sums over 512 MiB."""
+    """Bytes per second that this device reads from its memory: the median of seven sums over 512 MiB, after a first one."""
     x = jnp.arange(2**27, dtype=jnp.float32).reshape(4096, -1)
-    total = jax.jit(lambda x: x.sum(-1))
-    return x.nbytes / min(_seconds(lambda: total(x)) for _ in range(8))
+    jax.block_until_ready(_total(x))
+    return x.nbytes / statistics.median(_seconds(lambda: _total(x)) for _ in range(7))
+
+
+_total = jax.jit(lambda x: x.sum(-1))
 
 
 class Ours:
@@ -170,12 +173,14 @@ def bench(
     for peer in peers:
         entries.append(Timed(peer))
         entries[-1].attempt(peer.prepare, batch, context, length)
+    rates = []
     for index in range(repeats):
+        rates.append(bandwidth())
         for entry in entries:
             entry.attempt(entry.turn, index < prefills, steps)
     shared = {
         "kind": "bench", "model": models[0].name, "batch": batch, "context": context, "last_position": length - 1, "steps": steps,
-        "repeats": repeats, "prefills": min(prefills, repeats), "seed": models[0].seed,
+        "repeats": repeats, "prefills": min(prefills, repeats), "seed": models[0].seed, "bandwidth": statistics.median(rates),
     }  # fmt: skip
     return [shared | entry.record(batch, context) for entry in entries]
 
@@ -224,7 +229,8 @@ def table(found: list[Record]) -> tuple[str, list[str], list[list[str]]]:
     first = found[0]
     names = list(dict.fromkeys(r["peer"] for r in found if "peer" in r))
     peers = f"; × a library: prefill, decode, over its quickest variant here ({'; '.join(names)})" if names else ""
-    title = f"{first['model']}, {first['steps']} steps × {first['repeats']} rounds, memory read at {first['bandwidth'] / 1e9:.1f} GB/s{peers}"
+    rates = [r["bandwidth"] / 1e9 for r in found]
+    title = f"{first['model']}, {first['steps']} steps × {first['repeats']} rounds, memory read at {min(rates):.0f} to {max(rates):.0f} GB/s{peers}"
     return title, columns, rows
 
 

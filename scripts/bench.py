@@ -62,13 +62,12 @@ def main(arguments: list[str]) -> None:
     found = []
     try:
         with console.progress("bench", len(args.batch) * len(contexts)) as show:
-            bandwidth = bench.bandwidth()
             for batch in args.batch:
                 for context in contexts:
                     start = time.monotonic()
                     some = bench.bench(models, specs, others, batch, context, args.steps, args.repeats, prefills)
                     seconds = time.monotonic() - start
-                    found += [records.stamp(one | {"bandwidth": bandwidth}, seconds) for one in some]
+                    found += [records.stamp(one, seconds) for one in some]
                     show(len(found) // len(some), f"batch {batch}, context {context}")
     finally:
         for other in others:

@@ -44,7 +44,7 @@ def test_only_slots_that_hold_a_token_are_read(spec: str, held: int) -> None:
 
 
 LIBRARY = """
-import os, sys
+import os, profile, sys
 NEEDS, VARIANTS = ("json",), ("steady", "one row", "mortal", "unloadable")
 
 class Variant:
@@ -96,6 +96,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     folder.mkdir()
     monkeypatch.setattr(peers, "SCRIPT", Path(shutil.copy(peers.SCRIPT, folder)))
     (folder / "peer_transformers.py").write_text(LIBRARY)
+    (folder / "profile.py").write_text("raise ImportError('not the one that a library means')")
     (folder / "peer_llamacpp.py").write_text(OTHER)
     (folder / "peer_kvpress.py").write_text("NEEDS, VARIANTS = ('no_such_library',), ('never',)")
     return str(tiny_models.write("llama", tmp_path / "model"))
@@ -123,7 +124,7 @@ def test_peers_are_timed_in_turns(model: str) -> None:
         "the dead one was started again"
     )
 
-    _, columns, rows = bench.table([r | {"bandwidth": 1e10} for r in found])
+    _, columns, rows = bench.table(found)
     assert {len(row) for row in rows} == {len(columns)} and columns[-2:] == ["× transformers", "× llamacpp"]
     assert "one row only" in rows[3][0] and set(rows[3][3:]) == {""}
     for row, record in zip((rows[0], rows[2], rows[6]), (full, steady, quick), strict=True):
