@@ -3,6 +3,7 @@
 import io
 import re
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -275,7 +276,14 @@ def stream(records: list[Record]) -> str:
         figure, axes = _axes()
         for colour, record in zip(COLOURS, records, strict=False):
             done, ms, _ = zip(*record["points"], strict=True)
-            axes.plot(done, ms, color=colour, marker="o", markersize=3, label=f"{record['cache']}, {record['weights']}")
+            axes.plot(
+                done,
+                ms,
+                color=colour,
+                marker="o",
+                markersize=3,
+                label=f"{Path(record['model']).name}: {record['cache']}",
+            )
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.set_ylim(bottom=0)

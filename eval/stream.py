@@ -84,10 +84,10 @@ def table(found: list[Record]) -> tuple[str, list[str], list[list[str]]]:
             cells.append(f"{statistics.median(part):.2f}" if mark in at else "")
         grown = r["points"][-1][2] - r["points"][0][2]
         rows.append([
-            r["cache"], r["weights"], f"{r['tokens']:,}", f"{r['kv_bytes'] / 2**20:.2f}", *cells,
+            r["cache"], Path(r["model"]).name, r["weights"], f"{r['tokens']:,}", f"{r['kv_bytes'] / 2**20:.2f}", *cells,
             f"{grown / 2**20:+.1f} of {r['points'][0][2] / 2**20:,.0f}", "finite" if r["finite"] else "NOT FINITE", str(r["traces"]),
         ])  # fmt: skip
     columns = [
-        "cache", "weights", "tokens", "cache, MiB", *(f"…{mark:,}" for mark in marks), "process, MiB", "logits", "traces",
+        "cache", "model", "weights", "tokens", "cache, MiB", *(f"…{mark:,}" for mark in marks), "process, MiB", "logits", "traces",
     ]  # fmt: skip
-    return f"{found[0]['model']}: milliseconds per token, by tokens generated", columns, rows
+    return "Milliseconds per token, by tokens generated", columns, rows

@@ -28,7 +28,7 @@ def test_a_bounded_cache_goes_on_past_the_models_context(model) -> None:
     sizes = [size for *_, size in found["points"]]
     assert max(sizes) - sizes[0] < 2**22  # a list of every step's result, or a cache that is not donated, takes more
     _, columns, ((*_, late, process, logits, traces),) = stream.table([found])
-    assert columns[4:7] == ["…1,024", "…2,048", "…3,072"]
+    assert columns[5:8] == ["…1,024", "…2,048", "…3,072"]
     assert float(late) == pytest.approx(found["points"][-1][1], abs=0.01) and process.endswith(
         f"{sizes[0] / 2**20:,.0f}"
     )
