@@ -15,7 +15,7 @@ from kvcascade.eval.peers import Peer, PeerFailed
 from kvcascade.eval.records import Record, full_bytes
 from kvcascade.model import generate
 from kvcascade.model.config import ModelConfig
-from kvcascade.model.generate import DISPATCH, Sampling, State
+from kvcascade.model.generate import DISPATCH, State
 from kvcascade.model.gpt import Params
 from kvcascade.model.pretrained import Model
 
@@ -26,7 +26,7 @@ def bandwidth() -> float:
     """Bytes per second that this device reads from its memory: the median of seven sums over 512 MiB, after a first one."""
     x = jnp.arange(2**27, dtype=jnp.float32).reshape(4096, -1)
     jax.block_until_ready(_total(x))
-    return x.nbytes / statistics.median(_seconds(lambda: _total(x)) for _ in range(7))
+    return x.nbytes / statistics.median(seconds(lambda: _total(x)) for _ in range(7))
 
 
 _total = jax.jit(lambda x: x.sum(-1))
@@ -37,8 +37,8 @@ class Ours:
 
     def __init__(self, model: Model, spec: CacheSpec, batch: int, context: int, room: int):
         self._model, self._spec, self._batch, self._context, self._room = model, spec, batch, context, room
-        prompts = np.random.default_rng(model.seed).integers(0, model.encoding.n_vocab, (batch, context)).tolist()
-        self._tokens_BT, self._positions_BT = map(jnp.asarray, generate.pad(prompts))
+        draw = np.random.default_rng(model.seed)
+        self._prompts = draw.integers(0, model.encoding.n_vocab, (batch, context)).tolist()
         self._state: State | None = None
         before = _traces()
         self.first_seconds = self.prefill() + sum(self.decode(DISPATCH))
@@ -50,12 +50,8 @@ class Ours:
         self._state = None  # two caches would be held otherwise
         cache = jax.block_until_ready(generate.empty_cache(config, self._spec, self._batch, self._room))
         start = time.perf_counter()
-        logits_BV, cache = generate.prefill(config, params, cache, self._tokens_BT, self._positions_BT)
-        nothing = jnp.zeros((self._batch, 0), bool)
-        token_B = jax.block_until_ready(generate.sample(logits_BV, jax.random.key(0), Sampling(), nothing))
-        seconds = time.perf_counter() - start
-        self._state = State(cache, token_B, jnp.full(self._batch, self._context), nothing)
-        return seconds
+        self._state = jax.block_until_ready(generate.begin(config, params, cache, self._prompts))
+        return time.perf_counter() - start
 
     def decode(self, steps: int, together: int = DISPATCH) -> list[float]:
         """Seconds of each greedy step, going on where the last one ended; so many are dispatched together, and share their time."""
@@ -194,7 +190,8 @@ def _traces() -> int:
     return sum(step._cache_size() for step in (generate.prefill, generate.decode_steps))  # pyright: ignore
 
 
-def _seconds(call: Callable) -> float:
+def seconds(call: Callable) -> float:
+    """Seconds of a call, until its results are there."""
     start = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - start

@@ -4,7 +4,10 @@ import collections
 import dataclasses
 import gc
 import re
+import resource
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +17,6 @@ from kvcascade.cache.cascade import Cache, LayerCache, nbytes
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.eval import bench, whole_step
 from kvcascade.eval.records import Record
-from kvcascade.eval.stream import resident
 from kvcascade.kernels import traffic
 from kvcascade.kernels.slots import Entry
 from kvcascade.model import generate
@@ -148,3 +150,10 @@ def _live() -> tuple[int, int]:
     gc.collect()
     every = jax.live_arrays()
     return len(every), sum(each.nbytes for each in every)
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory; where the system does not tell, the most that there have been."""
+    if (statm := Path("/proc/self/statm")).exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

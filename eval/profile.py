@@ -2,7 +2,6 @@
 
 import collections
 import statistics
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -86,7 +85,7 @@ def profile(model: Model, spec: CacheSpec, batch: int, context: int) -> Record:
     watch = buffers.steady(dispatch, 1 + watched)
     plain, traced = [], []
     for _ in range(ROUNDS):
-        plain += [_seconds(dispatch) for _ in range(EACH)]
+        plain += [bench.seconds(dispatch) for _ in range(EACH)]
         traced += trace(dispatch, EACH)
     cache = latest[1]
     fastest = _fastest(traced, lambda each: each.total)
@@ -198,7 +197,7 @@ def _tiers(model: Model, cache: Cache, batch: int, context: int, attention_ms: f
 
         slots = [layer.slots[index] for layer in layers]
         jax.block_until_ready(alone(slots, q_BNH))
-        times = [_seconds(lambda: jax.block_until_ready(alone(slots, q_BNH))) for _ in range(20)]  # noqa: B023
+        times = [bench.seconds(lambda: alone(slots, q_BNH)) for _ in range(20)]  # noqa: B023
         size = sum(
             float((one.pos_BKS >= 0).mean()) * sum(leaf.nbytes for leaf in jax.tree.leaves((one.k, one.v, one.pos_BKS)))
             for one in slots
@@ -211,9 +210,3 @@ def _tiers(model: Model, cache: Cache, batch: int, context: int, attention_ms: f
 def _fastest[T](values: list[T], key: Callable[[T], float]) -> list[T]:
     """The quarter of them that the rest of the machine disturbed least."""
     return sorted(values, key=key)[: max(1, len(values) // 4)]
-
-
-def _seconds(call: Callable) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

@@ -9,13 +9,11 @@ from kvcascade.eval.profile import COMPONENTS, TOLERANCE
 from kvcascade.eval.records import Record
 from kvcascade.kernels.files import write_whole
 
-type Table = tuple[str, list[str], list[list[str]]]
-
 WEIGHTS = ("qkv", "output", "mlp", "head")
 CACHE = ("attention", "priority", "exchange", "scores")
 
 
-def table(record: Record) -> Table:
+def table(record: Record) -> tuple[str, list[str], list[list[str]]]:
     """Title, columns and rows of one cache: each component's part of a decode step, the longest first, in time and in bytes."""
     columns = ["component", "instructions", "ms", "of the step", "MB", "GB/s", "of bandwidth"]
     rows = []
@@ -42,7 +40,7 @@ def table(record: Record) -> Table:
     return title, columns, rows
 
 
-def summary(found: list[Record]) -> Table:
+def summary(found: list[Record]) -> tuple[str, list[str], list[list[str]]]:
     """Title, columns and rows of several caches: where their decode steps spend their time."""
     columns = [
         "cache",
@@ -72,7 +70,7 @@ def summary(found: list[Record]) -> Table:
     return title, columns, rows
 
 
-def memory_table(found: list[Record]) -> Table:
+def memory_table(found: list[Record]) -> tuple[str, list[str], list[list[str]]]:
     """Title, columns and rows: what one row's cache takes at each context, and the step's temporaries at the shortest and the longest."""
     contexts = found[0]["growth"]["contexts"]
     columns = ["cache", *(f"{context:,}" for context in contexts), "× the shortest", "temporaries of a step"]

@@ -1,9 +1,8 @@
 """Decoding on and on through a bounded cache: whether time and memory per token stay as they were."""
 
+import dataclasses
 import functools
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 
 from kvcascade.cache.cascade import nbytes
 from kvcascade.cache.spec import CacheSpec
+from kvcascade.eval.buffers import resident
 from kvcascade.eval.records import Record
 from kvcascade.kernels.write import argmin
 from kvcascade.model import generate, gpt
@@ -21,13 +21,6 @@ from kvcascade.model.pretrained import Model
 
 DISPATCH = 64  # tokens that are decoded between two looks at the clock
 STRETCH = 1024  # tokens of a point of the curve
-
-
-def resident() -> int:
-    """Bytes of this process that are in memory; where the system does not tell, the most that there have been."""
-    if (statm := Path("/proc/self/statm")).exists():
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def stream(model: Model, spec: CacheSpec, batch: int, tokens: int, report: Callable[[int], None]) -> Record:
@@ -44,15 +37,16 @@ def stream(model: Model, spec: CacheSpec, batch: int, tokens: int, report: Calla
         traces.append(1)
 
         def body(_, carry):
-            (cache, token_B, position_B), finite = carry
-            logits_BTV, cache = gpt.step(config, params, cache, token_B[:, None], position_B[:, None])
-            return (cache, argmin(-logits_BTV[:, 0]), position_B + 1), finite & jnp.isfinite(logits_BTV).all()
+            state, finite = carry
+            logits_BTV, cache = gpt.step(config, params, state.cache, state.token_B[:, None], state.position_B[:, None])
+            token_B, position_B = argmin(-logits_BTV[:, 0]), state.position_B + 1
+            state = dataclasses.replace(state, cache=cache, token_B=token_B, position_B=position_B)
+            return state, finite & jnp.isfinite(logits_BTV).all()
 
         return jax.lax.fori_loop(0, DISPATCH, body, (state, finite))
 
-    cache = generate.empty_cache(config, spec, batch, tokens)
-    kv_bytes = nbytes(cache) // batch
-    state, finite = (cache, jnp.ones(batch, jnp.int32), jnp.zeros(batch, jnp.int32)), jnp.asarray(True)
+    state, finite = generate.start(config, spec, batch, tokens), jnp.asarray(True)
+    kv_bytes = nbytes(state.cache) // batch
     points, times = [], []
     for done in range(DISPATCH, tokens + 1, DISPATCH):
         start = time.perf_counter()

@@ -137,7 +137,7 @@ def test_steps_go_on_where_they_ended(tmp_path: Path) -> None:
     """What is timed is greedy decoding: the same tokens as generated, in one stretch or two, and again after a new prefill."""
     loaded = pretrained.load(str(tiny_models.write("llama", tmp_path)))
     ours = bench.Ours(loaded, parse("full"), 2, 12, 12 + 9)
-    prompts = ours._tokens_BT[:, :12].tolist()
+    prompts = ours._prompts
     cache = generate.empty_cache(loaded.config, parse("full"), 2, 21)
     expected = np.concatenate(
         [new for new, _ in generate.generate(loaded.config, loaded.params, cache, prompts, 10)]
