@@ -18,7 +18,7 @@ from kvcascade.kernels.backend import Kernel
 from kvcascade.kernels.files import cache_dir, write_whole
 from kvcascade.kernels.slots import Stored
 
-SOURCE = Path(__file__).with_name("native.cc")
+SOURCES = sorted(Path(__file__).parent.glob("native_*.*"))
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
 
 
@@ -76,12 +76,14 @@ def _build() -> Path:
     # What the compiler defines by itself names its version and this processor's instructions, so a cache shared by machines is safe.
     machine = _run([*compiler, "-dM", "-E", "-x", "c++", os.devnull])
     include = jax.ffi.include_dir()
-    key = hashlib.sha256("\0".join([machine, SOURCE.read_text(), jax.__version__, *compiler]).encode()).hexdigest()
+    sources = [path.read_text() for path in SOURCES]
+    key = hashlib.sha256("\0".join([machine, *sources, jax.__version__, *compiler]).encode()).hexdigest()
     path = cache_dir() / f"native-{key[:16]}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory() as folder:
             built = Path(folder, path.name)
-            _run([*compiler, "-fPIC", "-shared", "-isystem", include, str(SOURCE), "-o", str(built)])
+            units = [str(path) for path in SOURCES if path.suffix == ".cc"]
+            _run([*compiler, "-fPIC", "-shared", "-isystem", include, *units, "-o", str(built)])
             write_whole(path, built.read_bytes())
     return path
 
