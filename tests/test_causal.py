@@ -8,24 +8,27 @@ import numpy as np
 import pytest
 
 from kvcascade.kernels.causal import causal_attention
+from kvcascade.kernels.heads import Heads
 
 H = 8
 
 
-def reference(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, *, window: int = 0):
+def reference(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, *, window: int = 0, soft_cap: float = 0.0):
     """Output and gradients by the formulas of softmax attention, every logit held at once."""
     T, N, K = q_BTNH.shape[1], q_BTNH.shape[2], k_BTKH.shape[2]
     G = N // K
     k_BSNH, v_BSNH = np.repeat(k_BTKH, G, 2), np.repeat(v_BTKH, G, 2)
     logits = np.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / np.sqrt(H)
+    capped = soft_cap * np.tanh(logits / soft_cap) if soft_cap else logits
+    slope = 1 - (capped / soft_cap) ** 2 if soft_cap else 1
     seen = np.tri(T, dtype=bool) & (np.tri(T, k=-window, dtype=bool) == 0 if window else True)
-    logits = np.where(seen, logits, -np.inf)
+    logits = np.where(seen, capped, -np.inf)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     out = np.einsum("BNTS,BSNH->BTNH", weights, v_BSNH)
     dweights = np.einsum("BTNH,BSNH->BNTS", dout_BTNH, v_BSNH)
-    dlogits = weights * (dweights - (weights * dweights).sum(-1, keepdims=True)) / np.sqrt(H)
-    by_group = lambda x_BSNH: x_BSNH.reshape(*k_BTKH.shape[:3], G, H).sum(3)
+    dlogits = slope * weights * (dweights - (weights * dweights).sum(-1, keepdims=True)) / np.sqrt(H)
+    by_group = lambda x_BSNH: x_BSNH.reshape(*k_BTKH.shape[:3], G, -1).sum(3)
     dq = np.einsum("BNTS,BSNH->BTNH", dlogits, k_BSNH)
     dk = by_group(np.einsum("BNTS,BTNH->BSNH", dlogits, q_BTNH))
     dv = by_group(np.einsum("BNTS,BTNH->BSNH", weights, dout_BTNH))
@@ -38,9 +41,10 @@ def draw(T: int, N: int, K: int, B: int = 2, scale: float = 3.0) -> list[np.ndar
     return [scale * rng.standard_normal((B, T, heads, H)) for heads in (N, K, K, N)]
 
 
-@functools.partial(jax.jit, static_argnames="window")
-def forward_and_backward(q, k, v, dout, window=0):
-    out, pull = jax.vjp(functools.partial(causal_attention, window=window), q, k, v)
+@functools.partial(jax.jit, static_argnames=("window", "soft_cap"))
+def forward_and_backward(q, k, v, dout, window=0, soft_cap=0.0):
+    heads = Heads(q.shape[2], k.shape[2], q.shape[3], v.shape[3], window=window, soft_cap=soft_cap)
+    out, pull = jax.vjp(functools.partial(causal_attention, heads=heads), q, k, v)
     return out, *pull(dout)
 
 
@@ -61,6 +65,25 @@ def test_a_window_hides_what_is_older(window: int) -> None:
     arrays = draw(130, 4, 2)
     found = forward_and_backward(*(jnp.asarray(x, jnp.float32) for x in arrays), window=window)
     for ours, exact in zip(found, reference(*arrays, window=window), strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("soft_cap", "window"), [(2.0, 0), (30.0, 20)])
+def test_a_soft_cap_bends_the_logits(soft_cap: float, window: int) -> None:
+    """Logits are cap · tanh(logit / cap), and so are their gradients."""
+    arrays = draw(130, 4, 2)
+    sight = {"window": window, "soft_cap": soft_cap}
+    found = forward_and_backward(*(jnp.asarray(x, jnp.float32) for x in arrays), **sight)
+    for ours, exact in zip(found, reference(*arrays, **sight), strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_values_may_be_of_another_width() -> None:
+    """The output is as wide as a value."""
+    q, k, _, _ = draw(70, 4, 2)
+    v, dout = (np.random.default_rng(0).standard_normal((2, 70, heads, 5)) for heads in (2, 4))
+    found = forward_and_backward(*(jnp.asarray(x, jnp.float32) for x in (q, k, v, dout)))
+    for ours, exact in zip(found, reference(q, k, v, dout), strict=True):
         np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=1e-4)
 
 
@@ -125,7 +148,8 @@ def test_memory_is_linear_in_the_length(window: int) -> None:
 def test_what_a_window_hides_is_not_multiplied() -> None:
     """Of 1,024 tokens a block of 64 queries with a window of 65 sees 128: an eighth, and without a window half of them on average."""
     shapes = [jax.ShapeDtypeStruct((1, 1024, 1, 64), jnp.float32)] * 3
-    cost = lambda window: jax.jit(causal_attention, static_argnums=3).lower(*shapes, window).compile().cost_analysis()
+    call = lambda window: functools.partial(causal_attention, heads=Heads(1, 1, 64, window=window))
+    cost = lambda window: jax.jit(call(window)).lower(*shapes).compile().cost_analysis()
     windowed, whole = cost(65), cost(0)
     assert windowed and whole and windowed["flops"] < 0.3 * whole["flops"]
 
@@ -134,7 +158,8 @@ def test_elsewhere_it_is_the_same_attention(monkeypatch: pytest.MonkeyPatch) -> 
     """The implementation for other platforms, run here, equals the reference too."""
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, cpu, default: default(*arrays))
     arrays = draw(65, 4, 2)
-    out, pull = jax.vjp(causal_attention, *(jnp.asarray(x, jnp.float32) for x in arrays[:3]))
+    call = functools.partial(causal_attention, heads=Heads(4, 2, H))
+    out, pull = jax.vjp(call, *(jnp.asarray(x, jnp.float32) for x in arrays[:3]))
     for ours, exact in zip((out, *pull(jnp.asarray(arrays[3], jnp.float32))), reference(*arrays), strict=True):
         np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=1e-4)
 
