@@ -28,8 +28,8 @@ class Plain(Codec):
         # A processor may take what is below the smallest normal number for zero.
         return jnp.maximum(largest * jnp.finfo(self.dtype).eps, jnp.finfo(jnp.float32).tiny)
 
-    def nbytes(self, head_dim):
-        return head_dim * jnp.dtype(self.dtype).itemsize
+    def nbytes(self, width):
+        return width * jnp.dtype(self.dtype).itemsize
 
 
 LEAST = 2.0**-100
@@ -61,8 +61,8 @@ class Int8(Codec):
     def bound(self, stored):
         return 0.501 * stored["scale"].astype(jnp.float32)
 
-    def nbytes(self, head_dim):
-        return head_dim + 2
+    def nbytes(self, width):
+        return width + 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +92,12 @@ class Int4(Codec):
         scale, low = stored["scale"].astype(jnp.float32), stored["low"].astype(jnp.float32)
         return 0.501 * scale + jnp.abs(low) * 2**-8  # the low end is rounded to bf16's eight significant bits
 
-    def nbytes(self, head_dim):
-        if head_dim % 2 or (self.turned and head_dim & (head_dim - 1)):
+    def nbytes(self, width):
+        if width % 2 or (self.turned and width & (width - 1)):
             raise BadInput(
-                f"{self.name} needs a head width that is {'a power of two' if self.turned else 'even'}, not {head_dim}"
+                f"{self.name} needs a head width that is {'a power of two' if self.turned else 'even'}, not {width}"
             )
-        return head_dim // 2 + 4
+        return width // 2 + 4
 
     def turn(self, x):
         # On a GPU the products would otherwise be rounded to TF32's eleven bits.
@@ -120,8 +120,8 @@ class Fp8(Codec):
         largest = jnp.abs(stored["codes"].astype(jnp.float32)).max(-1, keepdims=True)
         return (largest * 2**-4 + 2**-10) * stored["scale"].astype(jnp.float32)
 
-    def nbytes(self, head_dim):
-        return head_dim + 2
+    def nbytes(self, width):
+        return width + 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,10 +156,10 @@ class NVFP4(Codec):
         largest = stored["scales"].astype(jnp.float32).max(-1, keepdims=True)
         return (largest + 6 * 2**-10) * 1.001 * stored["scale"].astype(jnp.float32)
 
-    def nbytes(self, head_dim):
-        if head_dim % 2 or head_dim > 32 and head_dim % 32:
-            raise BadInput(f"{self.name} needs an even head width up to 32 or a multiple of 32, not {head_dim}")
-        return head_dim // 2 + head_dim // _block(head_dim) + 2
+    def nbytes(self, width):
+        if width % 2 or width > 32 and width % 32:
+            raise BadInput(f"{self.name} needs an even head width up to 32 or a multiple of 32, not {width}")
+        return width // 2 + width // _block(width) + 2
 
 
 def _block(head_dim: int) -> int:

@@ -49,16 +49,13 @@ class Look:
     def then(self, later: "Look") -> "Look":
         """This look and a later one, whose queries also saw the tokens of this one, as one look."""
         join = lambda a, b, axis=2: jnp.concatenate([a, b], axis)
-        *held, ours = self.mass or (None,)
-        *held_later, ours_later, own = later.mass or (None, None)
-        entry = jax.tree.map(join, self.entry, later.entry)
         mass = ()
         if later.mass:
-            unseen = jnp.zeros(
-                (*ours.shape[:3], own.shape[3]), jnp.float32
-            )  # of the later tokens the first queries saw nothing
-            own = join(join(ours, unseen, 3), join(ours_later, own, 3))
-            mass = (*map(join, held, held_later), own)
+            (*held, ours), (*held_later, ours_later, own) = self.mass, later.mass
+            # Of the later tokens the first queries saw nothing.
+            ours = jnp.pad(ours, ((0, 0), (0, 0), (0, 0), (0, own.shape[3])))
+            mass = (*map(join, held, held_later), join(ours, join(ours_later, own, 3)))
+        entry = jax.tree.map(join, self.entry, later.entry)
         return Look(later.out_BTNW, join(self.q_BTNH, later.q_BTNH, 1), entry, mass)
 
 
@@ -116,11 +113,10 @@ class LayerCache:
         promise(lambda: jnp.all(jnp.asarray([(slots.pos_BKS < 0).all() for slots in self.slots])), NOT_EMPTY)
         index_T, length_B = jnp.arange(positions_BT.shape[1]), (positions_BT >= 0).sum(-1)
         promise(lambda: (positions_BT == jnp.where(index_T < length_B[:, None], index_T, -1)).all(), NOT_FROM_ZERO)
-        lasts, mass = {each.last for each in self.cascade.statistics if each.watches}, {}
-        for last in sorted(lasts):
-            out_BTNW, mass[last] = observed_attention(q_BTNH, k_BTKH, v_BTKW, length_B, self.heads, last)
-        if not lasts:
-            out_BTNW = causal_attention(q_BTNH, k_BTKH, v_BTKW, self.heads)
+        lasts = dict.fromkeys(each.last for each in self.cascade.statistics if each.watches)
+        found = [observed_attention(q_BTNH, k_BTKH, v_BTKW, length_B, self.heads, last) for last in lasts]
+        mass = dict(zip(lasts, (each for _, each in found), strict=True))
+        out_BTNW = found[0][0] if found else causal_attention(q_BTNH, k_BTKH, v_BTKW, self.heads)
         numbers = self._watched(
             self.cascade.statistics, entry.numbers, lambda each: mass[each.last], entry.pos_BKT, now_B
         )

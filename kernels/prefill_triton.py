@@ -3,7 +3,7 @@
 cuDNN and `jax.nn` have no such sums, and round the normalisers that they return to the 16 bits of the output.
 """
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def mass(
     """The mass that `prefill.observed_attention` returns; the logits are computed twice, so that no two blocks add to one sum."""
     B, T, N, H = q_BTNH.shape
     K, counted = k_BTKH.shape[2], min(last or T, T)
-    constants = {"T": T, "N": N, "K": K, "H": H, "COUNTED": counted, "BLOCK": BLOCK}
+    constants: dict[str, Any] = {"T": T, "N": N, "K": K, "H": H, "COUNTED": counted, "BLOCK": BLOCK}
     constants |= {"WINDOW": heads.window, "SCALE": heads.scale, "CAP": heads.soft_cap}
     constants["WIDTH"] = max(16, triton.next_power_of_2(H))
     float32 = lambda *shape: [jax.ShapeDtypeStruct(shape, jnp.float32)]

@@ -76,7 +76,7 @@ class GPT(nnx.Module):
             self.head = Linear(config.width, config.vocab, config, False, init, rngs)
         self.config = config
 
-    def hidden(self, tokens_BT, positions_BT, cache, dropout_key=None, fresh=False):
+    def hidden(self, tokens_BT, positions_BT, cache, dropout_key=None, fresh=False) -> tuple[Any, Any]:
         """What the head is applied to, and the cache that has seen the tokens."""
         config = self.config
         with jax.named_scope("embedding"):
@@ -84,11 +84,11 @@ class GPT(nnx.Module):
             if config.positions == "learned":
                 x_BTM = x_BTM + self.position(jnp.maximum(positions_BT, 0)).astype(x_BTM.dtype)
         # Layers that turn alike share what they turn by.
-        turns = {(heads.width, heads.rope) for heads in config.layer_heads if heads.rope}
-        by = {each: rotation(positions_BT, *each) for each in turns}
+        turns = {(each.width, each.rope): each.rope for each in config.layer_heads}
+        by = {each: rope and rotation(positions_BT, each[0], rope) for each, rope in turns.items()}
         for index, (block, heads) in enumerate(zip(self.layers, config.layer_heads, strict=True)):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            x_BTM, cache = block(x_BTM, positions_BT, by.get((heads.width, heads.rope)), cache, key, fresh)
+            x_BTM, cache = block(x_BTM, positions_BT, by[heads.width, heads.rope], cache, key, fresh)
         with jax.named_scope("norm"):
             return self.norm(x_BTM), cache
 

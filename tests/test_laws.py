@@ -148,9 +148,9 @@ def init(cascade: Cascade, B: int, heads: Heads, context: int = CONTEXT) -> Laye
     return jax.jit(lambda: LayerCache.empty(cascade, B, heads, context), compiler_options=QUICK)()
 
 
-step, look, commit = (
-    checked(each, compiler_options=QUICK) for each in (LayerCache.step, LayerCache.look, LayerCache.commit)
-)
+step = checked(LayerCache.step, compiler_options=QUICK)
+look = checked(LayerCache.look, compiler_options=QUICK)
+commit = checked(LayerCache.commit, compiler_options=QUICK)
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
@@ -216,7 +216,7 @@ class Replay:
 
     def enter(self, q_BTNH, new, positions_BT) -> None:
         for each in self.numbers:
-            self.put(each, new[2], each.enter(self.tokens(each, new[2], *new[:2], positions_BT)))
+            self.put(each, new[2], each.enter(self.tokens(each, new[2], new[0], new[1], positions_BT)))
         for each, memory in self.memories.items():
             q, positions = jnp.asarray(q_BTNH, jnp.float64), jnp.asarray(positions_BT)
             self.memories[each] = each.update(memory, q, positions, self.history.heads)
@@ -576,9 +576,8 @@ def test_a_look_of_which_nothing_is_accepted_changes_nothing(history: History) -
     newest_B1 = np.concatenate([m.positions_BT for m in moments], 1).max(1, keepdims=True)
     positions_BT = newest_B1 + 1 + np.arange(3, dtype=np.int32)
     seen = look(cache, q[:, :3], k[:, :3], v[:, :3], positions_BT)
-    for accepted in (np.zeros((history.B, 3), bool),):
-        after = commit(cache, seen.accept(jnp.asarray(accepted)))
-        jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), jax.device_get(cache))
+    after = commit(cache, seen.accept(jnp.zeros((history.B, 3), bool)))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), jax.device_get(cache))
 
 
 @replayed

@@ -142,8 +142,8 @@ def test_gradients_are_those_of_all_weights_at_once():
 
         return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
 
-    ours = functools.partial(observed_attention, heads=heads)
-    for ours, theirs in zip(gradients(ours), gradients(plain), strict=True):
+    observed = functools.partial(observed_attention, heads=heads)
+    for ours, theirs in zip(gradients(observed), gradients(plain), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 

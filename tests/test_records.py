@@ -23,7 +23,7 @@ def record(cache: str = "full", shift: float = 0.0) -> records.Record:
     """A record of made-up scores."""
     spec = parse(cache)
     nll_BT = np.random.default_rng(1).random((4, 15)) + shift
-    scores = Scores(nll_BT, spec.nbytes(2, 2, 8, 16), 100.0, 1, 0.5)
+    scores = Scores(nll_BT, spec.nbytes(CONFIG.layer_heads, 16), 100.0, 1, 0.5)
     lengths = np.full(61, 2)
     one = records.evaluation(MODEL, spec, "stdlib", np.zeros((4, 16), np.int32), 0, lengths, scores, 8)
     return records.stamp(one, 1.5)

@@ -85,7 +85,7 @@ def test_an_answer_counts_if_greedy_decoding_gives_it(cache):
         wanted.append(told)
     found, size = retrieval.score(CONFIG, PARAMS, parse(cache), samples, retrieval.asked(samples), batch=2)
     assert found == wanted
-    assert size == parse(cache).nbytes(2, 2, 8, 64 + 2 * (7 + 3))
+    assert size == parse(cache).nbytes(CONFIG.layer_heads, 64 + 2 * (7 + 3))
 
 
 def test_wilson_is_between_0_and_1_and_around_the_share():
