@@ -37,9 +37,7 @@ ffi::Error Exchange(int64_t arrays, bool turned, bool forget, ffi::Buffer<ffi::F
   std::vector<float> x(H);
   for (int64_t row_head = 0; row_head < held_pos->dimensions()[0] * held_pos->dimensions()[1]; ++row_head) {
     const float* ranks = priority.typed_data() + row_head * (S + 1);
-    float least = ranks[0];
-#pragma omp simd reduction(min : least)
-    for (int64_t s = 0; s < S; ++s) least = std::min(least, ranks[s]);
+    const float least = Least(ranks, S);
     const bool swap = ranks[S] > least;
     const int64_t slot = row_head * S + (std::find(ranks, ranks + S, least) - ranks);
     auto exchange = [&](const Stored& held, const float* coming, float* left) {
@@ -49,8 +47,8 @@ ffi::Error Exchange(int64_t arrays, bool turned, bool forget, ffi::Buffer<ffi::F
       std::copy_n(coming, H, x.data());
       Write(held, slot, H, x.data());
     };
-    exchange(*held_k, k.typed_data() + row_head * H, left_k + row_head * H);
-    exchange(*held_v, v.typed_data() + row_head * H, left_v + row_head * H);
+    exchange(*held_k, k.typed_data() + row_head * H, forget ? nullptr : left_k + row_head * H);
+    exchange(*held_v, v.typed_data() + row_head * H, forget ? nullptr : left_v + row_head * H);
     if (!forget) {
       left_pos[row_head] = swap ? held_positions[slot] : pos.typed_data()[row_head];
       left_score[row_head] = swap && held_scores ? held_scores[slot] : score.typed_data()[row_head];
