@@ -62,7 +62,7 @@ ffi::Error Exchange(int64_t arrays, bool turned, bool forget, ffi::Buffer<ffi::F
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_exchange, Exchange,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_exchange, Guarded(Exchange),
                               ffi::Ffi::Bind()
                                   .Attr<int64_t>("arrays")
                                   .Attr<bool>("turned")
