@@ -32,13 +32,13 @@ def ready() -> bool:
     that was made before, of the same sources on such a processor.
     """
     try:
-        library = ctypes.CDLL(str(_library()))
+        loaded = ctypes.CDLL(str(library()))
     except OSError as error:
         logging.getLogger(__name__).warning("no C++ kernels, decoding goes through XLA and is slower: %s", error)
         return False
     for name in ("kvcascade_decode", "kvcascade_exchange", "kvcascade_product"):
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
-    library.kvcascade_threads(ctypes.c_int64(processor.count()))
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
+    loaded.kvcascade_threads(ctypes.c_int64(processor.count()))
     return True
 
 
@@ -73,7 +73,7 @@ def named(like: Stored, results: Sequence[Array]) -> Stored:
     return dict(zip([name for name in ORDER if name in like], results, strict=True))
 
 
-def _library() -> Path:
+def library() -> Path:
     """The library for these sources on this processor, made by the compiler that is here; where none works, by whichever made it."""
     extra = shlex.split(os.environ.get("KVCASCADE_CXXFLAGS", ""))
     sources = [path.read_text() for path in SOURCES]
