@@ -6,25 +6,9 @@ import functools
 import jax.numpy as jnp
 import scipy.linalg
 from jax import lax
-from jaxtyping import Array, Float
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.kernels.slots import Format, Stored
-
-
-@dataclasses.dataclass(frozen=True)
-class Codec(Format):
-    """Writes vectors of H numbers and reads them back; a subclass says in which bits."""
-
-    name: str
-
-    def bound(self, stored: Stored) -> Float[Array, "*B 1"]:
-        """The largest error that `read` may have against the vector given to `encode`, per element of the stored basis."""
-        raise NotImplementedError
-
-    def nbytes(self, head_dim: int) -> int:
-        """Bytes per vector, scales included."""
-        raise NotImplementedError
+from kvcascade.kernels.slots import Codec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +25,15 @@ class Plain(Codec):
 
     def bound(self, stored):
         largest = jnp.abs(stored["values"].astype(jnp.float32)).max(-1, keepdims=True)
-        return largest * jnp.finfo(self.dtype).eps
+        # A processor may take what is below the smallest normal number for zero.
+        return jnp.maximum(largest * jnp.finfo(self.dtype).eps, jnp.finfo(jnp.float32).tiny)
 
     def nbytes(self, head_dim):
         return head_dim * jnp.dtype(self.dtype).itemsize
+
+
+LEAST = 2.0**-100
+"""No scale is smaller: a processor may take what is below 2^-126 for zero."""
 
 
 def _round_to_bf16(x):
@@ -53,8 +42,8 @@ def _round_to_bf16(x):
 
 
 def _scale(width, steps: int):
-    """A bf16 step that spans `width` in `steps` steps: rounded up, and 1 for a constant vector."""
-    return _round_to_bf16(jnp.where(width > 0, width / steps * (1 + 2**-8), 1.0))
+    """A bf16 step that spans `width` in `steps` steps: rounded up, 1 for a constant vector, and never so small that dividing by it overflows."""
+    return _round_to_bf16(jnp.where(width > 0, jnp.maximum(width / steps * (1 + 2**-8), LEAST), 1.0))
 
 
 @dataclasses.dataclass(frozen=True)

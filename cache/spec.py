@@ -6,20 +6,26 @@
     random[seed=1] 25%                      a quarter of the context, by lot
     layers[0:2]: full ; layers[2:]: sink 4 | recent 60
 
-`|` is the cascade, `POLICY[ARGUMENT=VALUE,...] COUNT[@CODEC]` a tier. COUNT is slots per KV head, or a share of the context.
+`|` is the cascade, `POLICY[ARGUMENT=VALUE,...] COUNT[@CODEC]` a tier. COUNT is slots per KV head, or a share of the context;
+CODEC is for keys and values, `KEYS/VALUES` names one for each: `full@int8/int4`.
 """
 
 import dataclasses
 import difflib
-import math
 import re
 import typing
+from collections.abc import Sequence
 
-from kvcascade.cache.cascade import Cache, Cascade
-from kvcascade.cache.codec import CODECS, Codec, bf16
+from kvcascade.cache.cascade import Cascade
+from kvcascade.cache.codec import CODECS, bf16
 from kvcascade.cache.errors import BadInput
+from kvcascade.cache.layer import LayerCache
 from kvcascade.cache.policy import POLICIES, Full, Policy
+from kvcascade.cache.policy import argument as argument_of
 from kvcascade.cache.tier import Tier
+from kvcascade.cache.whole import Cache
+from kvcascade.kernels.heads import Heads
+from kvcascade.kernels.slots import Codecs
 
 PRESETS = {
     "streaming": "sink 4 | recent 124",
@@ -39,7 +45,8 @@ class CacheSpec:
         """One cascade per layer; BadInput unless each of the model's layers is in exactly one part."""
         chosen: list[Cascade | None] = [None] * layers
         for start, stop, cascade in self.parts:
-            for layer in range(start, layers if stop is None else stop):
+            # A part has a layer at least, so an open one that begins past the model's end is told as well.
+            for layer in range(start, max(layers, start + 1) if stop is None else stop):
                 if layer >= layers:
                     raise BadInput(
                         f"cache spec {str(self)!r}: the model has {layers} layers, there is no layer {layer}"
@@ -53,13 +60,21 @@ class CacheSpec:
             )
         return tuple(cascade for cascade in chosen if cascade is not None)
 
-    def init(self, batch: int, layers: int, kv_heads: int, head_dim: int, context: int) -> Cache:
-        """An empty cache for a model of this shape and rows of up to `context` tokens."""
-        return tuple(cascade.init(batch, kv_heads, head_dim, context) for cascade in self.cascades(layers))
+    def init(self, batch: int, heads: Sequence[Heads], context: int) -> Cache:
+        """An empty cache for rows of up to `context` tokens and a model whose layers have these heads, one after the other."""
+        layers = zip(self.cascades(len(heads)), heads, strict=True)
+        made = (LayerCache.empty(cascade, batch, each, context, i) for i, (cascade, each) in enumerate(layers))
+        return Cache(tuple(made), tuple(range(len(heads))))
 
-    def nbytes(self, layers: int, kv_heads: int, head_dim: int, context: int) -> int:
-        """Predicted bytes of one row: codes, scales, positions and scores of every layer."""
-        return sum(cascade.nbytes(context, kv_heads, head_dim) for cascade in self.cascades(layers))
+    def slots(self, heads: Sequence[Heads], context: int) -> int:
+        """Tokens kept per KV head, in the layer that keeps most."""
+        layers = zip(self.cascades(len(heads)), heads, strict=True)
+        return max(cascade.slots(context, each.window) for cascade, each in layers)
+
+    def nbytes(self, heads: Sequence[Heads], context: int) -> int:
+        """Predicted bytes of one row: codes, scales, positions and numbers of every layer, and what layers remember."""
+        layers = zip(self.cascades(len(heads)), heads, strict=True)
+        return sum(cascade.nbytes(context, each) for cascade, each in layers)
 
     def __str__(self) -> str:
         if len(self.parts) == 1 and self.parts[0][:2] == (0, None):
@@ -117,7 +132,7 @@ def _cascade(text: str, start: int, piece: str) -> Cascade:
 
 
 TIER = re.compile(
-    r"\s*(?P<policy>[a-z][a-z-]*)\s*(?:\[(?P<arguments>[^\]]*)\])?(?:\s*(?P<count>[\d.]+%?))?\s*(?:@\s*(?P<codec>\w+))?\s*"
+    r"\s*(?P<policy>[a-z][a-z-]*)\s*(?:\[(?P<arguments>[^\]]*)\])?(?:\s*(?P<count>[\d.]+%?))?\s*(?:@\s*(?P<codec>\w+(?:\s*/\s*\w+)?))?\s*"
 )
 
 
@@ -138,33 +153,34 @@ def _tier(text: str, start: int, piece: str) -> Tier:
         policy = _policy(match["policy"], match["arguments"])
     except BadInput as error:
         raise wrong("arguments", str(error)) from None
-    if match["codec"] is not None and match["codec"] not in CODECS:
-        raise wrong("codec", f"no codec {_unknown(match['codec'], CODECS)}")
-    codec: Codec = bf16 if match["codec"] is None else CODECS[match["codec"]]
+    names = [name.strip() for name in (match["codec"] or bf16.name).split("/")]
+    for name in names:
+        if name not in CODECS:
+            raise wrong("codec", f"no codec {_unknown(name, CODECS)}")
+    codecs = Codecs(CODECS[names[0]], CODECS[names[-1]])
     count = match["count"]
     if count is None and not isinstance(policy, Full):
         raise wrong("policy", f"{match['policy']} needs a number of slots, such as '{match['policy']} 64'")
     try:
-        return Tier(policy, "100%" if count is None else int(count) if count.isdigit() else count, codec)
+        return Tier(policy, "100%" if count is None else int(count) if count.isdigit() else count, codecs)
     except BadInput as error:
         raise wrong("count", str(error)) from None
 
 
 def _policy(name: str, arguments: str | None) -> Policy:
-    fields = typing.get_type_hints(POLICIES[name])
-    fields = {field.name: fields[field.name] for field in dataclasses.fields(POLICIES[name])}
+    types = typing.get_type_hints(POLICIES[name])
+    types = {field.name: types[field.name] for field in dataclasses.fields(POLICIES[name])}
     values = {}
     for argument in (arguments or "").split(",") if arguments is not None else []:
         key, equals, value = (part.strip() for part in argument.partition("="))
-        if not equals or key not in fields:
-            known = f"has {', '.join(fields)}" if fields else "takes no arguments"
-            raise BadInput(f"{name} {known}; an argument is written NAME=NUMBER")
+        if not equals or key not in types:
+            known = f"has {', '.join(types)}" if types else "takes no arguments"
+            raise BadInput(f"{name} {known}; an argument is written NAME=VALUE")
+        kind = argument_of(types[key])
         try:
-            values[key] = fields[key](value)
-            if isinstance(values[key], float) and not math.isfinite(values[key]):
-                raise ValueError
+            values[key] = kind.read(value)
         except ValueError:
-            raise BadInput(f"{key} must be a number, not {value!r}") from None
+            raise BadInput(f"{key} must be {kind.what}, not {value!r}") from None
     return POLICIES[name](**values)
 
 

@@ -1,27 +1,32 @@
-"""A fixed number of slots with a policy and a codec."""
+"""A fixed number of slots with a policy and a codec for keys and for values."""
 
 import dataclasses
 import functools
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from kvcascade.cache.codec import Codec, bf16
+from kvcascade.cache.codec import bf16
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.policy import Full, Heavy, Policy, PositionAware, Random, Recent, Sink, text
-from kvcascade.kernels.slots import Entry, Slots
+from kvcascade.cache.statistic import Memory, Statistic
+from kvcascade.kernels.heads import Heads
+from kvcascade.kernels.slots import Codec, Codecs, Entry, Slots
 from kvcascade.kernels.write import exchange
 
 
 @dataclasses.dataclass(frozen=True)
 class Tier:
-    """What a tier is: its policy, its slots per KV head (a number, or a share of the context such as `25%`), its codec."""
+    """What a tier is: its policy, its slots per KV head (a number, or a share of the context such as `25%`), its codec or codecs."""
 
     policy: Policy
     count: int | str
-    codec: Codec = bf16
+    codec: Codec | Codecs = bf16
+    """One for keys and values, or one each."""
 
     def __post_init__(self):
         if isinstance(self.count, str):
@@ -31,20 +36,32 @@ class Tier:
             raise BadInput(f"a tier needs at least 1 slot, not {self.count}")
         if isinstance(self.policy, Full) and self.count != "100%":
             raise BadInput("full keeps the whole context and takes no number of slots")
+        if self.codecs.k == self.codecs.v:
+            object.__setattr__(self, "codec", self.codecs.k)
 
-    def slots(self, context: int) -> int:
-        """Slots per KV head for a context of so many tokens; a share is rounded, to at least one."""
-        if isinstance(self.count, str):
-            return max(1, round(context * float(self.count[:-1]) / 100))
-        return self.count
+    @property
+    def codecs(self) -> Codecs:
+        """How keys are stored, and how values."""
+        return self.codec if isinstance(self.codec, Codecs) else Codecs(self.codec, self.codec)
 
-    def nbytes(self, context: int, head_dim: int, scored: bool) -> int:
-        """Predicted bytes per row, layer and KV head: codes and scales of K and V, an int32 position, a float32 score if kept."""
-        return self.slots(context) * (2 * self.codec.nbytes(head_dim) + 4 + 4 * scored)
+    def slots(self, context: int, window: int = 0) -> int:
+        """Slots per KV head for a context of so many tokens; a share is rounded, to at least one.
+
+        A layer whose queries see only a `window` needs no more than so many.
+        """
+        count = self.count
+        if isinstance(count, str):
+            count = max(1, round(context * float(count[:-1]) / 100))
+        return min(count, window) if window else count
+
+    def nbytes(self, context: int, heads: Heads, numbers: int) -> int:
+        """Predicted bytes per row, layer and KV head: codes and scales of K and V, an int32 position, each float32 number carried."""
+        per_slot = self.codecs.k.nbytes(heads.width) + self.codecs.v.nbytes(heads.value_width) + 4 + 4 * numbers
+        return self.slots(context, heads.window) * per_slot
 
     def __str__(self) -> str:
         count = "" if isinstance(self.policy, Full) else f" {self.count}"
-        return text(self.policy) + count + ("" if self.codec == bf16 else f"@{self.codec.name}")
+        return text(self.policy) + count + ("" if self.codec == bf16 else f"@{self.codecs}")
 
 
 full = Tier(Full(), "100%")
@@ -55,28 +72,38 @@ random = functools.partial(Tier, Random())
 position_aware = functools.partial(Tier, PositionAware())
 
 
-def empty(tier: Tier, batch: int, kv_heads: int, head_dim: int, context: int, scored: bool) -> Slots:
-    """Slots that hold nothing."""
-    shape = (batch, kv_heads, tier.slots(context))
-    encode = lambda: tier.codec.encode(jnp.zeros((*shape, head_dim)))
-    return Slots(encode(), encode(), jnp.full(shape, -1, jnp.int32), jnp.zeros(shape) if scored else None)
+def empty(tier: Tier, batch: int, heads: Heads, context: int, numbers: int) -> Slots:
+    """Slots that hold nothing, for tokens that carry so many numbers."""
+    shape = (batch, heads.kv, tier.slots(context, heads.window))
+    encode = lambda codec, width: codec.encode(jnp.zeros((*shape, width), jnp.float32))
+    k, v = encode(tier.codecs.k, heads.width), encode(tier.codecs.v, heads.value_width)
+    pos_BKS = jnp.full(shape, -1, jnp.int32)
+    return Slots(k, v, pos_BKS, tuple(jnp.zeros(shape, jnp.float32) for _ in range(numbers)))
 
 
 @jax.named_scope("priority")
 def take_in(
-    tier: Tier, slots: Slots, entry: Entry, now_B11: Int[Array, "B 1 1"], last: bool
+    tier: Tier,
+    slots: Slots,
+    entry: Entry,
+    kept: Sequence[Statistic],
+    memories: dict[Memory, Any],
+    now_B11: Int[Array, "B 1 1"],
+    window: int,
+    last: bool,
 ) -> tuple[Slots, Entry | None]:
     """Offer T tokens to a tier; return its slots after it kept the S best of S + T, and the T tokens that it did not keep.
 
-    An empty slot always loses. The last tier cannot refuse the token at position `now`, and forgets what it does not keep (None).
+    Slots and tokens carry the numbers of the statistics that are `kept`, in that order. An empty slot always loses, and so does a token
+    that no query sees any more. The last tier cannot refuse the token at position `now`, and forgets what it does not keep (None).
     """
-    pos = jnp.concatenate([slots.pos_BKS, entry.pos_BKT], -1)
-    if slots.score_BKS is None:
-        score = jnp.zeros(pos.shape)
-    else:
-        score = jnp.concatenate([slots.score_BKS, entry.score_BKT], -1)
-    priority = jnp.maximum(tier.policy.priority(pos, score, now_B11), jnp.finfo(jnp.float32).min)
-    priority = jnp.where(pos < 0, -jnp.inf, priority)
+    both = lambda held, new: jnp.concatenate([held, new], -1)
+    pos = both(slots.pos_BKS, entry.pos_BKT)
+    number = lambda each: both(slots.numbers[kept.index(each)], entry.numbers[kept.index(each)])
+    read = tuple(memories[each] if isinstance(each, Memory) else number(each) for each in tier.policy.reads())
+    priority = jnp.maximum(tier.policy.priority(pos, read, now_B11), jnp.finfo(jnp.float32).min)
+    gone = (pos < 0) | (pos <= now_B11 - window) if window else pos < 0
+    priority = jnp.where(gone, -jnp.inf, priority)
     if last:
         priority = jnp.where((pos >= 0) & (pos == now_B11), jnp.inf, priority)
-    return exchange(slots, entry, priority, tier.codec, forget=last)
+    return exchange(slots, entry, priority, tier.codecs, forget=last)

@@ -27,7 +27,9 @@ from kvcascade.eval.records import Record
 from kvcascade.kernels import aot, traffic
 from kvcascade.kernels.decode import decode
 from kvcascade.kernels.files import write_whole
-from kvcascade.kernels.slots import Slots
+from kvcascade.kernels.heads import Heads
+from kvcascade.kernels.partial import normalise
+from kvcascade.kernels.slots import Codecs, Slots
 
 FOLDER = Path(__file__).parent
 PAGE, NUMBERS = FOLDER / "flash_attention.md", FOLDER / "flash_attention.json"
@@ -159,13 +161,17 @@ def _step(codec: str, slots: int) -> tuple[Any, ...]:
     """Queries, their position, and full slots of random vectors, of one row and one KV head."""
     keys = jax.random.split(jax.random.key(0), 3)
     k, v = (CODECS[codec].encode(jax.random.normal(key, (1, 1, slots, H))) for key in keys[:2])
-    held = Slots(k, v, jnp.arange(slots, dtype=jnp.int32)[None, None], None)
+    held = Slots(k, v, jnp.arange(slots, dtype=jnp.int32)[None, None])
     return jax.random.normal(keys[2], (1, GROUP, H)), jnp.full(1, slots, jnp.int32), held
 
 
 def _decode(codec: str, implementation) -> Callable:
-    form = CODECS[codec]
-    return lambda q, now, slots: decode(q, now, [(slots, form)], False, implementation=implementation)[0]
+    codecs, heads = Codecs(CODECS[codec], CODECS[codec]), Heads(GROUP, 1, H)
+
+    def call(q, now, slots):
+        return normalise([decode(q, now, [(slots, codecs)], heads, False, implementation=implementation)])[0][:, 0]
+
+    return call
 
 
 def generated(found: Record) -> dict[Path, str]:

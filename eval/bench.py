@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvcascade.cache.cascade import Cache
 from kvcascade.cache.spec import CacheSpec
+from kvcascade.cache.whole import Cache
 from kvcascade.eval.peers import Peer, PeerFailed
 from kvcascade.eval.records import Record, full_bytes
 from kvcascade.model import generate
@@ -96,7 +96,7 @@ def read_whole(config: ModelConfig, params: Params) -> list:
 def occupied_bytes(cache: Cache) -> int:
     """Bytes of a cache's slots that hold a token, all rows together."""
     total = 0.0
-    for slots in (slots for layer in cache for slots in layer.slots):
+    for slots in (slots for layer in cache.layers for slots in layer.slots):
         held = float((slots.pos_BKS >= 0).mean())
         total += held * sum(leaf.nbytes for leaf in jax.tree.leaves(slots))
     return round(total)

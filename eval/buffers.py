@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvcascade.cache.cascade import Cache, LayerCache, nbytes
+from kvcascade.cache.layer import LayerCache
 from kvcascade.cache.spec import CacheSpec
+from kvcascade.cache.whole import Cache, nbytes
 from kvcascade.eval import bench, whole_step
 from kvcascade.eval.records import Record
 from kvcascade.kernels import traffic
-from kvcascade.kernels.slots import Entry
 from kvcascade.model import generate
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.pretrained import Model
@@ -59,7 +59,8 @@ def measured(model: Model, spec: CacheSpec, batch: int, context: int) -> Record:
     for length in found["contexts"]:
         before = _live()[1]
         cache = generate.empty_cache(model.config, spec, batch, length)
-        cache = tuple(_fill(layer, length - 1, model.config) for layer in cache)
+        layers = tuple(_fill(layer, length - 1) for layer in cache.layers)
+        cache = dataclasses.replace(cache, layers=layers)
         token_B, position_B = jnp.zeros(batch, jnp.int32), jnp.full(batch, length - 1)
         step = generate.decode_step.trace(model.config, model.params, cache, token_B, position_B).lower().compile()
         logits_BV, cache = jax.block_until_ready(step(model.params, cache, token_B, position_B))
@@ -76,19 +77,20 @@ def measured(model: Model, spec: CacheSpec, batch: int, context: int) -> Record:
 CHUNK = 64
 
 
-def _fill(layer: LayerCache, count: int, config: ModelConfig) -> LayerCache:
+def _fill(layer: LayerCache, count: int) -> LayerCache:
     """Put so many tokens into an empty layer, in pieces of one length, so that not every count is compiled anew."""
-    shape = (*layer.slots[0].pos_BKS.shape[:2], CHUNK)
-    k, v = np.random.default_rng(0).standard_normal((2, *shape, config.head_dim), np.float32)
+    heads, batch = layer.heads, layer.slots[0].pos_BKS.shape[0]
+    normal = np.random.default_rng(0).standard_normal
+    shapes = (heads.queries, heads.width), (heads.kv, heads.width), (heads.kv, heads.value_width)
+    tokens = [jnp.asarray(normal((batch, CHUNK, *shape), np.float32)) for shape in shapes]
     for start in range(0, count, CHUNK):
-        pos = np.arange(start, start + CHUNK, dtype=np.int32)
-        pos_BKT = np.broadcast_to(np.where(pos < count, pos, -1), shape)
-        entry = Entry(*map(jnp.asarray, (k, v, pos_BKT, np.zeros(shape, np.float32))))
-        layer = _append(layer, entry, entry.pos_BKT.max(-1, keepdims=True)[:, :1])
+        pos_T = np.arange(start, start + CHUNK, dtype=np.int32)
+        positions_BT = jnp.asarray(np.broadcast_to(np.where(pos_T < count, pos_T, -1), (batch, CHUNK)))
+        _, layer = _step(layer, *tokens, positions_BT)
     return layer
 
 
-_append = jax.jit(LayerCache.append, donate_argnums=0)
+_step = jax.jit(LayerCache.step, donate_argnums=0)
 
 
 def of_step(compiled: jax.stages.Compiled, cache: Cache, component: Callable[[str], str], most: int = 6) -> Record:
@@ -98,7 +100,7 @@ def of_step(compiled: jax.stages.Compiled, cache: Cache, component: Callable[[st
     more than `temporaries`. A `copies` of anything but 0 says that the program writes a whole K or V buffer of the cache.
     """
     memory, program = _analysis(compiled), compiled.as_text() or ""
-    held = jax.tree.leaves([(slots.k, slots.v) for layer in cache for slots in layer.slots])
+    held = jax.tree.leaves([(slots.k, slots.v) for layer in cache.layers for slots in layer.slots])
     in_place = whole_step.kinds(jax.tree.leaves(cache))
     outputs = traffic.returned(program)
     found: collections.Counter[tuple[str, str, str]] = collections.Counter()

@@ -20,8 +20,8 @@ def main(wanted: dict) -> None:
     import jax
     import jax.numpy as jnp
 
-    from kvcascade.cache.cascade import nbytes
     from kvcascade.cache.spec import parse
+    from kvcascade.cache.whole import nbytes
     from kvcascade.model import generate
 
     device = jax.devices()[0]
@@ -32,7 +32,7 @@ def main(wanted: dict) -> None:
     generate.check_context(config, context)
     if steps >= context:
         raise BadInput(f"{steps} decode steps need a context longer than {context} tokens")
-    predicted = spec.nbytes(config.layers, config.kv_heads, config.head_dim, context)
+    predicted = spec.nbytes(config.layer_heads, context)
 
     limits.say(stage="compiling")
     # A prefill of the context would take memory that a step does not: the slots are written where they are.
@@ -97,25 +97,25 @@ def occupied(spec, config, batch: int, context: int, tokens: int):
     import jax
     import jax.numpy as jnp
 
-    from kvcascade.cache.cascade import LayerCache
     from kvcascade.kernels.slots import Slots
 
-    layers = []
-    for cascade in spec.cascades(config.layers):
+    layers, empty = [], jax.eval_shape(lambda: spec.init(batch, config.layer_heads, context))
+    for layer in empty.layers:
         held, first = [], 0
-        for index, tier in enumerate(cascade.tiers):
-            shape = (batch, config.kv_heads, tier.slots(context))
+        for tier, slots in zip(layer.cascade.tiers, layer.slots, strict=True):
+            shape = slots.pos_BKS.shape
             pos_S = first + jnp.arange(shape[-1])
             first += shape[-1]
             # Encoding one vector and spreading its codes: encoding them all would need room for them in float32.
-            code = tier.codec.encode(jnp.sin(jnp.arange(1.0, config.head_dim + 1)))
-            stored = lambda code=code, shape=shape: jax.tree.map(
-                lambda x: jnp.broadcast_to(x, (*shape, x.shape[-1])), code
-            )
+            code = lambda codec, width: codec.encode(jnp.sin(jnp.arange(1.0, width + 1)))
+            spread = lambda x, shape=shape: jnp.broadcast_to(x, (*shape, x.shape[-1]))
+            k = jax.tree.map(spread, code(tier.codecs.k, layer.heads.width))
+            v = jax.tree.map(spread, code(tier.codecs.v, layer.heads.value_width))
             pos_BKS = jnp.broadcast_to(jnp.where(pos_S < tokens, pos_S, -1), shape)
-            held.append(Slots(stored(), stored(), pos_BKS, jnp.ones(shape) if cascade.scored(index) else None))
-        layers.append(LayerCache(cascade, tuple(held)))
-    return tuple(layers)
+            held.append(Slots(k, v, pos_BKS, tuple(jnp.ones(shape) for _ in slots.numbers)))
+        memories = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), layer.memories)
+        layers.append(dataclasses.replace(layer, slots=tuple(held), memories=memories))
+    return dataclasses.replace(empty, layers=tuple(layers))
 
 
 def workspace(step, sample) -> int:

@@ -15,9 +15,10 @@ from kvcascade.eval import two_kernel
 from kvcascade.kernels import activation, activation_mosaic, aot, backend
 from kvcascade.kernels.backend import Implementation
 from kvcascade.kernels.decode import decode
+from kvcascade.kernels.heads import Heads
 from kvcascade.kernels.nonlinear import Inputs
 from kvcascade.kernels.paged import paged_decode
-from kvcascade.kernels.slots import Entry, Slots
+from kvcascade.kernels.slots import Codecs, Entry, Slots
 from kvcascade.kernels.write import exchange
 
 
@@ -116,7 +117,7 @@ def _slots(codec: str, *shape: int) -> Slots:
     """Full slots of random vectors; the shape is that of the vectors."""
     keys = jax.random.split(jax.random.key(0))
     k, v = (CODECS[codec].encode(jax.random.normal(key, shape)) for key in keys)
-    return Slots(k, v, jnp.broadcast_to(jnp.arange(shape[2], dtype=jnp.int32), shape[:3]), None)
+    return Slots(k, v, jnp.broadcast_to(jnp.arange(shape[2], dtype=jnp.int32), shape[:3]))
 
 
 def _decode(codec, kv_heads, group, head_dim, observed, implementation, in_use) -> Program:
@@ -126,7 +127,8 @@ def _decode(codec, kv_heads, group, head_dim, observed, implementation, in_use) 
         q_BNH = jax.random.normal(jax.random.key(1), (B, K * group, head_dim))
         return q_BNH, jnp.full(B, SLOTS, jnp.int32), _slots(codec, B, K, SLOTS, head_dim)
 
-    call = lambda q, now, slots: decode(q, now, [(slots, form)], observed, implementation=implementation)
+    heads, held = Heads(K * group, K, head_dim), Codecs(form, form)
+    call = lambda q, now, slots: decode(q, now, [(slots, held)], heads, observed, implementation=implementation)
     return Program(call, arguments, 2 * B * K * SLOTS * form.nbytes(head_dim))
 
 
@@ -139,7 +141,8 @@ def _paged(codec, kv_heads, group, head_dim, implementation, in_use) -> Program:
         table_BP = jax.random.permutation(jax.random.key(2), pages).reshape(B, -1).astype(jnp.int32)
         return q_BNH, jnp.full(B, SLOTS, jnp.int32), _slots(codec, pages, K, page, head_dim), table_BP
 
-    call = lambda q, now, pool, table: paged_decode(q, now, pool, table, form, implementation=implementation)
+    heads, held = Heads(K * group, K, head_dim), Codecs(form, form)
+    call = lambda q, now, pool, table: paged_decode(q, now, pool, table, held, heads, implementation=implementation)
     return Program(call, arguments, 2 * B * K * SLOTS * form.nbytes(head_dim))
 
 
@@ -159,13 +162,15 @@ def _append(codec, kv_heads, group, head_dim, implementation, in_use) -> Program
 
     def arguments():
         k, v = (jax.random.normal(jax.random.key(i), (B, K, 1, head_dim)) for i in (3, 4))
-        entry = Entry(k, v, jnp.full((B, K, 1), SLOTS, jnp.int32), jnp.ones((B, K, 1)))
+        entry = Entry(k, v, jnp.full((B, K, 1), SLOTS, jnp.int32))
         return _slots(codec, B, K, SLOTS, head_dim), entry, jax.random.uniform(jax.random.key(5), (B, K, SLOTS + 1))
 
-    call = lambda slots, entry, priority: exchange(slots, entry, priority, form, False, implementation=implementation)
-    # Of the slots one per head is read and written.
-    slot = B * K * (2 * form.nbytes(head_dim) + 4)
-    return Program(call, arguments, B * K * SLOTS, aside=2 * (SLOTS - 1) * slot, donated=(0,))
+    held = Codecs(form, form)
+    call = lambda slots, entry, priority: exchange(slots, entry, priority, held, False, implementation=implementation)
+    # Of the vectors in slots one per head is read and written; of the positions, which decide between equals, all are read.
+    untouched = B * K * (SLOTS - 1)
+    aside = untouched * (2 * 2 * form.nbytes(head_dim) + 4)
+    return Program(call, arguments, B * K * SLOTS, aside=aside, donated=(0,))
 
 
 def _mass(kv_heads, group, head_dim, in_use) -> Program:
@@ -177,7 +182,8 @@ def _mass(kv_heads, group, head_dim, in_use) -> Program:
         q, k = (jax.random.normal(jax.random.key(6), (B, T, N, head_dim), jnp.bfloat16) for N in (K * group, K))
         return q, k, jnp.full(B, T, jnp.int32)
 
-    call = lambda q, k, length: prefill_triton.mass(q, k, length, 0, 0, backend.capability() is None)
+    heads = Heads(K * group, K, head_dim)
+    call = lambda q, k, length: prefill_triton.mass(q, k, length, heads, 0, backend.capability() is None)
     return Program(call, arguments, B * K * group * T * T // 2)
 
 

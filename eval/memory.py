@@ -6,10 +6,12 @@ import math
 import jax
 import jax.numpy as jnp
 
+from kvcascade.cache.cascade import Cascade
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.eval.records import full_bytes
 from kvcascade.kernels import aot
+from kvcascade.kernels.heads import Heads
 from kvcascade.model import gpt
 from kvcascade.model.config import ModelConfig
 
@@ -57,14 +59,14 @@ def decode_step(config: ModelConfig, spec: CacheSpec, context: int) -> Memory:
     """What a decode step with a donated cache holds, for rows of up to `context` tokens.
 
     weights    `weights`
-    cache      codes, scales, positions and scores of every tier of every layer (`CacheSpec.nbytes`)
+    cache      codes, scales, positions and numbers of every tier of every layer (`CacheSpec.nbytes`)
     logits     vocab · 2 or 4, as `dtype` says
     inputs     8: a token and a position in int32
     workspace  `workspace`, alone the same for one row
     """
     return Memory(
         weights(config),
-        spec.nbytes(config.layers, config.kv_heads, config.head_dim, context),
+        spec.nbytes(config.layer_heads, context),
         config.vocab * jnp.dtype(config.dtype).itemsize,
         8,
         workspace(config, spec, context),
@@ -90,11 +92,16 @@ def workspace(config: ModelConfig, spec: CacheSpec, context: int, alone: bool = 
             the MLP, M · d + matrices · F · d with d the bytes of `dtype`; S the slots of all tiers, `matrices` 3 with a gate, else 2.
             K and V go to their slots in float32, as attention's output comes from them; the logits of all slots make the mass.
     """
-    cascades = spec.cascades(config.layers)
-    number, wide = jnp.dtype(config.dtype).itemsize, config.heads + 2 * config.kv_heads
-    ranks = [4 * config.kv_heads * (cascade.tiers[0].slots(context) + 1) for cascade in cascades]
-    slots = max(sum(tier.slots(context) for tier in each.tiers) if each.scored(0) else 0 for each in cascades)
-    attention = wide * config.head_dim * (number + 4) + 4 * config.heads * slots
+    layers = list(zip(spec.cascades(config.layers), config.layer_heads, strict=True))
+    number = jnp.dtype(config.dtype).itemsize
+    ranks = [4 * heads.kv * (each.tiers[0].slots(context, heads.window) + 1) for each, heads in layers]
+
+    def attend(cascade: Cascade, heads: Heads) -> int:
+        slots = sum(tier.slots(context, heads.window) for tier in cascade.tiers) if cascade.observed else 0
+        wide = (heads.queries + heads.kv) * heads.width + heads.kv * heads.value_width
+        return wide * (number + 4) + 4 * heads.queries * slots
+
+    attention = max(attend(*layer) for layer in layers)
     mlp = (3 if config.activation == "swiglu" else 2) * config.mlp * number
     return (max(ranks) if alone else sum(ranks)) + config.width * number + max(attention, mlp)
 

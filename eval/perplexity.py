@@ -10,9 +10,9 @@ import numpy as np
 import optax
 from jaxtyping import Float, Int
 
-from kvcascade.cache.cascade import nbytes
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
+from kvcascade.cache.whole import nbytes
 from kvcascade.model import generate, gpt
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
@@ -40,7 +40,7 @@ def check(config: ModelConfig, specs: list[CacheSpec], context: int, prefix: int
         raise BadInput(f"a prefix of {prefix} tokens leaves nothing to score in a context of {context}")
     generate.check_context(config, context)
     for spec in specs:
-        spec.nbytes(config.layers, config.kv_heads, config.head_dim, context)
+        spec.nbytes(config.layer_heads, context)
 
 
 class _Step:

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvcascade.cache.cascade import Cache, nbytes
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
+from kvcascade.cache.whole import Cache, nbytes
 from kvcascade.eval import bench, buffers
 from kvcascade.eval.records import Record
 from kvcascade.eval.trace import trace
@@ -157,10 +157,10 @@ def _moved(program: _Program, cache: Cache) -> collections.Counter[str]:
         moved[component(launch.scope)] += launch.moved
         targets.add(launch.target)
     size = lambda *parts: sum(leaf.nbytes for leaf in jax.tree.leaves(parts))
-    for slots in (slots for layer in cache for slots in layer.slots):
+    for slots in (slots for layer in cache.layers for slots in layer.slots):
         if "kvcascade_decode" in targets:
             moved["attention"] -= round(float((slots.pos_BKS < 0).mean()) * size(slots.k, slots.v, slots.pos_BKS))
-        if "kvcascade_exchange" in targets and native.reads(slots.k):
+        if "kvcascade_exchange" in targets and not native.unread(slots):
             moved["exchange"] -= round(2 * size(slots) * (1 - 1 / slots.pos_BKS.shape[-1]))
     return moved
 
@@ -172,8 +172,9 @@ def _operations(model: Model, program: _Program, cache: Cache, batch: int) -> fl
     if "kvcascade_product" in targets:
         count += 2 * batch * sum(leaf.size for leaf in bench.read_whole(config, model.params) if leaf.ndim == 2)
     if "kvcascade_decode" in targets:
-        held = sum(int((slots.pos_BKS >= 0).sum()) for layer in cache for slots in layer.slots)
-        count += 4 * config.head_dim * config.heads // config.kv_heads * held
+        for layer in cache.layers:
+            per_slot = 2 * (layer.heads.width + layer.heads.value_width) * layer.heads.queries // layer.heads.kv
+            count += per_slot * sum(int((slots.pos_BKS >= 0).sum()) for slots in layer.slots)
     return count
 
 
@@ -182,22 +183,26 @@ def _tiers(model: Model, cache: Cache, batch: int, context: int, attention_ms: f
 
     All tiers are one call, so its time is divided as are the times that attention over each tier alone takes, of all layers, one after the other.
     """
-    texts = dict.fromkeys((i, str(tier)) for layer in cache for i, tier in enumerate(layer.cascade.tiers))
-    q_BNH, q_pos_B = jnp.ones((batch, model.config.heads, model.config.head_dim)), jnp.full(batch, context - 1)
+    texts = dict.fromkeys((i, str(tier)) for layer in cache.layers for i, tier in enumerate(layer.cascade.tiers))
+    q_pos_B = jnp.full(batch, context - 1)
     found = []
     for index, text in texts:
-        layers = [e for e in cache if len(e.slots) > index and str(e.cascade.tiers[index]) == text]
-        codec = layers[0].cascade.tiers[index].codec
+        layers = [e for e in cache.layers if len(e.slots) > index and str(e.cascade.tiers[index]) == text]
+        codecs = layers[0].cascade.tiers[index].codecs
 
         @jax.jit
-        def alone(slots, q_BNH, codec=codec, observed=layers[0].observed):
-            for one in slots:
-                q_BNH, _ = decode(q_BNH, q_pos_B, [(one, codec)], observed, model.config.window)
-            return q_BNH
+        def alone(layers, index=index, codecs=codecs):
+            after = 0.0  # so that one layer comes after the other, as in a step
+            for layer in layers:
+                q_BNH = jnp.full((batch, layer.heads.queries, layer.heads.width), 1 + 0 * after)
+                held = [(layer.slots[index], codecs)]
+                part, _ = decode(q_BNH, q_pos_B, held, layer.heads, layer.cascade.observed)
+                after = part.sum_BTN[0, 0, 0]
+            return after
 
         slots = [layer.slots[index] for layer in layers]
-        jax.block_until_ready(alone(slots, q_BNH))
-        times = [bench.seconds(lambda: alone(slots, q_BNH)) for _ in range(20)]  # noqa: B023
+        jax.block_until_ready(alone(layers))
+        times = [bench.seconds(lambda: alone(layers)) for _ in range(20)]  # noqa: B023
         size = sum(
             float((one.pos_BKS >= 0).mean()) * sum(leaf.nbytes for leaf in jax.tree.leaves((one.k, one.v, one.pos_BKS)))
             for one in slots

@@ -49,10 +49,10 @@ def evaluation(
         "ppl": math.exp(nll),
         "bits_per_byte": float(scores.nll_BT.sum() / math.log(2) / lengths[rows[:, first:]].sum()),
         "kv_bytes": scores.kv_bytes,
-        "kv_bytes_predicted": spec.nbytes(config.layers, config.kv_heads, config.head_dim, context),
+        "kv_bytes_predicted": spec.nbytes(config.layer_heads, context),
         "kv_bytes_full": full,
         "compression": 1 - scores.kv_bytes / full,
-        "kept": max(cascade.slots(context) for cascade in spec.cascades(config.layers)),
+        "kept": spec.slots(config.layer_heads, context),
         "tokens_per_second": round(scores.tokens_per_second, 1),
         "traces": scores.traces,
         "compile_seconds": round(scores.compile_seconds, 2),
@@ -133,8 +133,12 @@ def retrieval_table(found: list[Record]) -> tuple[str, list[str], list[list[str]
 
 
 def full_bytes(config: ModelConfig, context: int) -> int:
-    """Bytes per row of a bf16 cache of the whole context, keys and values alone: 2 · layers · kv_heads · head_dim · context · 2."""
-    return 2 * config.layers * config.kv_heads * config.head_dim * context * 2
+    """Bytes per row of a bf16 cache of all that a query may see of the context, keys and values alone.
+
+    Σ over layers of K · (key width + value width) · 2 · slots, and slots are the context, or a layer's window if that is less.
+    """
+    slots = lambda heads: min(context, heads.window or context)
+    return sum(heads.kv * (heads.width + heads.value_width) * 2 * slots(heads) for heads in config.layer_heads)
 
 
 def stamp(record: Record, seconds: float) -> Record:

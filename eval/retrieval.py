@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
-from kvcascade.cache.cascade import nbytes
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
+from kvcascade.cache.whole import nbytes
 from kvcascade.model import generate
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
@@ -195,7 +195,7 @@ def score(
     length = len(samples[0].context)
     whole = length + room
     generate.check_context(config, whole)
-    spec.nbytes(config.layers, config.kv_heads, config.head_dim, whole)
+    spec.nbytes(config.layer_heads, whole)
     found: list[list[bool]] = []
     size = 0
     for first in range(0, len(samples), batch):

@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from kvcascade.cache.cascade import nbytes
 from kvcascade.cache.spec import CacheSpec
+from kvcascade.cache.whole import nbytes
 from kvcascade.eval.buffers import resident
 from kvcascade.eval.records import Record
 from kvcascade.kernels.write import argmin

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvcascade.cache.cascade import Cache
 from kvcascade.cache.spec import CacheSpec, parse
+from kvcascade.cache.whole import Cache
 from kvcascade.eval.records import Record
 from kvcascade.kernels import aot, traffic
 from kvcascade.model import generate, gpt
@@ -47,7 +47,7 @@ def compile_step(
     """A decode step with its cache donated, compiled for a card; also XLA's analysis of its memory, and the cache's shapes."""
     params = gpt.graph(model)[1]
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    cache = jax.eval_shape(lambda: spec.init(batch, model.layers, model.kv_heads, model.head_dim, context))
+    cache = jax.eval_shape(lambda: spec.init(batch, model.layer_heads, context))
     each_row = jax.ShapeDtypeStruct((batch,), jnp.int32)
 
     def decode_step(params, cache, token_B, position_B):
@@ -62,9 +62,9 @@ def measure(step: Step, card: aot.GPU) -> Record:
     model, spec = step.model, parse(step.cache)
     compiled, memory, cache = compile_step(model, spec, step.batch, step.context, card)
     program = compiled.as_text() or ""
-    held = [leaf for layer in cache for slots in layer.slots for leaf in jax.tree.leaves((slots.k, slots.v))]
+    held = [leaf for layer in cache.layers for slots in layer.slots for leaf in jax.tree.leaves((slots.k, slots.v))]
     launches = traffic.launches(program)
-    cache_bytes = spec.nbytes(model.layers, model.kv_heads, model.head_dim, step.context) * step.batch
+    cache_bytes = spec.nbytes(model.layer_heads, step.context) * step.batch
     return {
         "cache": step.cache,
         "batch": step.batch,

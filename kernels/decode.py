@@ -10,81 +10,99 @@ from jaxtyping import Array, Float, Int
 
 from kvcascade.kernels import launch, native
 from kvcascade.kernels.backend import Implementation, Kernel, run
-from kvcascade.kernels.partial import Partial, attend_all, combine
-from kvcascade.kernels.slots import Format, Slots
+from kvcascade.kernels.heads import Heads
+from kvcascade.kernels.partial import Partial, Weights, attend_each, join, joined
+from kvcascade.kernels.slots import Codecs, Held, Slots
 
-type Result = tuple[Float[Array, "B N H"], list[Float[Array, "B K _"]]]
+type Flat = tuple[Float[Array, "B N W"], Float[Array, "B N"], Float[Array, "B N"], list[Float[Array, "B K G _"]]]
+"""A partial's arrays and the weights of each tier's slots, without the axis of the one query."""
 
 
 @jax.named_scope("attention")
 def decode(
     q_BNH: Float[Array, "B N H"],
     q_pos_B: Int[Array, " B"],
-    held: Sequence[tuple[Slots, Format]],
+    held: Sequence[Held],
+    heads: Heads,
     observed: bool,
-    window: int = 0,
     implementation: Implementation | None = None,
-) -> Result:
-    """`partial.attend_all` for one query per row: normalised attention in float32, and each slot's mass if `observed`.
+) -> tuple[Partial, list[Weights]]:
+    """`partial.attend` of one query per row to all tiers: one partial in float32 and, if `observed`, the weights of each tier's slots.
 
+    It is not normalised, so it merges with what other places hold; `partial.normalise` ends it, alone or with others.
     `xla` runs everywhere, `native` is C++ for a CPU, `mosaic` takes all tiers in one launch on Hopper, `triton` a tier in each on other
     GPUs; None takes the best that there is on the platform compiled for.
     """
-    slots, formats = zip(*held, strict=True)
+    slots, codecs = zip(*held, strict=True)
     reference, on_cpu, on_hopper, on_gpu = (
-        functools.partial(each, formats, observed, window) for each in (_xla, _native, _mosaic, _triton)
+        functools.partial(each, codecs, heads, observed) for each in (_xla, _native, _mosaic, _triton)
     )
-    known = lambda q, q_pos, slots: all(native.reads(tier.k) for tier in slots)
     kernels = {
-        "native": native.kernel(on_cpu, known),
-        "mosaic": Kernel(on_hopper, _mosaic_refuses),
-        "triton": Kernel(on_gpu, lambda q, q_pos, slots: triton_refuses(*slots)),
+        "native": native.kernel(on_cpu, lambda q, q_pos, slots: _one_width(heads) or native.unread(*slots)),
+        "mosaic": Kernel(on_hopper, lambda q, q_pos, slots: _one_width(heads) or _mosaic_refuses(heads, q, slots)),
+        "triton": Kernel(on_gpu, lambda q, q_pos, slots: _one_width(heads) or triton_refuses(*slots)),
     }
-    return run(implementation, reference, kernels, q_BNH, q_pos_B, slots)
+    out_BNW, max_BN, sum_BN, weights = run(implementation, reference, kernels, q_BNH, q_pos_B, slots)
+    return Partial(out_BNW[:, None], max_BN[:, None], sum_BN[:, None]), [each[:, :, :, None] for each in weights]
 
 
-def _xla(formats, observed, window, q_BNH, q_pos_B, slots) -> Result:
-    held = list(zip(slots, formats, strict=True))
-    out_BTNH, masses = attend_all(q_BNH[:, None], q_pos_B[:, None], held, observed, window)
-    return out_BTNH[:, 0], masses
+def _one_width(heads: Heads) -> str | None:
+    """Why a kernel in which keys and values are equally wide refuses these heads, or None."""
+    if heads.value_width != heads.width:
+        return f"made for one width, not for keys of {heads.width} and values of {heads.value_width} numbers"
+    return None
 
 
-def _native(formats, observed, window, q_BNH, q_pos_B, slots) -> Result:
+def _flat(part: Partial, weights: list[Weights]) -> Flat:
+    return part.out_BTNW[:, 0], part.max_BTN[:, 0], part.sum_BTN[:, 0], [each[:, :, :, 0] for each in weights]
+
+
+def _xla(codecs: Sequence[Codecs], heads, observed, q_BNH, q_pos_B, slots) -> Flat:
+    held = list(zip(slots, codecs, strict=True))
+    return _flat(*joined(attend_each(q_BNH[:, None], q_pos_B[:, None], held, heads, observed)))
+
+
+def _native(codecs: Sequence[Codecs], heads, observed, q_BNH, q_pos_B, slots) -> Flat:
+    B, N, _ = q_BNH.shape
     flat = [x for tier in slots for x in (tier.pos_BKS, *native.arrays(tier.k), *native.arrays(tier.v))]
-    like = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32)
-    call = jax.ffi.ffi_call("kvcascade_decode", [like(q_BNH), *(like(tier.pos_BKS) for tier in slots if observed)])
-    out_BNH, *masses = call(
+    like = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    weights = [like(B, heads.kv, N // heads.kv, tier.pos_BKS.shape[-1]) for tier in slots if observed]
+    call = jax.ffi.ffi_call("kvcascade_decode", [like(*q_BNH.shape), like(B, N), like(B, N), *weights])
+    each = lambda numbers: np.array([number for pair in numbers for number in pair], np.int64)
+    out_BNW, max_BN, sum_BN, *found = call(
         q_BNH.astype(jnp.float32),
-        q_pos_B,
+        q_pos_B.astype(jnp.int32),
         *flat,
-        arrays=np.array([len(tier.k) for tier in slots], np.int64),
-        turned=np.array([form.turned for form in formats], np.int64),
-        window=np.int64(window),
+        arrays=each((len(tier.k), len(tier.v)) for tier in slots),
+        turned=each((one.k.turned, one.v.turned) for one in codecs),
+        window=np.int64(heads.window),
+        scale=np.float32(heads.scale),
+        soft_cap=np.float32(heads.soft_cap),
     )
-    return out_BNH, masses
+    return out_BNW, max_BN, sum_BN, found
 
 
-def _mosaic(formats, observed, window, q_BNH, q_pos_B, slots, interpret) -> Result:
+def _mosaic(codecs, heads, observed, q_BNH, q_pos_B, slots, interpret) -> Flat:
     from kvcascade.kernels import decode_mosaic
 
-    turned = [form.turn(q_BNH) for form in formats]
-    return _merge(formats, *decode_mosaic.attend(turned, q_pos_B, slots, observed, window, interpret))
+    turned = [each.k.turn(q_BNH) for each in codecs]
+    return _of_splits(codecs, *decode_mosaic.attend(turned, q_pos_B, slots, heads, observed, interpret))
 
 
-def _mosaic_refuses(q_BNH, q_pos_B, slots) -> str | None:
+def _mosaic_refuses(heads, q_BNH, slots) -> str | None:
     from kvcascade.kernels import decode_mosaic
 
-    return decode_mosaic.refuses(q_BNH, slots)
+    return decode_mosaic.refuses(q_BNH, slots, heads)
 
 
-def _triton(formats, observed, window, q_BNH, q_pos_B, slots, interpret) -> Result:
+def _triton(codecs, heads, observed, q_BNH, q_pos_B, slots, interpret) -> Flat:
     from kvcascade.kernels import decode_triton
 
     found = [
-        decode_triton.attend(form.turn(q_BNH), q_pos_B, tier, observed, window, interpret)
-        for form, tier in zip(formats, slots, strict=True)
+        decode_triton.attend(each.k.turn(q_BNH), q_pos_B, tier, heads, observed, interpret)
+        for each, tier in zip(codecs, slots, strict=True)
     ]
-    return _merge(formats, [part for part, _ in found], [logits for _, logits in found if logits is not None])
+    return _of_splits(codecs, [part for part, _ in found], [logits for _, logits in found if logits is not None])
 
 
 def triton_refuses(*slots: Slots) -> str | None:
@@ -96,10 +114,8 @@ def triton_refuses(*slots: Slots) -> str | None:
     return next(filter(None, map(decode_triton.refuses, slots)), None)
 
 
-def _merge(formats, parts: list[Partial], logits: list[Float[Array, "B K G _"]]) -> Result:
-    """All splits of all tiers, those along a leading axis, in one; and what the logits say of each slot's mass."""
-    parts = [p._replace(out_BTNH=form.turn(p.out_BTNH)) for form, p in zip(formats, parts, strict=True)]
-    out_BTNH, top_BTN, total_BTN = combine(Partial(*map(jnp.concatenate, zip(*parts, strict=True))))
-    over_slots = lambda x_BTN, logits_BKGS: x_BTN.reshape(*logits_BKGS.shape[:-1], 1)
-    mass = lambda x: (jnp.exp(x - over_slots(top_BTN, x)) / over_slots(total_BTN, x)).sum(2)
-    return out_BTNH[:, 0], [mass(x) for x in logits]
+def _of_splits(codecs: Sequence[Codecs], parts: list[Partial], logits: list[Float[Array, "B K G _"]]) -> Flat:
+    """All splits of all tiers, those along a leading axis, as one; and what the logits say of each slot's weight."""
+    parts = [p._replace(out_BTNW=each.v.turn(p.out_BTNW)) for each, p in zip(codecs, parts, strict=True)]
+    out_BNW, max_BN, sum_BN, _ = _flat(join(Partial(*map(jnp.concatenate, zip(*parts, strict=True)))), [])
+    return out_BNW, max_BN, sum_BN, [jnp.exp(x - max_BN.reshape(*x.shape[:3], 1)) for x in logits]

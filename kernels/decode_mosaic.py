@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from kvcascade.kernels.backend import capability
+from kvcascade.kernels.heads import Heads
 from kvcascade.kernels.partial import NEVER, TERMS, Partial, terms
 from kvcascade.kernels.slots import Slots, payload
 
@@ -73,7 +74,7 @@ class Tier:
         return next(each for each in (128, 64, 32) if 2 * self.width % each == 0)
 
 
-def refuses(q_BNH: Float[Array, "B N H"], slots: Sequence[Slots]) -> str | None:
+def refuses(q_BNH: Float[Array, "B N H"], slots: Sequence[Slots], heads: Heads) -> str | None:
     """Why the kernel cannot take these tiers, or None."""
     H, group = q_BNH.shape[-1], q_BNH.shape[1] // slots[0].pos_BKS.shape[1]
     gpu = capability()
@@ -81,8 +82,12 @@ def refuses(q_BNH: Float[Array, "B N H"], slots: Sequence[Slots]) -> str | None:
         return f"made for compute capability 9.0, not {gpu[0]}.{gpu[1]}"
     if group > HEADS or H > 128:
         return f"made for {HEADS} query heads to a KV head and heads 128 wide at most, not {group} and {H}"
+    if heads.soft_cap:
+        return "made for logits without a soft cap"
     for tier in slots:
         stored = payload(tier.k)
+        if (payload(tier.v).dtype, *tier.k) != (stored.dtype, *tier.v):
+            return "made for keys and values in one codec"
         if "scales" in tier.k or stored.dtype.name not in ("bfloat16", "float8_e4m3fn", "int8", "uint8"):
             return "made for slots in bf16, fp8, int8 and int4"
         if tier.pos_BKS.size % 8:
@@ -93,13 +98,13 @@ def refuses(q_BNH: Float[Array, "B N H"], slots: Sequence[Slots]) -> str | None:
 
 
 # Compiled by itself, so that layers of one shape share one kernel: making it takes seconds.
-@functools.partial(jax.jit, static_argnames=("observed", "window", "interpret"))
+@functools.partial(jax.jit, static_argnames=("heads", "observed", "interpret"))
 def attend(
     turned: Sequence[Float[Array, "B N H"]],
     q_pos_B: Int[Array, " B"],
     slots: Sequence[Slots],
+    heads: Heads,
     observed: bool,
-    window: int,
     interpret: bool,
 ) -> tuple[list[Partial], list[Float[Array, "B K G _"]]]:
     """`partial.attend` for one query per row and each of the tiers, whose formats it was `turned` for, and so is the output.
@@ -115,12 +120,12 @@ def attend(
         least = pl.cdiv(SHARE * HEADS * H * (2 * TERMS + 4), TILE * per_slot)
         per_split = max(min(least, each.tiles), each.tiles // pl.cdiv(FULL, B * K))
         tiers.append(dataclasses.replace(each, per_split=per_split))
-        operands.append(_operands(q_BNH.astype(jnp.float32) * H**-0.5, tier))
+        operands.append(_operands(q_BNH.astype(jnp.float32) * heads.scale, tier))
         first += tiers[-1].splits
     like = lambda *shape: jax.ShapeDtypeStruct((B * K, *shape), jnp.float32)
     leaves, tree = jax.tree.flatten(operands)
     kernel = plgpu.kernel(
-        functools.partial(_body, tiers, tree, H, N // K, K, window),
+        functools.partial(_body, tiers, tree, heads, N // K),
         out_type=[
             like(first, pl.cdiv(H, 64) * 64, HEADS),
             like(first, 3, COLUMNS),
@@ -167,15 +172,15 @@ def _tiled(shape, dtype, swizzle):
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))  # pyright: ignore
 
 
-def _body(tiers, tree, H, group, K, window, now_ref, *refs):
+def _body(tiers, tree, heads, group, now_ref, *refs):
     operands = tree.unflatten(refs[: tree.num_leaves])
     out_ref, stats_ref, *logits_refs = refs[tree.num_leaves :]
-    split, now = lax.axis_index("split"), now_ref[lax.axis_index("row") // K]
+    split, now = lax.axis_index("split"), now_ref[lax.axis_index("row") // heads.kv]
     for index, (tier, arrays) in enumerate(zip(tiers, operands, strict=True)):
         of_tier = (split >= tier.first) & (split < tier.first + tier.splits)
         logits_ref = logits_refs[index] if logits_refs else None
-        attend = functools.partial(_attend, tier, arrays, H, group, window, now, out_ref, stats_ref, logits_ref)
-        pl.when(of_tier)(functools.partial(pl.run_scoped, attend, **_scratch(tier, arrays, H)))
+        attend = functools.partial(_attend, tier, arrays, heads, group, now, out_ref, stats_ref, logits_ref)
+        pl.when(of_tier)(functools.partial(pl.run_scoped, attend, **_scratch(tier, arrays, heads.width)))
 
 
 def _scratch(tier, arrays, H):
@@ -204,13 +209,13 @@ def _scratch(tier, arrays, H):
     }
 
 
-def _attend(tier, arrays, H, group, window, now, out_ref, stats_ref, logits_ref, **sm):
+def _attend(tier, arrays, heads, group, now, out_ref, stats_ref, logits_ref, **sm):
     """One split of one tier: the softmax goes on from tile to tile, the columns of every array being query heads."""
     row, split = lax.axis_index("row"), lax.axis_index("split")
     first = (split - tier.first) * tier.per_split
     tiles = jnp.minimum(tier.per_split, tier.tiles - first)
     ahead = row * tier.slots % 8
-    parts = H // tier.width
+    parts = heads.width // tier.width
 
     def fetch(tile, stage):
         # What lies before a row's first slot and after its last one is another row's, or nothing, and never looked at.
@@ -269,9 +274,7 @@ def _attend(tier, arrays, H, group, window, now, out_ref, stats_ref, logits_ref,
             logits = logits + across(per_slot(sm["k"]["low"], stage).astype(jnp.float32)) * down(sums)
         pos = per_slot(sm["k"]["pos"], stage)
         slot = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=SLOT) + start
-        seen = (slot >= 0) & (slot < tier.slots) & (pos >= 0) & (pos <= now)
-        if window:
-            seen &= now - pos < window
+        seen = (slot >= 0) & (slot < tier.slots) & (pos >= 0) & heads.sees(now - pos)
         logits = jnp.where(across(seen), logits, NEVER)
         if logits_ref is not None:
             column = plgpu.broadcasted_iota(jnp.int32, (TILE, COLUMNS), 1, layout=GRID)

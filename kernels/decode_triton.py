@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from jaxtyping import Array, Float, Int
 
+from kvcascade.kernels.heads import Heads
 from kvcascade.kernels.launch import launch
 from kvcascade.kernels.partial import Partial
-from kvcascade.kernels.slots import Slots, Stored, payload
+from kvcascade.kernels.slots import Slots, Stored, payload, unknown
 
 TILE = 64  # slots at once
 BLOCKS = 2 * 132  # what fills an H100
@@ -22,10 +23,13 @@ BLOCKS = 2 * 132  # what fills an H100
 
 def refuses(slots: Slots) -> str | None:
     """Why the kernel cannot read slots, or None."""
-    kind = format_of(slots.k)
-    if kind is None:
-        return f"no kernel for slots of {', '.join(f'{name} {x.dtype}' for name, x in slots.k.items())}"
-    return "the head width is odd" if _head_dim(slots.k, kind) % 2 else None
+    for stored in (slots.k, slots.v):
+        kind = format_of(stored)
+        if kind is None:
+            return unknown(stored)
+        if _head_dim(stored, kind) % 2:
+            return "the head width is odd"
+    return None
 
 
 def format_of(stored: Stored) -> str | None:
@@ -48,8 +52,8 @@ def attend(
     q_BNH: Float[Array, "B N H"],
     q_pos_B: Int[Array, " B"],
     slots: Slots,
+    heads: Heads,
     observed: bool,
-    window: int,
     interpret: bool,
     table_BP: Int[Array, "B P"] | None = None,
 ) -> tuple[Partial, Float[Array, "B K G S"] | None]:
@@ -61,7 +65,7 @@ def attend(
     B, N, H = q_BNH.shape
     K, Z = slots.pos_BKS.shape[1:]
     S = Z if table_BP is None else Z * table_BP.shape[1]
-    G, kind = N // K, format_of(slots.k)
+    G = N // K
     tiles, split = _split(B * K, S, 2 * 4 * G * H, _bytes_per_slot(slots))
     results = [(split, B, N, H), (split, B, N), (split, B, N), (B, K, G, S) if observed else (1,)]
     out, top, total, logits = launch(
@@ -72,8 +76,8 @@ def attend(
         interpret=interpret,
         registers=255,
         K=K, G=G, S=S, Z=Z, H=H, ROWS=max(16, triton.next_power_of_2(G)), HALF=max(16, triton.next_power_of_2(H // 2)),
-        FORM=kind, BLOCK=min(16, H // 2), PAGED=table_BP is not None, WINDOW=window, OBSERVED=observed,
-        SCALE=H**-0.5, TILE=TILE, TILES=tiles,
+        FORM=format_of(slots.k), FORM_V=format_of(slots.v), BLOCK=min(16, H // 2), PAGED=table_BP is not None, OBSERVED=observed,
+        WINDOW=heads.window, SCALE=heads.scale, CAP=heads.soft_cap, TILE=TILE, TILES=tiles,
     )  # fmt: skip
     return Partial(out[:, :, None], top[:, :, None], total[:, :, None]), logits if observed else None
 
@@ -107,8 +111,8 @@ def _split(rows: int, S: int, own_bytes: int, bytes_per_slot: int) -> tuple[int,
 def _attend(
     q, q_pos, table, pos, k, k_scale, k_more, v, v_scale, v_more, out, top, total, logits,
     K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, Z: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
-    FORM: tl.constexpr, BLOCK: tl.constexpr, PAGED: tl.constexpr, WINDOW: tl.constexpr, OBSERVED: tl.constexpr,
-    SCALE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+    FORM: tl.constexpr, FORM_V: tl.constexpr, BLOCK: tl.constexpr, PAGED: tl.constexpr, OBSERVED: tl.constexpr,
+    WINDOW: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -139,9 +143,7 @@ def _attend(
         else:
             slot = row * S + s
         held = tl.load(pos + slot, mask=there, other=-1)
-        seen = (held >= 0) & (held <= now)
-        if WINDOW:
-            seen = seen & (now - held < WINDOW)
+        seen = (held >= 0) & sees(now - held, WINDOW)
         k1, k2 = _read(k, k_more, slot, seen, j, H, HALF, FORM, BLOCK, TILE)
         score = tl.zeros((ROWS, TILE), tl.float32)
         score = _product(first1, first2, first3, tl.trans(k1), score)
@@ -150,7 +152,7 @@ def _attend(
             score = score * tl.load(k_scale + slot, mask=seen, other=0).to(tl.float32)[None, :]
         if FORM == "int4":
             score += whole[:, None] * tl.load(k_more + slot, mask=seen, other=0).to(tl.float32)[None, :]
-        score = tl.where(seen[None, :], score, float("-inf"))
+        score = tl.where(seen[None, :], capped(score, CAP), float("-inf"))
         if OBSERVED:
             tl.store(logits + (row * G + g[:, None]) * S + s[None, :], score, mask=(g < G)[:, None] & (s < S)[None, :])
         larger = tl.maximum(largest, tl.max(score, 1))
@@ -158,12 +160,12 @@ def _attend(
         p = tl.exp(score - larger[:, None])
         largest = larger
         weight = weight * shrink + tl.sum(p, 1)
-        if FORM == "int4":
+        if FORM_V == "int4":
             lows = lows * shrink + tl.sum(p * tl.load(v_more + slot, mask=seen, other=0).to(tl.float32)[None, :], 1)
-        if FORM != "bf16":
+        if FORM_V != "bf16":
             p = p * tl.load(v_scale + slot, mask=seen, other=0).to(tl.float32)[None, :]
         p1, p2, p3 = _terms(p)
-        v1, v2 = _read(v, v_more, slot, seen, j, H, HALF, FORM, BLOCK, TILE)
+        v1, v2 = _read(v, v_more, slot, seen, j, H, HALF, FORM_V, BLOCK, TILE)
         out1 = _product(p1, p2, p3, v1, out1 * shrink[:, None])
         out2 = _product(p1, p2, p3, v2, out2 * shrink[:, None])
 
@@ -174,6 +176,26 @@ def _attend(
     one = (part * tl.num_programs(0) + row) * G + g
     tl.store(top + one, largest, mask=g < G)
     tl.store(total + one, weight, mask=g < G)
+
+
+@triton.jit
+@no_type_check
+def sees(age, WINDOW: tl.constexpr):
+    """`Heads.sees`."""
+    seen = age >= 0
+    if WINDOW:
+        seen = seen & (age < WINDOW)
+    return seen
+
+
+@triton.jit
+@no_type_check
+def capped(logits, CAP: tl.constexpr):
+    """`Heads.capped`."""
+    if CAP:
+        # Of a large |x| the exponential is 0 or infinite, and the fraction 1 or 0.
+        logits = CAP - 2 * CAP / (1 + tl.exp(2 * logits / CAP))
+    return logits
 
 
 @triton.jit

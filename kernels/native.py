@@ -18,7 +18,7 @@ from jaxtyping import Array
 from kvcascade.kernels import processor
 from kvcascade.kernels.backend import Kernel
 from kvcascade.kernels.files import cache_dir, write_whole
-from kvcascade.kernels.slots import Stored
+from kvcascade.kernels.slots import Slots, Stored, unknown
 
 SOURCES = sorted(Path(__file__).parent.glob("native_*.*"))
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
@@ -42,25 +42,22 @@ def ready() -> bool:
     return True
 
 
-def kernel(call: Callable, suits: Callable[..., bool] = lambda *arguments: True) -> Kernel:
-    """A C++ kernel for `backend.run`, which refuses what it does not suit."""
-
-    def refuses(*arguments):
-        if not suits(*arguments):
-            return "not made for these shapes or formats"
-        return None if ready() else "the C++ kernels could not be compiled on this machine"
-
-    return Kernel(call, refuses)
+def kernel(call: Callable, refuses: Callable[..., str | None] = lambda *arguments: None) -> Kernel:
+    """A C++ kernel for `backend.run`, which says of its arguments why it cannot take them, and refuses all where it was not compiled."""
+    missing = lambda: None if ready() else "the C++ kernels could not be compiled on this machine"
+    return Kernel(call, lambda *arguments: refuses(*arguments) or missing())
 
 
 ORDER = ("values", "codes", "scale", "low")
 
 
-def reads(stored: Stored) -> bool:
-    """Whether the kernels know the format."""
-    return set(stored) <= set(ORDER) and all(
-        x.dtype.name in ("float32", "bfloat16", "int8", "uint8") for x in stored.values()
-    )
+def unread(*slots: Slots) -> str | None:
+    """Why the kernels cannot read slots, or None."""
+    for stored in (stored for tier in slots for stored in (tier.k, tier.v)):
+        types = {x.dtype.name for x in stored.values()}
+        if not set(stored) <= set(ORDER) or not types <= {"float32", "bfloat16", "int8", "uint8"}:
+            return unknown(stored)
+    return None
 
 
 def arrays(stored: Stored) -> list[Array]:

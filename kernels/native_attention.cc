@@ -14,20 +14,23 @@ namespace kvcascade {
 namespace {
 
 constexpr int64_t kAhead = 6;  // blocks of slots
+constexpr float kNothing = -1e30f;  // partial.NEVER
 
 struct Tier {
   Stored k, v;
   const int32_t* pos;  // [B, K, S]
   int64_t slots;       // S
-  float* mass;         // [B, K, S], or null
+  float* weights;      // [B, N, S], or null
 };
 
 struct Call {
   const float* q;              // [B, N, H]
   const int32_t* query_pos;    // [B]
-  float* out;                  // [B, N, H]
+  float* out;                  // [B, N, H], and beside it [B, N]:
+  float *maximum, *sum;        // partial.Partial
   int64_t kv_heads, group, H;  // K, G = N / K
   int64_t window;              // positions that a query sees, 0: all
+  float scale, soft_cap;       // of logits; 0: no cap
   std::vector<Tier> tiers;
   int64_t shares;  // of a row's KV head
   float* memory;   // of all shares, where there are several
@@ -68,10 +71,9 @@ class Share {
   }
 
   void Run() {
-    const float scale = 1.0f / std::sqrt(static_cast<float>(H_));
     for (int64_t g = 0; g < G_; ++g) {
       const float* q = call_.q + (row_head_ * G_ + g) * H_;
-      for (int64_t h = 0; h < H_; ++h) q_turned_[g * stride_ + h] = q_[g * stride_ + h] = q[h] * scale;
+      for (int64_t h = 0; h < H_; ++h) q_turned_[g * stride_ + h] = q_[g * stride_ + h] = q[h] * call_.scale;
     }
     if (std::any_of(call_.tiers.begin(), call_.tiers.end(), [](const Tier& tier) { return tier.k.turned; })) {
       for (int64_t g = 0; g < G_; ++g) Turn(q_turned_ + g * stride_, H_);
@@ -90,32 +92,31 @@ class Share {
     }
   }
 
-  // Once all shares have run: the head's output, by its first share, and the mass of this share's slots.
+  // Once all shares have run: the head's partial, by its first share, and the weights of this share's slots.
   void Finish() {
-    std::vector<float> factors(G_);
     for (int64_t g = 0; g < G_; ++g) {
-      float top = kNever, sum = 0;
+      const int64_t head = row_head_ * G_ + g;
+      float top = kNever;
       for (int64_t p = 0; p < call_.shares; ++p) top = std::max(top, Maxima(p)[g]);
       auto rescaled = [&](int64_t p) { return Maxima(p)[g] == kNever ? 0.0f : Exp(Maxima(p)[g] - top); };
-      for (int64_t p = 0; p < call_.shares; ++p) sum += Maxima(p)[G_ + g] * rescaled(p);
-      factors[g] = sum > 0 ? rescaled(share_) / sum : 0.0f;
+      const float factor = rescaled(share_), *weights = weights_ + g * slots_;
+      for (const Tier& tier : call_.tiers) {
+        const int64_t first = First(tier), last = Last(tier);
+        for (int64_t s = first; tier.weights && s < std::min(last, tier.slots); ++s) {
+          tier.weights[head * tier.slots + s] = factor * weights[s - first];
+        }
+        weights += last - first;
+      }
       if (share_) continue;
-      float* out = call_.out + (row_head_ * G_ + g) * H_;
+      float sum = 0, *out = call_.out + head * H_;
       std::fill_n(out, H_, 0.0f);
-      for (int64_t p = 0; p < call_.shares && sum > 0; ++p) {
-        const float factor = rescaled(p) / sum, *part = Outputs(p) + g * stride_;
+      for (int64_t p = 0; p < call_.shares; ++p) {
+        const float factor = rescaled(p), *part = Outputs(p) + g * stride_;
+        sum += Maxima(p)[G_ + g] * factor;
         for (int64_t h = 0; h < H_; ++h) out[h] += factor * part[h];
       }
-    }
-    const float* weights = weights_;
-    for (const Tier& tier : call_.tiers) {
-      const int64_t first = First(tier), last = Last(tier);
-      for (int64_t s = first; tier.mass && s < std::min(last, tier.slots); ++s) {
-        float mass = 0;
-        for (int64_t g = 0; g < G_; ++g) mass += factors[g] * weights[g * slots_ + s - first];
-        tier.mass[row_head_ * tier.slots + s] = mass;
-      }
-      weights += last - first;
+      call_.maximum[head] = std::max(top, kNothing);
+      call_.sum[head] = sum;
     }
   }
 
@@ -184,7 +185,9 @@ class Share {
           products[j] = q[0] * block[j * wide()];
           for (int64_t i = 1; i < wide(); ++i) products[j] += q[i] * block[j * wide() + i];
         }
-        result = Sums(products) + *reinterpret_cast<const Lanes*>(seen_);
+        result = Sums(products);
+        if (call_.soft_cap) result = Capped(result, call_.soft_cap);
+        result += *reinterpret_cast<const Lanes*>(seen_);
       }
     }
   }
@@ -227,7 +230,7 @@ class Share {
     }
     for (int64_t g = 0; g < G_; ++g) {
       float *part = part_ + g * stride_, *out = Outputs(share_) + g * stride_;
-      if (tier.k.turned) Turn(part, H_);
+      if (tier.v.turned) Turn(part, H_);
       for (int64_t h = 0; h < H_; ++h) out[h] += part[h];
     }
   }
@@ -266,24 +269,26 @@ void AttendAll(Call& call, int64_t heads, int64_t slots, int64_t threads) {
   });
 }
 
-// args: per tier its positions, the arrays of K, the arrays of V; rets: per tier its mass, or none at all.
-ffi::Error Attend(ffi::ThreadPool pool, ffi::Span<const int64_t> arrays, ffi::Span<const int64_t> turned,
-                  int64_t window, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::S32> query_pos, ffi::RemainingArgs args,
-                  ffi::ResultBuffer<ffi::F32> out, ffi::RemainingRets masses) {
+// args: per tier its positions, the arrays of K, the arrays of V; rets: the partial, and per tier its weights, or none at all.
+ffi::Error Attend(ffi::ThreadPool pool, ffi::Span<const int64_t> arrays, ffi::Span<const int64_t> turned, int64_t window,
+                  float scale, float soft_cap, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::S32> query_pos, ffi::RemainingArgs args,
+                  ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> maximum, ffi::ResultBuffer<ffi::F32> sum,
+                  ffi::RemainingRets weights) {
   const auto dims = q.dimensions();
-  Call call{q.typed_data(), query_pos.typed_data(), out->typed_data(), 0, 0, dims[2], window, {}, 1, nullptr};
+  Call call{q.typed_data(), query_pos.typed_data(), out->typed_data(), maximum->typed_data(), sum->typed_data(),
+            0, 0, dims[2], window, scale, soft_cap, {}, 1, nullptr};
   int64_t slots = 0;
   size_t next = 0;
-  for (size_t i = 0; i < arrays.size(); ++i) {
+  for (size_t i = 0; i < arrays.size() / 2; ++i) {
     auto pos = args.get<ffi::Buffer<ffi::S32>>(next++);
     if (!pos.has_value()) return pos.error();
-    auto k = ReadStored(args, next, arrays[i], turned[i]);
+    auto k = ReadStored(args, next, arrays[2 * i], turned[2 * i]);
     if (!k.has_value()) return k.error();
-    auto v = ReadStored(args, next, arrays[i], turned[i]);
+    auto v = ReadStored(args, next, arrays[2 * i + 1], turned[2 * i + 1]);
     if (!v.has_value()) return v.error();
-    float* mass = masses.size() ? (*masses.get<ffi::Buffer<ffi::F32>>(i))->typed_data() : nullptr;
+    float* tier_weights = weights.size() ? (*weights.get<ffi::Buffer<ffi::F32>>(i))->typed_data() : nullptr;
     call.kv_heads = pos->dimensions()[1];
-    call.tiers.push_back({*k, *v, pos->typed_data(), pos->dimensions()[2], mass});
+    call.tiers.push_back({*k, *v, pos->typed_data(), pos->dimensions()[2], tier_weights});
     slots += pos->dimensions()[2];
   }
   call.group = dims[1] / call.kv_heads;
@@ -311,9 +316,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_decode, Guarded(Attend),
                                   .Attr<ffi::Span<const int64_t>>("arrays")
                                   .Attr<ffi::Span<const int64_t>>("turned")
                                   .Attr<int64_t>("window")
+                                  .Attr<float>("scale")
+                                  .Attr<float>("soft_cap")
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .RemainingArgs()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .RemainingRets());
 

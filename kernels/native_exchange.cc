@@ -9,53 +9,80 @@
 namespace kvcascade {
 namespace {
 
-// A row's KV head: the slot of least priority is exchanged for the newcomer if the newcomer's is higher.
-// args: positions, the arrays of K, those of V, the scores if there are any; rets: the same, in place, and what was left over.
-ffi::Error Exchange(int64_t arrays, bool turned, bool forget, ffi::Buffer<ffi::F32> priority, ffi::Buffer<ffi::F32> k,
-                    ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::S32> pos, ffi::Buffer<ffi::F32> score, ffi::RemainingArgs args,
-                    ffi::RemainingRets rets) {
-  size_t next = 0;
+// The slot that goes first: of those of least priority the one of the oldest position, and so an empty one before all others.
+int64_t First(const float* ranks, const int32_t* positions, int64_t S) {
+  const float least = Least(ranks, S);
+  const int64_t first = std::find(ranks, ranks + S, least) - ranks;
+  if (first == S || positions[first] < 0) return first % S;
+  int32_t oldest = positions[first];
+#pragma omp simd reduction(min : oldest)
+  for (int64_t s = first; s < S; ++s) oldest = std::min(oldest, ranks[s] == least ? positions[s] : oldest);
+  int64_t slot = first;
+  while (ranks[slot] != least || positions[slot] != oldest) ++slot;
+  return slot;
+}
+
+// A row's KV head: the slot that goes first is exchanged for the newcomer if that ranks higher.
+// args: the newcomer's numbers; positions, the arrays of K, those of V, the slots' numbers; rets: the latter, in place, and what was
+// left over: key, value, position, numbers.
+ffi::Error Exchange(ffi::Span<const int64_t> arrays, ffi::Span<const int64_t> turned, int64_t numbers, bool forget,
+                    ffi::Buffer<ffi::F32> priority, ffi::Buffer<ffi::F32> k, ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::S32> pos,
+                    ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  auto floats = [](auto buffer) { return static_cast<float*>(buffer->untyped_data()); };
+  size_t next = numbers;
   auto held_pos = args.get<ffi::Buffer<ffi::S32>>(next++);
   if (!held_pos.has_value()) return held_pos.error();
-  auto held_k = ReadStored(args, next, arrays, turned);
+  auto held_k = ReadStored(args, next, arrays[0], turned[0]);
   if (!held_k.has_value()) return held_k.error();
-  auto held_v = ReadStored(args, next, arrays, turned);
+  auto held_v = ReadStored(args, next, arrays[1], turned[1]);
   if (!held_v.has_value()) return held_v.error();
-  int32_t* held_positions = held_pos->typed_data();
-  float* held_scores = next < args.size() ? args.get<ffi::Buffer<ffi::F32>>(next++)->typed_data() : nullptr;
-  for (size_t i = 0; i < next; ++i) {
-    if (args.get<ffi::AnyBuffer>(i)->untyped_data() != (*rets.get<ffi::AnyBuffer>(i))->untyped_data()) {
+  std::vector<float*> coming(numbers), held(numbers), left(numbers);
+  for (int64_t i = 0; i < numbers; ++i) {
+    coming[i] = floats(args.get<ffi::AnyBuffer>(i));
+    held[i] = floats(args.get<ffi::AnyBuffer>(next++));
+  }
+  const size_t in_place = next - numbers;
+  for (size_t i = 0; i < in_place; ++i) {
+    if (args.get<ffi::AnyBuffer>(numbers + i)->untyped_data() != (*rets.get<ffi::AnyBuffer>(i))->untyped_data()) {
       return ffi::Error::Internal("slots are not exchanged in place");
     }
   }
-  auto left = [&](size_t i) { return static_cast<float*>((*rets.get<ffi::AnyBuffer>(next + i))->untyped_data()); };
-  float *left_k = nullptr, *left_v = nullptr, *left_score = nullptr;
+  float *left_k = nullptr, *left_v = nullptr;
   int32_t* left_pos = nullptr;
-  if (!forget) left_k = left(0), left_v = left(1), left_pos = reinterpret_cast<int32_t*>(left(2)), left_score = left(3);
+  if (!forget) {
+    auto after = [&](size_t i) { return floats(*rets.get<ffi::AnyBuffer>(in_place + i)); };
+    left_k = after(0), left_v = after(1), left_pos = reinterpret_cast<int32_t*>(after(2));
+    for (int64_t i = 0; i < numbers; ++i) left[i] = after(3 + i);
+  }
 
-  const int64_t S = held_pos->dimensions()[2], H = k.dimensions()[3];
-  std::vector<float> x(H);
-  for (int64_t row_head = 0; row_head < held_pos->dimensions()[0] * held_pos->dimensions()[1]; ++row_head) {
-    const float* ranks = priority.typed_data() + row_head * (S + 1);
-    const float least = Least(ranks, S);
-    const bool swap = ranks[S] > least;
-    const int64_t slot = row_head * S + (std::find(ranks, ranks + S, least) - ranks);
-    auto exchange = [&](const Stored& held, const float* coming, float* left) {
-      if (!forget && swap) Decode(held, slot, H, left);
-      if (!forget && !swap) std::copy_n(coming, H, left);
+  const auto dims = held_pos->dimensions();
+  const int64_t S = dims[2];
+  std::vector<float> x(std::max(k.dimensions()[3], v.dimensions()[3]));
+  for (int64_t head = 0; head < dims[0] * dims[1]; ++head) {
+    const float* ranks = priority.typed_data() + head * (S + 1);
+    int32_t* positions = held_pos->typed_data() + head * S;
+    const int64_t slot = First(ranks, positions, S);
+    const float mine = ranks[S], least = ranks[slot];
+    const int32_t position = pos.typed_data()[head];
+    const bool swap = mine > least || (mine == least && position > positions[slot] && mine > kNever);
+    auto exchange = [&](const Stored& stored, ffi::Buffer<ffi::F32>& vectors, float* all_left) {
+      const int64_t H = vectors.dimensions()[3];
+      const float* from = vectors.typed_data() + head * H;
+      if (!forget && swap) Decode(stored, head * S + slot, H, all_left + head * H);
+      if (!forget && !swap) std::copy_n(from, H, all_left + head * H);
       if (!swap) return;
-      std::copy_n(coming, H, x.data());
-      Write(held, slot, H, x.data());
+      std::copy_n(from, H, x.data());
+      Write(stored, head * S + slot, H, x.data());
     };
-    exchange(*held_k, k.typed_data() + row_head * H, forget ? nullptr : left_k + row_head * H);
-    exchange(*held_v, v.typed_data() + row_head * H, forget ? nullptr : left_v + row_head * H);
-    if (!forget) {
-      left_pos[row_head] = swap ? held_positions[slot] : pos.typed_data()[row_head];
-      left_score[row_head] = swap && held_scores ? held_scores[slot] : score.typed_data()[row_head];
+    exchange(*held_k, k, left_k);
+    exchange(*held_v, v, left_v);
+    if (!forget) left_pos[head] = swap ? positions[slot] : position;
+    if (swap) positions[slot] = position;
+    for (int64_t i = 0; i < numbers; ++i) {
+      float* number = held[i] + head * S + slot;
+      if (!forget) left[i][head] = swap ? *number : coming[i][head];
+      if (swap) *number = coming[i][head];
     }
-    if (!swap) continue;
-    held_positions[slot] = pos.typed_data()[row_head];
-    if (held_scores) held_scores[slot] = score.typed_data()[row_head];
   }
   return ffi::Error::Success();
 }
@@ -64,14 +91,14 @@ ffi::Error Exchange(int64_t arrays, bool turned, bool forget, ffi::Buffer<ffi::F
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_exchange, Guarded(Exchange),
                               ffi::Ffi::Bind()
-                                  .Attr<int64_t>("arrays")
-                                  .Attr<bool>("turned")
+                                  .Attr<ffi::Span<const int64_t>>("arrays")
+                                  .Attr<ffi::Span<const int64_t>>("turned")
+                                  .Attr<int64_t>("numbers")
                                   .Attr<bool>("forget")
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .RemainingArgs()
                                   .RemainingRets());
 

@@ -110,6 +110,19 @@ inline float Exp(float x) {
   return p * power;
 }
 
+// cap * tanh(x / cap); the product of a small x and a series, because the other form would lose x's digits there.
+inline Lanes Capped(Lanes x, float cap) {
+  auto* each = reinterpret_cast<float*>(&x);
+#pragma omp simd
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const float y = each[lane] / cap, square = y * y, size = std::abs(y), shrunk = Exp(-2 * size);
+    const float near = y * (1 + square * (-1.0f / 3 + square * (2.0f / 15 + square * (-17.0f / 315))));
+    const float far = std::copysign((1 - shrunk) / (1 + shrunk), y);
+    each[lane] = cap * (size < 0.1f ? near : far);
+  }
+  return x;
+}
+
 // Lane i of the result: x[i] + x[i ^ distance] where that bit of i is clear, y's where it is set. Costs a blend, a shuffle, an add.
 template <int distance, int... i>
 inline Lanes Fold(Lanes x, Lanes y, std::integer_sequence<int, i...>) {

@@ -77,8 +77,10 @@ inline void Turn(float* x, int64_t H) {
   for (int64_t h = 0; h < H; ++h) x[h] *= norm;
 }
 
-// The codecs' `_scale`: a bf16 step that spans a width in so many steps, and 1 for a constant vector.
-inline uint16_t Step(float width, float steps) { return ToBfloat16(width > 0 ? width / steps * (1 + 1 / 256.0f) : 1.0f); }
+// The codecs' `_scale`: a bf16 step that spans a width in so many steps, 1 for a constant vector.
+inline uint16_t Step(float width, float steps) {
+  return ToBfloat16(width > 0 ? std::max(width / steps * (1 + 1 / 256.0f), 0x1p-100f) : 1.0f);
+}
 
 // Encode a vector of the model's basis into a row; x may be overwritten.
 inline void Write(const Stored& stored, int64_t row, int64_t H, float* x) {

@@ -8,8 +8,9 @@ from jaxtyping import Array, Float, Int
 
 from kvcascade.kernels.backend import Implementation, Kernel, run
 from kvcascade.kernels.decode import decode, triton_refuses
-from kvcascade.kernels.partial import combine
-from kvcascade.kernels.slots import Format, Slots
+from kvcascade.kernels.heads import Heads
+from kvcascade.kernels.partial import Partial, join
+from kvcascade.kernels.slots import Codecs, Slots
 
 
 def paged_decode(
@@ -17,33 +18,35 @@ def paged_decode(
     q_pos_B: Int[Array, " B"],
     pool: Slots,
     table_BP: Int[Array, "B P"],
-    form: Format,
-    window: int = 0,
+    codecs: Codecs,
+    heads: Heads,
     implementation: Implementation | None = None,
-) -> Float[Array, "B N H"]:
-    """`decode.decode` over the pages that a row's line of the table names: normalised attention in float32.
+) -> Partial:
+    """`decode.decode` over the pages that a row's line of the table names.
 
     The first axis of the pool counts pages, its third the slots of a page. A page number of -1 is no page; those that several rows
     name are shared. Positions stand in the pool like everything else, so pages need no order and may be part full.
     """
-    reference, on_gpu = (functools.partial(each, form, window) for each in (_xla, _triton))
+    reference, on_gpu = (functools.partial(each, codecs, heads) for each in (_xla, _triton))
     kernels = {"triton": Kernel(on_gpu, lambda q, q_pos, pool, table: triton_refuses(pool))}
     return run(implementation, reference, kernels, q_BNH, q_pos_B, pool, table_BP)
 
 
-def _xla(form, window, q_BNH, q_pos_B, pool, table_BP):
+def _xla(codecs, heads, q_BNH, q_pos_B, pool, table_BP):
     def of_rows(x):
         x = jnp.moveaxis(x[table_BP.clip(0)], 1, 2)  # [B, K, pages, slots of a page, …]
         return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
     slots = jax.tree.map(of_rows, pool)
     named_BS = jnp.repeat(table_BP >= 0, pool.pos_BKS.shape[2], axis=1)
-    slots = Slots(slots.k, slots.v, jnp.where(named_BS[:, None], slots.pos_BKS, -1), None)
-    return decode(q_BNH, q_pos_B, [(slots, form)], False, window, "xla")[0]
+    slots = Slots(slots.k, slots.v, jnp.where(named_BS[:, None], slots.pos_BKS, -1))
+    return decode(q_BNH, q_pos_B, [(slots, codecs)], heads, False, "xla")[0]
 
 
-def _triton(form, window, q_BNH, q_pos_B, pool, table_BP, interpret):
+def _triton(codecs, heads, q_BNH, q_pos_B, pool, table_BP, interpret):
     from kvcascade.kernels import decode_triton
 
-    parts, _ = decode_triton.attend(form.turn(q_BNH), q_pos_B, pool, False, window, interpret, table_BP)
-    return form.turn(combine(parts).out_BTNH)[:, 0]
+    q_BNH = codecs.k.turn(q_BNH)
+    parts, _ = decode_triton.attend(q_BNH, q_pos_B, pool, heads, False, interpret, table_BP)
+    part = join(parts)
+    return part._replace(out_BTNW=codecs.v.turn(part.out_BTNW))

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kvcascade.kernels.slots import Format, Slots
+from kvcascade.kernels.heads import Heads
+from kvcascade.kernels.slots import Held
 
 NEVER = -1e30  # the maximum of no logits: finite, so that exp(NEVER - NEVER) is 1 and not NaN
 TERMS = 3  # of eight significant bits each, as many together as float32 has
@@ -18,36 +19,33 @@ TERMS = 3  # of eight significant bits each, as many together as float32 has
 class Partial(NamedTuple):
     """Softmax attention over some slots before division: out = Σ exp(logit - max)·v, sum = Σ exp(logit - max); all float32."""
 
-    out_BTNH: Float[Array, "B T N H"]
+    out_BTNW: Float[Array, "B T N W"]
     max_BTN: Float[Array, "B T N"]
     sum_BTN: Float[Array, "B T N"]
+
+
+type Weights = Float[Array, "B K G T _"]
+"""exp(logit - max) of some slots, for the partial that has this max: what `mass` is made from."""
 
 
 def attend(
     q_BTNH: Float[Array, "B T N H"],
     k_BKSH: Float[Array, "B K S H"],
-    v_BKSH: Float[Array, "B K S H"],
+    v_BKSW: Float[Array, "B K S W"],
     q_pos_BT: Int[Array, "B T"],
     pos_BKS: Int[Array, "B K S"],
-    window: int = 0,
-) -> tuple[Partial, Float[Array, "B K G T S"]]:
-    """Attend from queries to the slots that hold a position at or before theirs; position -1 is an empty slot or a padded query.
-
-    Of a `window` only the last positions are seen, the query's own included; 0 is no window.
-    Logits are scaled by 1/sqrt(H). Also returns the unnormalised weights exp(logit - max), from which `mass` is made.
-    """
+    heads: Heads,
+) -> tuple[Partial, Weights]:
+    """Attend from queries to the slots that hold a position that they see; position -1 is an empty slot or a padded query."""
     B, T, N, H = q_BTNH.shape
     K = k_BKSH.shape[1]
-    q_BKGTH = (q_BTNH.astype(jnp.float32) * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    age_BKTS = q_pos_BT[:, None, :, None] - pos_BKS[:, :, None]
-    seen_BKTS = (pos_BKS[:, :, None] >= 0) & (age_BKTS >= 0)
-    if window:
-        seen_BKTS &= age_BKTS < window
-    logits = _product("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH)
+    q_BKGTH = (q_BTNH.astype(jnp.float32) * heads.scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    seen_BKTS = (pos_BKS[:, :, None] >= 0) & heads.sees(q_pos_BT[:, None, :, None] - pos_BKS[:, :, None])
+    logits = heads.capped(_product("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH))
     logits = jnp.where(seen_BKTS[:, :, None], logits, -jnp.inf)
     max_BKGT = jnp.maximum(logits.max(-1), NEVER)
     weights = jnp.exp(logits - max_BKGT[..., None])
-    out = _product("BKGTS,BKSH->BKGTH", weights, v_BKSH).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    out = _product("BKGTS,BKSW->BKGTW", weights, v_BKSW).transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
     to_BTN = lambda x_BKGT: x_BKGT.transpose(0, 3, 1, 2).reshape(B, T, N)
     return Partial(out, to_BTN(max_BKGT), to_BTN(weights.sum(-1))), weights
 
@@ -83,49 +81,54 @@ def _(letters, primals, tangents):
     return _product(letters, x, slots), product(dx, slots.astype(dx.dtype)) + product(x, dslots.astype(x.dtype))
 
 
-def merge(partials: list[Partial]) -> tuple[Float[Array, "B T N H"], list[Float[Array, "B T N"]]]:
-    """Combine partials by log-sum-exp into normalised attention, and the factor that normalises each one's weights.
-
-    A query that sees nothing anywhere gets zeros.
-    """
-    out_BTNH, top_BTN, total_BTN = combine(Partial(*map(jnp.stack, zip(*partials, strict=True))))
-    return out_BTNH, [jnp.exp(p.max_BTN - top_BTN) / total_BTN for p in partials]
-
-
-def combine(parts: Partial) -> Partial:
-    """Merge the partials along a leading axis into one that is normalised: out is divided by the sum, which is 1 where nothing is seen.
-
-    (Flash-decoding; FlashAttention-2, Dao 2023, §2.3.)
-    """
+def join(parts: Partial) -> Partial:
+    """The partials along a leading axis as one, relative to the largest of their maxima (flash-decoding; FlashAttention-2, Dao 2023, §2.3)."""
     top = parts.max_BTN.max(0)
     scale = jnp.exp(parts.max_BTN - top)
-    total = (scale * parts.sum_BTN).sum(0)
-    total = jnp.where(total == 0, 1, total)
-    return Partial((scale[..., None] * parts.out_BTNH).sum(0) / total[..., None], top, total)
+    return Partial((scale[..., None] * parts.out_BTNW).sum(0), top, (scale * parts.sum_BTN).sum(0))
 
 
-def mass(weights_BKGTS: Float[Array, "B K G T S"], factor_BTN: Float[Array, "B T N"]) -> Float[Array, "B K S"]:
-    """The attention that each slot received from this call's queries, summed over the query heads of its KV head."""
+def joined(found: Sequence[tuple[Partial, Sequence[Weights]]]) -> tuple[Partial, list[Weights]]:
+    """Several partials as one, and the weights that belong to each as weights of the whole."""
+    if len(found) == 1:
+        return found[0][0], list(found[0][1])
+    whole = join(Partial(*map(jnp.stack, zip(*(part for part, _ in found), strict=True))))
+    rescaled = [times(each, jnp.exp(part.max_BTN - whole.max_BTN)) for part, weights in found for each in weights]
+    return whole, rescaled
+
+
+def normalise(
+    found: Sequence[tuple[Partial, Sequence[Weights]]],
+) -> tuple[Float[Array, "B T N W"], list[Float[Array, "B K T _"]]]:
+    """Attention over all that the partials are about: the one division, whatever they come from.
+
+    Also the mass that each query gave each slot, summed over the query heads of its KV head, for as many sets of slots as there are
+    weights. A query that sees nothing anywhere gets zeros.
+    """
+    whole, weights = joined(found)
+    share_BTN = 1 / jnp.where(whole.sum_BTN == 0, 1, whole.sum_BTN)
+    return whole.out_BTNW * share_BTN[..., None], [times(each, share_BTN).sum(2) for each in weights]
+
+
+def times(weights_BKGTS: Weights, factor_BTN: Float[Array, "B T N"]) -> Weights:
+    """The weights of each query and head times a factor of its own."""
     B, K, G, T, _ = weights_BKGTS.shape
-    return jnp.einsum("BKGTS,BTKG->BKS", weights_BKGTS, factor_BTN.reshape(B, T, K, G))
+    return weights_BKGTS * factor_BTN.reshape(B, T, K, G).transpose(0, 2, 3, 1)[..., None]
 
 
-def attend_all(
+def attend_each(
     q_BTNH: Float[Array, "B T N H"],
     q_pos_BT: Int[Array, "B T"],
-    held: Sequence[tuple[Slots, Format]],
+    held: Sequence[Held],
+    heads: Heads,
     observed: bool,
-    window: int = 0,
-) -> tuple[Float[Array, "B T N H"], list[Float[Array, "B K _"]]]:
-    """Softmax attention over several sets of slots together, in float32; with `observed` also the mass that each slot received.
-
-    A query attends to the slots that hold a position at or before its own; one that sees nothing gets zeros.
-    """
-    partials, weights = [], []
-    for slots, form in held:
-        # A turned format turns the query and the output instead of every stored vector.
-        part, w = attend(form.turn(q_BTNH), form.read(slots.k), form.read(slots.v), q_pos_BT, slots.pos_BKS, window)
-        partials.append(part._replace(out_BTNH=form.turn(part.out_BTNH)))
-        weights.append(w)
-    out_BTNH, factors = merge(partials)
-    return out_BTNH, [mass(w, f) for w, f in zip(weights, factors, strict=True)] if observed else []
+) -> list[tuple[Partial, list[Weights]]]:
+    """A partial for each of several sets of slots, in float32, to be `normalise`d together; with `observed` also the weights."""
+    found = []
+    for slots, codecs in held:
+        # A turned codec turns the query and the output instead of every stored vector.
+        k, v = codecs.k.read(slots.k), codecs.v.read(slots.v)
+        part, weights = attend(codecs.k.turn(q_BTNH), k, v, q_pos_BT, slots.pos_BKS, heads)
+        part = part._replace(out_BTNW=codecs.v.turn(part.out_BTNW))
+        found.append((part, [weights] if observed else []))
+    return found

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from jaxtyping import Array, Float, Int
 
+from kvcascade.kernels.decode_triton import capped, sees
+from kvcascade.kernels.heads import Heads
 from kvcascade.kernels.launch import launch
 
 BLOCK = 64  # queries, and keys
@@ -20,14 +22,15 @@ def mass(
     q_BTNH: Float[Array, "B T N H"],
     k_BTKH: Float[Array, "B T K H"],
     length_B: Int[Array, " B"],
-    window: int,
+    heads: Heads,
     last: int,
     interpret: bool,
 ) -> Float[Array, "B K T"]:
     """The mass that `prefill.observed_attention` returns; the logits are computed twice, so that no two blocks add to one sum."""
     B, T, N, H = q_BTNH.shape
     K, counted = k_BTKH.shape[2], min(last or T, T)
-    constants = {"T": T, "N": N, "K": K, "H": H, "COUNTED": counted, "WINDOW": window, "SCALE": H**-0.5, "BLOCK": BLOCK}
+    constants = {"T": T, "N": N, "K": K, "H": H, "COUNTED": counted, "BLOCK": BLOCK}
+    constants |= {"WINDOW": heads.window, "SCALE": heads.scale, "CAP": heads.soft_cap}
     constants["WIDTH"] = max(16, triton.next_power_of_2(H))
     float32 = lambda *shape: [jax.ShapeDtypeStruct(shape, jnp.float32)]
     arrays, length_B = [q_BTNH, k_BTKH], length_B.astype(jnp.int32)
@@ -42,7 +45,7 @@ def mass(
 def _lse(
     q, k, length, lse,
     T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, COUNTED: tl.constexpr, WINDOW: tl.constexpr,
-    SCALE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    SCALE: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """log Σ exp(logit) of a block of the queries that count, of one head."""
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -59,7 +62,7 @@ def _lse(
     for start in range(first, tl.minimum(begin + BLOCK, tokens), BLOCK):
         s = start + tl.arange(0, BLOCK)
         key = _vectors(k, (batch * T + s) * K + head // (N // K), s < tokens, H, WIDTH)
-        logit = _logits(query, key, t[:, None] - s[None, :], WINDOW, SCALE)
+        logit = _logits(query, key, t[:, None] - s[None, :], WINDOW, SCALE, CAP)
         larger = tl.maximum(largest, tl.max(logit, 1))
         total = total * tl.exp(largest - larger) + tl.sum(tl.exp(logit - larger[:, None]), 1)
         largest = larger
@@ -72,7 +75,7 @@ def _lse(
 def _mass(
     q, k, length, lse, mass,
     T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, COUNTED: tl.constexpr, WINDOW: tl.constexpr,
-    SCALE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    SCALE: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Σ exp(logit - lse) over the queries that count and the group, for a block of the keys of one KV head."""
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -90,7 +93,7 @@ def _mass(
             query = _vectors(q, (batch * T + t) * N + n, t < tokens, H, WIDTH)
             # No key gets anything from a query that is not there: exp(logit - inf) is 0.
             normaliser = tl.load(lse + (batch * N + n) * COUNTED + t - begin, mask=t < tokens, other=float("inf"))
-            logit = _logits(key, query, t[None, :] - s[:, None], WINDOW, SCALE)
+            logit = _logits(key, query, t[None, :] - s[:, None], WINDOW, SCALE, CAP)
             received += tl.sum(tl.exp(logit - normaliser[None, :]), 1)
     tl.store(mass + (batch * K + head) * T + s, received, mask=s < T)
 
@@ -104,9 +107,7 @@ def _vectors(x, row, mask, H: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _logits(x, y, age, WINDOW: tl.constexpr, SCALE: tl.constexpr):
+def _logits(x, y, age, WINDOW: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr):
     """Products of all x with all y, -inf where the query is `age` too early or too late for the key."""
-    seen = age >= 0
-    if WINDOW:
-        seen = seen & (age < WINDOW)
-    return tl.where(seen, tl.dot(x, tl.trans(y), input_precision="ieee") * SCALE, float("-inf"))
+    logits = capped(tl.dot(x, tl.trans(y), input_precision="ieee") * SCALE, CAP)
+    return tl.where(sees(age, WINDOW), logits, float("-inf"))

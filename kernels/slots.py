@@ -1,33 +1,50 @@
-"""What a set of slots is to a kernel: arrays, and the format that they are stored in."""
+"""What a set of slots is to a kernel: arrays, and the codecs that they are stored by."""
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 type Stored = dict[str, Array]
-"""The arrays that hold encoded vectors: same leading axes as the vectors, the last one is the format's own."""
+"""The arrays that hold encoded vectors: same leading axes as the vectors, the last one is the codec's own."""
 
 
 def payload(stored: Stored) -> Array:
-    """The largest of the arrays of stored vectors: their codes, or the values of a format that is kept as it is."""
+    """The largest of the arrays of stored vectors: their codes, or the values of a codec that keeps them as they are."""
     return stored["values"] if "values" in stored else stored["codes"]
 
 
-class Format:
-    """How vectors of H numbers are stored."""
+def unknown(stored: Stored) -> str:
+    """What a kernel says of vectors in a format that it does not know."""
+    return f"no kernel for slots of {', '.join(f'{name} {x.dtype}' for name, x in stored.items())}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """Writes vectors of H numbers and reads them back; a subclass says in which bits (cache/codec.py)."""
+
+    name: str
 
     turned = False
-    """Whether they are stored in the Walsh-Hadamard basis."""
+    """Whether vectors are stored in the Walsh-Hadamard basis."""
 
     def encode(self, x: Float[Array, "*B H"]) -> Stored:
         """Store each vector by itself."""
         raise NotImplementedError
 
     def read(self, stored: Stored) -> Float[Array, "*B H"]:
-        """The stored vectors in the basis that they are stored in, `turn`ed if the format is."""
+        """The stored vectors in the basis that they are stored in, `turn`ed if the codec is."""
+        raise NotImplementedError
+
+    def bound(self, stored: Stored) -> Float[Array, "*B 1"]:
+        """The largest error that `read` may have against the vector given to `encode`, per element of the stored basis."""
+        raise NotImplementedError
+
+    def nbytes(self, width: int) -> int:
+        """Bytes per vector of that width, scales included; BadInput for a width that the codec cannot store."""
         raise NotImplementedError
 
     def turn(self, x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
@@ -39,23 +56,37 @@ class Format:
         return self.turn(self.read(stored).astype(jnp.float32))
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "pos_BKS", "score_BKS"], meta_fields=[])
+class Codecs(NamedTuple):
+    """How a tier stores keys, and how values."""
+
+    k: Codec
+    v: Codec
+
+    def __str__(self) -> str:
+        return self.k.name if self.k == self.v else f"{self.k.name}/{self.v.name}"
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "pos_BKS", "numbers"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """What a tier holds in one layer: encoded keys and values, the position in each slot (-1: empty), the score if one is kept."""
+    """What a tier holds in one layer: encoded keys and values, the position in each slot (-1: empty), the numbers that its tokens carry."""
 
     k: Stored
     v: Stored
     pos_BKS: Int[Array, "B K S"]
-    score_BKS: Float[Array, "B K S"] | None
+    numbers: tuple[Float[Array, "B K S"], ...] = ()
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "pos_BKT", "score_BKT"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "pos_BKT", "numbers"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Tokens on their way into a tier, per KV head; position -1 is no token."""
+    """Tokens on their way into a tier, per KV head, with the numbers that they carry; position -1 is no token."""
 
     k: Float[Array, "B K T H"]
-    v: Float[Array, "B K T H"]
+    v: Float[Array, "B K T W"]
     pos_BKT: Int[Array, "B K T"]
-    score_BKT: Float[Array, "B K T"]
+    numbers: tuple[Float[Array, "B K T"], ...] = ()
+
+
+type Held = tuple[Slots, Codecs]
+"""A tier's slots, and how they are stored."""

@@ -5,11 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from kvcascade.kernels import launch, native
 from kvcascade.kernels.backend import Implementation, Kernel, run
-from kvcascade.kernels.slots import Entry, Format, Slots
+from kvcascade.kernels.slots import Codecs, Entry, Slots
 
 
 @jax.named_scope("exchange")
@@ -17,51 +17,59 @@ def exchange(
     slots: Slots,
     entry: Entry,
     priority_BKST: Float[Array, "B K _"],
-    form: Format,
+    codecs: Codecs,
     forget: bool,
     implementation: Implementation | None = None,
 ) -> tuple[Slots, Entry | None]:
-    """Exchange the i-th worst slot for the i-th best newcomer while the newcomer's priority is higher; return the slots, and the T tokens left over.
+    """Exchange the i-th worst slot for the i-th best newcomer while the newcomer ranks higher; return the slots, and the T tokens left over.
 
-    `priority` ranks the S slots, then the T newcomers. A slot that stays is not written again, so nothing is quantised twice,
-    and a tie leaves things as they are. With `forget` nobody asks for those left over, and None is returned for them.
-    `xla` runs everywhere; `native` is C++ for a CPU and `triton` a GPU's kernel, both for T = 1; None takes the best that there is.
+    `priority` ranks the S slots, then the T newcomers; of equals the one of the higher position ranks higher, so the order of slots and
+    of tokens does not matter. A newcomer of priority -inf, like padding, never comes in. A slot that stays is not written again, so
+    nothing is quantised twice. The newcomers carry as many numbers as the slots. With `forget` nobody asks for those left over, and None
+    is returned for them. `xla` runs everywhere; `native` is C++ for a CPU and `triton` a GPU's kernel, both for T = 1; None takes the
+    best that there is.
     """
-    reference, on_cpu, on_gpu = (functools.partial(each, form, forget) for each in (_xla, _native, _triton))
-    suits = lambda slots, entry, priority: entry.pos_BKT.shape[-1] == 1 and native.reads(slots.k)
-    kernels = {"native": native.kernel(on_cpu, suits), "triton": Kernel(on_gpu, _triton_refuses)}
+    reference, on_cpu, on_gpu = (functools.partial(each, codecs, forget) for each in (_xla, _native, _triton))
+    kernels = {"native": native.kernel(on_cpu, _native_refuses), "triton": Kernel(on_gpu, _triton_refuses)}
     return run(implementation, reference, kernels, slots, entry, priority_BKST)
 
 
-def _xla(form, forget, slots, entry, priority):
+def _xla(codecs: Codecs, forget, slots, entry, priority):
     S, T = slots.pos_BKS.shape[-1], entry.pos_BKT.shape[-1]
     rank_slots, rank_new = priority[..., :S], priority[..., S:]
     if T == 1:
-        slot, new = argmin(rank_slots)[..., None], jnp.zeros_like(entry.pos_BKT)
+        least = rank_slots.min(-1, keepdims=True)
+        oldest = jnp.where(rank_slots == least, slots.pos_BKS, jnp.iinfo(jnp.int32).max)
+        slot, new = argmin(oldest)[..., None], jnp.zeros_like(entry.pos_BKT)
     else:
-        slot, new = jnp.argsort(rank_slots)[..., :T], jnp.argsort(-rank_new)[..., :S]
-    swap = jnp.take_along_axis(rank_new, new, -1) > jnp.take_along_axis(rank_slots, slot, -1)
+        slot = jnp.lexsort((slots.pos_BKS, rank_slots))[..., :T]
+        new = jnp.lexsort((-entry.pos_BKT, -rank_new))[..., :S]
+    of = jnp.take_along_axis
+    coming, leaving = of(rank_new, new, -1), of(rank_slots, slot, -1)
+    younger = (coming == leaving) & (of(entry.pos_BKT, new, -1) > of(slots.pos_BKS, slot, -1))
+    swap = (coming > leaving) | younger & (coming > -jnp.inf)
 
     def both(held, offered, encode=lambda x: x, decode=lambda x: x):
         """Both sides after the exchange; rows of `held` and `offered` are slots and tokens, with or without a vector's axis."""
-        coming = encode(jnp.take_along_axis(offered, _over(new, offered), 2))
-        leaving = decode(jax.tree.map(lambda x: jnp.take_along_axis(x, _over(slot, x), 2), held))
-        left = jnp.where(_over(swap, leaving), leaving, jnp.take_along_axis(offered, _over(new, offered), 2))
+        coming = encode(of(offered, _over(new, offered), 2))
+        leaving = decode(jax.tree.map(lambda x: of(x, _over(slot, x), 2), held))
+        left = jnp.where(_over(swap, leaving), leaving, of(offered, _over(new, offered), 2))
         held = jax.tree.map(lambda x, y: _put(x, jnp.where(swap, slot, S), y), held, coming)
         return held, left if T == 1 else _put(offered, new, left)
 
-    k, left_k = both(slots.k, entry.k, form.encode, form.decode)
-    v, left_v = both(slots.v, entry.v, form.encode, form.decode)
+    k, left_k = both(slots.k, entry.k, codecs.k.encode, codecs.k.decode)
+    v, left_v = both(slots.v, entry.v, codecs.v.encode, codecs.v.decode)
     pos, left_pos = both(slots.pos_BKS, entry.pos_BKT)
-    score, left_score = (None, entry.score_BKT) if slots.score_BKS is None else both(slots.score_BKS, entry.score_BKT)
-    return Slots(k, v, pos, score), None if forget else Entry(left_k, left_v, left_pos, left_score)
+    carried = [both(*pair) for pair in zip(slots.numbers, entry.numbers, strict=True)]
+    numbers, left_numbers = tuple(x for x, _ in carried), tuple(x for _, x in carried)
+    return Slots(k, v, pos, numbers), None if forget else Entry(left_k, left_v, left_pos, left_numbers)
 
 
-def argmin(x: Float[Array, "*B S"]):
+def argmin(x: Shaped[Array, "*B S"]):
     """The first index of the least number along the last axis."""
     # Two plain reductions: XLA:CPU does not vectorise the (value, index) reduction of `jnp.argmin`.
     least = x == x.min(-1, keepdims=True)
-    return jnp.where(least, jnp.arange(x.shape[-1]), x.shape[-1]).min(-1)
+    return jnp.where(least, jnp.arange(x.shape[-1], dtype=jnp.int32), x.shape[-1]).min(-1)
 
 
 def _over(index_BKT, like):
@@ -75,11 +83,9 @@ def _put(x, index_BKT, values):
     return x.at[jnp.arange(B)[:, None, None], jnp.arange(K)[:, None], index_BKT].set(values, mode="drop")
 
 
-def _native(form, forget, slots, entry, priority):
-    held = [slots.pos_BKS, *native.arrays(slots.k), *native.arrays(slots.v)]
-    if slots.score_BKS is not None:
-        held.append(slots.score_BKS)
-    coming = [entry.k, entry.v, entry.pos_BKT, entry.score_BKT]
+def _native(codecs: Codecs, forget, slots, entry, priority):
+    held = [slots.pos_BKS, *native.arrays(slots.k), *native.arrays(slots.v), *slots.numbers]
+    coming = [entry.k, entry.v, entry.pos_BKT, *entry.numbers]
     left = [] if forget else coming
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     call = jax.ffi.ffi_call(
@@ -88,18 +94,31 @@ def _native(form, forget, slots, entry, priority):
         # The slots are written in place.
         input_output_aliases={1 + len(coming) + i: i for i in range(len(held))},
     )
-    per_vector = len(slots.k)
-    results = call(priority, *coming, *held, arrays=np.int64(per_vector), turned=form.turned, forget=forget)
-    pos, results = results[0], results[1:]
-    k, v = native.named(slots.k, results[:per_vector]), native.named(slots.v, results[per_vector : 2 * per_vector])
-    score = None if slots.score_BKS is None else results[2 * per_vector]
-    return Slots(k, v, pos, score), None if forget else Entry(*results[-4:])
+    results = iter(
+        call(
+            priority,
+            *coming,
+            *held,
+            arrays=np.array([len(slots.k), len(slots.v)], np.int64),
+            turned=np.array([codecs.k.turned, codecs.v.turned], np.int64),
+            numbers=np.int64(len(slots.numbers)),
+            forget=forget,
+        )
+    )
+    pos = next(results)
+    k, v = (native.named(stored, [next(results) for _ in stored]) for stored in (slots.k, slots.v))
+    slots = Slots(k, v, pos, tuple(next(results) for _ in slots.numbers))
+    return slots, None if forget else Entry(next(results), next(results), next(results), tuple(results))
 
 
-def _triton(form, forget, slots, entry, priority, interpret):
+def _native_refuses(slots, entry, priority) -> str | None:
+    return "made for one newcomer per KV head" if entry.pos_BKT.shape[-1] != 1 else native.unread(slots)
+
+
+def _triton(codecs: Codecs, forget, slots, entry, priority, interpret):
     from kvcascade.kernels import write_triton
 
-    return write_triton.exchange(slots, entry, priority, form.turned, forget, interpret)
+    return write_triton.exchange(slots, entry, priority, codecs, forget, interpret)
 
 
 def _triton_refuses(slots, entry, priority) -> str | None:

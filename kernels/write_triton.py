@@ -10,17 +10,21 @@ from jaxtyping import Array, Float
 
 from kvcascade.kernels.decode_triton import e2m1, e4m3, format_of
 from kvcascade.kernels.launch import launch
-from kvcascade.kernels.slots import Entry, Slots, Stored
+from kvcascade.kernels.slots import Codecs, Entry, Slots, Stored, unknown
+
+NUMBERS = 4  # that a token may carry
 
 
 def refuses(slots: Slots, entry: Entry) -> str | None:
     """Why the kernel cannot exchange these, or None."""
     if entry.pos_BKT.shape[-1] != 1:
         return "made for one newcomer per KV head"
-    kind = _format(slots.k)
-    if kind is None:
-        return f"no kernel for slots of {', '.join(f'{name} {x.dtype}' for name, x in slots.k.items())}"
-    return "the head width is odd" if entry.k.shape[-1] % 2 else None
+    if len(entry.numbers) > NUMBERS:
+        return f"made for at most {NUMBERS} numbers per token, not {len(entry.numbers)}"
+    for stored in (slots.k, slots.v):
+        if _format(stored) is None:
+            return unknown(stored)
+    return "the head width is odd" if entry.k.shape[-1] % 2 or entry.v.shape[-1] % 2 else None
 
 
 def _format(stored: Stored) -> str | None:
@@ -28,44 +32,49 @@ def _format(stored: Stored) -> str | None:
 
 
 def exchange(
-    slots: Slots, entry: Entry, priority_BKS: Float[Array, "B K _"], turned: bool, forget: bool, interpret: bool
+    slots: Slots, entry: Entry, priority_BKS: Float[Array, "B K _"], codecs: Codecs, forget: bool, interpret: bool
 ) -> tuple[Slots, Entry | None]:
     """`write.exchange` for one newcomer per KV head; codes are those of the reference bit for bit, apart from those of turned vectors."""
     B, K, S = slots.pos_BKS.shape
-    H = entry.k.shape[-1]
+    H, W, count = entry.k.shape[-1], entry.v.shape[-1], len(entry.numbers)
     absent = (
         priority_BKS  # stands for what a format or a tier does not have, and is neither read nor written in its place
     )
-    coming = [priority_BKS, entry.k, entry.v, entry.pos_BKT, entry.score_BKT]
-    scores = [] if slots.score_BKS is None else [slots.score_BKS]
     held = [
-        [slots.pos_BKS],
-        scores,
-        *([_bits(stored[name]) for name in NAMES if name in stored] for stored in (slots.k, slots.v)),
+        ([slots.pos_BKS], 1),
+        *(([_bits(stored[name]) for name in NAMES if name in stored], 3) for stored in (slots.k, slots.v)),
+        (list(slots.numbers), NUMBERS),
     ]
-    arrays, in_place = coming, []
-    for some, places in zip(held, (1, 1, 3, 3), strict=True):
+    arrays = [priority_BKS, entry.k, entry.v, entry.pos_BKT, *entry.numbers, *[absent] * (NUMBERS - count)]
+    in_place = []
+    for some, places in held:
         in_place += range(len(arrays), len(arrays) + len(some))
-        arrays = [*arrays, *some, *[absent] * (places - len(some))]
-    left = [(1,)] * 4 if forget else [(B, K, 1, H), (B, K, 1, H), (B, K, 1), (B, K, 1)]
-    types = [jnp.float32, jnp.float32, jnp.int32, jnp.float32]
-    pos_BKS, *written = launch(
-        _exchange,
-        (B * K,),
-        arrays,
-        [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(left, types, strict=True)],
-        interpret=interpret,
-        in_place=in_place,
-        warps=max(4, H // 16) if turned else 4,  # whose registers hold the matrix that turns
-        S=S, H=H, HALF=triton.next_power_of_2(H // 2), FORM=_format(slots.k), TURNED=turned, SCORED=bool(scores), FORGET=forget,
-        TILE=min(1024, triton.next_power_of_2(S)),
+        arrays += [*some, *[absent] * (places - len(some))]
+    kept = lambda shape, there=True: jax.ShapeDtypeStruct(shape if there and not forget else (1,), jnp.float32)
+    left = [kept((B, K, 1, H)), kept((B, K, 1, W)), jax.ShapeDtypeStruct((1,) if forget else (B, K, 1), jnp.int32)]
+    turned = codecs.k.turned or codecs.v.turned
+    results = iter(
+        launch(
+            _exchange,
+            (B * K,),
+            arrays,
+            left + [kept((B, K, 1), i < count) for i in range(NUMBERS)],
+            interpret=interpret,
+            in_place=in_place,
+            warps=max(4, max(H, W) // 16) if turned else 4,  # whose registers hold the matrix that turns
+            S=S, COUNT=count, FORGET=forget, TILE=min(1024, triton.next_power_of_2(S)),
+            H=H, HALF=triton.next_power_of_2(H // 2), FORM=_format(slots.k), TURNED=codecs.k.turned,
+            W=W, HALF_V=triton.next_power_of_2(W // 2), FORM_V=_format(slots.v), TURNED_V=codecs.v.turned,
+        )
     )  # fmt: skip
-    score_BKS = written.pop(0) if scores else None
+    pos_BKS = next(results)
     as_before = lambda stored: {
-        name: jax.lax.bitcast_convert_type(written.pop(0), stored[name].dtype) for name in NAMES if name in stored
+        name: jax.lax.bitcast_convert_type(next(results), stored[name].dtype) for name in NAMES if name in stored
     }
-    slots = Slots(as_before(slots.k), as_before(slots.v), pos_BKS, score_BKS)
-    return slots, None if forget else Entry(*written)
+    slots = Slots(as_before(slots.k), as_before(slots.v), pos_BKS, tuple(next(results) for _ in slots.numbers))
+    if forget:
+        return slots, None
+    return slots, Entry(next(results), next(results), next(results), tuple(results)[:count])
 
 
 NAMES = ("values", "codes", "scale", "low", "scales")
@@ -79,41 +88,57 @@ def _bits(x: Array) -> Array:
 @triton.jit
 @no_type_check
 def _exchange(
-    priority, k_new, v_new, pos_new, score_new, pos, score, k, k_scale, k_more, v, v_scale, v_more,
-    k_left, v_left, pos_left, score_left,
-    S: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr, FORM: tl.constexpr, TURNED: tl.constexpr, SCORED: tl.constexpr,
-    FORGET: tl.constexpr, TILE: tl.constexpr,
+    priority, k_new, v_new, pos_new, n1_new, n2_new, n3_new, n4_new,
+    pos, k, k_scale, k_more, v, v_scale, v_more, n1, n2, n3, n4,
+    k_left, v_left, pos_left, n1_left, n2_left, n3_left, n4_left,
+    S: tl.constexpr, COUNT: tl.constexpr, FORGET: tl.constexpr, TILE: tl.constexpr,
+    H: tl.constexpr, HALF: tl.constexpr, FORM: tl.constexpr, TURNED: tl.constexpr,
+    W: tl.constexpr, HALF_V: tl.constexpr, FORM_V: tl.constexpr, TURNED_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, TILE)
     lowest = tl.full((TILE,), float("inf"), tl.float32)
+    oldest = tl.full((TILE,), 2147483647, tl.int32)
     where = lane
     for start in range(0, S, TILE):
         s = start + lane
         here = tl.load(priority + row * (S + 1) + s, mask=s < S, other=float("inf"))
-        where = tl.where(here < lowest, s, where)
-        lowest = tl.minimum(here, lowest)
+        position = tl.load(pos + row * S + s, mask=s < S, other=2147483647)
+        before = (here < lowest) | ((here == lowest) & (position < oldest))
+        where = tl.where(before, s, where)
+        oldest = tl.where(before, position, oldest)
+        lowest = tl.where(before, here, lowest)
     least = tl.min(lowest, 0)
-    slot = row * S + tl.min(tl.where(lowest == least, where, S), 0)
-    swap = tl.load(priority + row * (S + 1) + S) > least
-    _number(pos_new, pos_left, pos, row, slot, swap, True, FORGET)
-    _number(score_new, score_left, score, row, slot, swap, SCORED, FORGET)
+    oldest = tl.where(lowest == least, oldest, 2147483647)
+    first = tl.min(oldest, 0)
+    slot = row * S + tl.min(tl.where((lowest == least) & (oldest == first), where, S), 0)
+    mine = tl.load(priority + row * (S + 1) + S)
+    position = tl.load(pos_new + row)
+    swap = (mine > least) | ((mine == least) & (position > first) & (mine > float("-inf")))
+    if not FORGET:
+        tl.store(pos_left + row, tl.where(swap, first, position))
+    tl.debug_barrier()  # all threads load the positions, one stores the one that comes
+    tl.store(pos + slot, position, mask=swap)
+    if COUNT > 0:
+        _number(n1_new, n1_left, n1, row, slot, swap, FORGET)
+    if COUNT > 1:
+        _number(n2_new, n2_left, n2, row, slot, swap, FORGET)
+    if COUNT > 2:
+        _number(n3_new, n3_left, n3, row, slot, swap, FORGET)
+    if COUNT > 3:
+        _number(n4_new, n4_left, n4, row, slot, swap, FORGET)
     _vector(k_new, k_left, k, k_scale, k_more, row, slot, swap, H, HALF, FORM, TURNED, FORGET)
-    _vector(v_new, v_left, v, v_scale, v_more, row, slot, swap, H, HALF, FORM, TURNED, FORGET)
+    _vector(v_new, v_left, v, v_scale, v_more, row, slot, swap, W, HALF_V, FORM_V, TURNED_V, FORGET)
 
 
 @triton.jit
 @no_type_check
-def _number(new, left, held, row, slot, swap, KEPT: tl.constexpr, FORGET: tl.constexpr):
+def _number(new, left, held, row, slot, swap, FORGET: tl.constexpr):
     coming = tl.load(new + row)
-    leaving = coming
-    if KEPT and not FORGET:
-        leaving = tl.where(swap, tl.load(held + slot, mask=swap, other=0), coming)
     if not FORGET:
-        tl.store(left + row, leaving)
-    if KEPT:
+        tl.store(left + row, tl.where(swap, tl.load(held + slot, mask=swap, other=0), coming))
         tl.debug_barrier()  # all threads load the number that leaves, one stores the one that comes
-        tl.store(held + slot, coming, mask=swap)
+    tl.store(held + slot, coming, mask=swap)
 
 
 @triton.jit
@@ -235,7 +260,7 @@ def _write(
 @no_type_check
 def _scale(width, steps):
     """`codec._scale`."""
-    return _round_to_bf16(tl.where(width > 0, tl.div_rn(width, steps) * (1 + 2**-8), 1.0))
+    return _round_to_bf16(tl.where(width > 0, tl.maximum(tl.div_rn(width, steps) * (1 + 2**-8), 2.0**-100), 1.0))
 
 
 @triton.jit

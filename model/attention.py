@@ -9,8 +9,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kvcascade.cache.cascade import LayerCache
+from kvcascade.cache.whole import Cache, Draft
 from kvcascade.kernels.causal import causal_attention
+from kvcascade.kernels.heads import Rope
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.linear import Linear, together
 
@@ -19,13 +20,20 @@ type Rotation = tuple[Float[Array, "B T 1 1 H2"], Float[Array, "B T 1 2 H2"]]
 
 
 @jax.named_scope("rope")
-def rotation(positions_BT: Int[Array, "B T"], H: int, base: float, factors: tuple[float, ...] = ()) -> Rotation:
-    """What RoPE turns pair h at each position by: position times base^(-2h/H) / factors[h] radians (RoFormer, Su et al. 2021, eq. 34)."""
-    # In float64 on the host: at position 8,000 a frequency that is off in its last float32 digit turns by 0.001 radians.
-    frequency = base ** (-np.arange(0, H, 2) / H) / np.asarray(factors or 1.0)
-    angle = positions_BT[:, :, None, None, None] * jnp.asarray(frequency, jnp.float32)
+def rotation(positions_BT: Int[Array, "B T"], H: int, rope: Rope) -> Rotation:
+    """What RoPE turns each pair of a head of width H by, to 10⁻⁶ radians at every position."""
+    # A product of a position and a frequency in float32 is off by 0.04 radians at position 10⁶. Parts of a turn, counted in units of
+    # 2⁻³², wrap where a turn does: 32-bit integers multiply without an error, and what a frequency has besides is small enough for float32.
+    frequency = rope.base ** (-np.arange(0, H, 2) / H) / np.asarray(rope.factors or 1.0)
+    units = frequency / (2 * np.pi) * 2**32
+    whole, rest = jnp.asarray(units, jnp.uint32), jnp.asarray(units % 1.0, jnp.float32)
+    position_BT111 = positions_BT[:, :, None, None, None]
+    part = position_BT111.astype(jnp.uint32) * whole
+    part += jnp.round(position_BT111.astype(jnp.float32) * rest).astype(jnp.int32).astype(jnp.uint32)
+    angle = lax.bitcast_convert_type(part, jnp.int32).astype(jnp.float32) * jnp.float32(2 * np.pi / 2**32)
     # Without the barrier XLA would compute them again in every layer, for queries and for keys.
-    return lax.optimization_barrier((jnp.cos(angle), jnp.asarray([[-1.0], [1.0]]) * jnp.sin(angle)))
+    sign = jnp.asarray([[-1.0], [1.0]], jnp.float32)
+    return lax.optimization_barrier((jnp.cos(angle), sign * jnp.sin(angle)))
 
 
 @jax.named_scope("rope")
@@ -39,42 +47,44 @@ def turn(x_BTNH: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H
 
 
 class Attention(nnx.Module):
-    """Projections, RoPE, and attention over this call's tokens or through one layer of a cache."""
+    """Projections, RoPE, and attention over this call's tokens or through a layer of a cache."""
 
-    def __init__(self, config: ModelConfig, out_init, rngs: nnx.Rngs):
-        width, head_dim = config.width, config.head_dim
+    def __init__(self, config: ModelConfig, index: int, out_init, rngs: nnx.Rngs):
+        width, heads = config.width, config.layer_heads[index]
         linear = functools.partial(Linear, config=config, rngs=rngs)
         project = functools.partial(linear, init=nnx.initializers.normal(0.02), use_bias=config.biases != "none")
-        self.q = project(width, config.heads * head_dim)
-        self.k = project(width, config.kv_heads * head_dim)
-        self.v = project(width, config.kv_heads * head_dim)
-        self.o = linear(config.heads * head_dim, width, init=out_init, use_bias=config.biases == "all")
+        self.q = project(width, heads.queries * heads.width)
+        self.k = project(width, heads.kv * heads.width)
+        self.v = project(width, heads.kv * heads.value_width)
+        self.o = linear(heads.queries * heads.value_width, width, init=out_init, use_bias=config.biases == "all")
         if config.qk_norm:
-            norm = functools.partial(nnx.RMSNorm, head_dim, epsilon=config.norm_eps, dtype=jnp.float32, rngs=rngs)
+            norm = functools.partial(nnx.RMSNorm, heads.width, epsilon=config.norm_eps, dtype=jnp.float32, rngs=rngs)
             self.q_norm, self.k_norm = norm(), norm()
-        self.config = config
+        self.heads, self.index = heads, index
 
     def __call__(
         self,
         x_BTM: Float[Array, "B T M"],
         positions_BT: Int[Array, "B T"],
         by: Rotation | None,
-        cache: LayerCache | None,
+        cache: Cache | Draft | None,
         fresh: bool = False,
-    ) -> tuple[Float[Array, "B T M"], LayerCache | None]:
+    ) -> tuple[Float[Array, "B T M"], Cache | Draft | None]:
         """RoPE, `by`, is applied before a key is stored, so positions stay true after eviction; `fresh` says that the cache is empty."""
         B, T, _ = x_BTM.shape
-        config = self.config
         with jax.named_scope("qkv"):
-            projected = together(x_BTM, self.q, self.k, self.v)
-            q_BTNH, k_BTKH, v_BTKH = (x.reshape(B, T, -1, config.head_dim) for x in projected)
-        if config.qk_norm:
+            projected, widths = (
+                together(x_BTM, self.q, self.k, self.v),
+                (self.heads.width,) * 2 + (self.heads.value_width,),
+            )
+            q_BTNH, k_BTKH, v_BTKW = (x.reshape(B, T, -1, width) for x, width in zip(projected, widths, strict=True))
+        if hasattr(self, "q_norm"):
             q_BTNH, k_BTKH = self.q_norm(q_BTNH).astype(q_BTNH.dtype), self.k_norm(k_BTKH).astype(k_BTKH.dtype)
         if by is not None:
             q_BTNH, k_BTKH = turn(q_BTNH, by), turn(k_BTKH, by)
         if cache is None:
-            out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, config.window)
+            out_BTNW = causal_attention(q_BTNH, k_BTKH, v_BTKW, self.heads)
         else:
-            out_BTNH, cache = cache.step(q_BTNH, k_BTKH, v_BTKH, positions_BT, config.window, fresh)
+            out_BTNW, cache = cache.step(self.index, q_BTNH, k_BTKH, v_BTKW, positions_BT, fresh)
         with jax.named_scope("output"):
-            return self.o(out_BTNH.reshape(B, T, -1)), cache
+            return self.o(out_BTNW.reshape(B, T, -1)), cache

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from kvcascade.cache.errors import BadInput
+from kvcascade.kernels.heads import Heads, Rope
 from kvcascade.kernels.linear import WEIGHTS
 from kvcascade.kernels.nonlinear import ACTIVATIONS
 
@@ -56,6 +57,12 @@ class ModelConfig:
     """Whether the head is the embedding, or a matrix of its own."""
     window: int = 0
     """Positions that a query sees, its own included (Mistral's sliding window); 0: all."""
+    attention_scale: float = 0.0
+    """What the product of a query and a key is multiplied by; 0: 1 / sqrt(head_dim)."""
+    soft_cap: float = 0.0
+    """Attention logits become cap · tanh(logit / cap) (Gemma 2); 0: they stay."""
+    unlike: tuple[Heads, ...] = ()
+    """The heads of each layer of a model whose layers are not all alike, the first as the fields above say; empty: all are."""
     weights: str = "float32"
     """What matrices and embeddings are kept in: float32, or, not to be trained any more, bfloat16 or int8."""
     dtype: str = "float32"
@@ -81,9 +88,28 @@ class ModelConfig:
             raise BadInput(f"model.rope_base is {self.rope_base}; it must be above 0 and finite")
         if len(self.rope_factors) not in (0, self.head_dim // 2):
             raise BadInput(f"model.rope_factors has {len(self.rope_factors)} numbers, not {self.head_dim // 2}")
+        if self.unlike and (len(self.unlike) != self.layers or self.unlike[0] != self._alike):
+            raise BadInput(f"model.unlike has to have {self.layers} heads, of which the first are {self._alike}")
         if not 0 <= self.dropout < 1:
             raise BadInput(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
 
     @property
     def head_dim(self) -> int:
         return self.head_width or self.width // self.heads
+
+    @property
+    def layer_heads(self) -> tuple[Heads, ...]:
+        """What the attention of each layer is."""
+        return self.unlike or (self._alike,) * self.layers
+
+    @property
+    def _alike(self) -> Heads:
+        return Heads(
+            queries=self.heads,
+            kv=self.kv_heads,
+            width=self.head_dim,
+            scale=self.attention_scale,
+            soft_cap=self.soft_cap,
+            window=self.window,
+            rope=Rope(self.rope_base, self.rope_factors) if self.positions == "rope" else None,
+        )

@@ -11,9 +11,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from kvcascade.cache.cascade import Cache
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
+from kvcascade.cache.whole import Cache
 from kvcascade.kernels.write import argmin
 from kvcascade.model import gpt
 from kvcascade.model.config import ModelConfig
@@ -135,7 +135,7 @@ def _saw(seen_BV, token_B):
 def empty_cache(config: ModelConfig, spec: CacheSpec, batch: int, context: int) -> Cache:
     """An empty cache for a model; BadInput if the context is longer than the model's."""
     check_context(config, context)
-    return spec.init(batch, config.layers, config.kv_heads, config.head_dim, context)
+    return spec.init(batch, config.layer_heads, context)
 
 
 def start(config: ModelConfig, spec: CacheSpec, batch: int, context: int) -> State:

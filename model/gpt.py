@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from kvcascade.cache.cascade import Cache
+from kvcascade.cache.whole import Cache, Draft
 from kvcascade.kernels import linear
 from kvcascade.kernels.activation import activate
 from kvcascade.kernels.loss import token_nll
@@ -28,11 +28,11 @@ def make_norm(config: ModelConfig, rngs: nnx.Rngs):
 class Block(nnx.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, index: int, rngs: nnx.Rngs):
         out_init = nnx.initializers.normal(0.02 / (2 * config.layers) ** 0.5)
         project = functools.partial(Linear, config=config, use_bias=config.biases == "all", rngs=rngs)
         self.attention_norm, self.mlp_norm = make_norm(config, rngs), make_norm(config, rngs)
-        self.attention = Attention(config, out_init, rngs)
+        self.attention = Attention(config, index, out_init, rngs)
         self.up = project(config.width, config.mlp, init=nnx.initializers.normal(0.02))
         if config.activation == "swiglu":
             self.gate = project(config.width, config.mlp, init=nnx.initializers.normal(0.02))
@@ -69,7 +69,7 @@ class GPT(nnx.Module):
             self.position = nnx.Embed(
                 config.context, config.width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs
             )
-        self.layers = nnx.List([Block(config, rngs) for _ in range(config.layers)])
+        self.layers = nnx.List([Block(config, index, rngs) for index in range(config.layers)])
         self.norm = make_norm(config, rngs)
         if not config.tied:
             init = nnx.initializers.normal(0.02)
@@ -78,20 +78,19 @@ class GPT(nnx.Module):
 
     def hidden(self, tokens_BT, positions_BT, cache, dropout_key=None, fresh=False):
         """What the head is applied to, and the cache that has seen the tokens."""
-        by, config = None, self.config
+        config = self.config
         with jax.named_scope("embedding"):
             x_BTM = self.embed(tokens_BT)
             if config.positions == "learned":
                 x_BTM = x_BTM + self.position(jnp.maximum(positions_BT, 0)).astype(x_BTM.dtype)
-        if config.positions != "learned":
-            by = rotation(positions_BT, config.head_dim, config.rope_base, config.rope_factors)
-        caches = []
-        for index, block in enumerate(self.layers):
+        # Layers that turn alike share what they turn by.
+        turns = {(heads.width, heads.rope) for heads in config.layer_heads if heads.rope}
+        by = {each: rotation(positions_BT, *each) for each in turns}
+        for index, (block, heads) in enumerate(zip(self.layers, config.layer_heads, strict=True)):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            x_BTM, layer = block(x_BTM, positions_BT, by, None if cache is None else cache[index], key, fresh)
-            caches.append(layer)
+            x_BTM, cache = block(x_BTM, positions_BT, by.get((heads.width, heads.rope)), cache, key, fresh)
         with jax.named_scope("norm"):
-            return self.norm(x_BTM), tuple(caches)
+            return self.norm(x_BTM), cache
 
     @property
     def head_matrix(self):
@@ -140,12 +139,13 @@ def _from_zero(tokens_BT):
     return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
 
 
-def step(
-    config: ModelConfig, params: Params, cache: Cache, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T V"], Cache]:
+def step[C: (Cache, Draft)](
+    config: ModelConfig, params: Params, cache: C, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T V"], C]:
     """Run the model on the next tokens of rows that a cache has seen the past of; return the logits of the token after each, and the cache.
 
-    `positions_BT` says where each token stands (-1: padding). T = 1 is a decode step, T > 1 a prefill of that many tokens.
+    `positions_BT` says where each token stands (-1: padding). T = 1 is a decode step, T > 1 a prefill of that many tokens; through a
+    draft of a cache the tokens only look.
     """
     model = nnx.merge(graph(config)[0], params)
     x_BTM, cache = model.hidden(tokens_BT, positions_BT, cache)

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import tyro
 
-from kvcascade.cache.cascade import nbytes
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
+from kvcascade.cache.whole import nbytes
 from kvcascade.eval.records import full_bytes
 from kvcascade.model import chat, generate
 from kvcascade.model.generate import Sampling
@@ -72,7 +72,9 @@ def main(arguments: list[str]) -> None:
         if all(row.done for row in rows):
             break
     print() if alone else console.answers(args.prompt, [row.text for row in rows])
-    held = max(sum(int((slots.pos_BKS[row, 0] >= 0).sum()) for slots in cache[0].slots) for row in range(len(prompts)))
+    held = max(
+        sum(int((slots.pos_BKS[row, 0] >= 0).sum()) for slots in cache.layers[0].slots) for row in range(len(prompts))
+    )
     full = full_bytes(model.config, context)
     print(
         f"\n{spec}: holds {held} of {longest + drawn - 1} tokens in {size:,} bytes; a full bf16 cache takes {full:,}",

@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
         raise BadInput("retrieve needs at least one sample, row, task, length and depth")
     specs = [parse(text) for text in args.cache]
     model = console.open_model(args.model, args.weights)
-    slots = [max(c.slots(max(args.length)) for c in spec.cascades(model.config.layers)) for spec in specs]
+    slots = [spec.slots(model.config.layer_heads, max(args.length)) for spec in specs]
     fewest = min(slots, default=max(args.length) // 4)
     specs = list(dict.fromkeys([parse("full"), *specs, parse(f"random {fewest}")]))
     make = lambda task, length, depth: [

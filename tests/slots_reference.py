@@ -5,69 +5,91 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvcascade.cache.codec import CODECS
-from kvcascade.kernels.slots import Entry, Slots
+from kvcascade.kernels.decode import decode
+from kvcascade.kernels.heads import Heads
+from kvcascade.kernels.partial import normalise
+from kvcascade.kernels.slots import Codecs, Entry, Held, Slots
 from kvcascade.kernels.write import exchange
 
 
-def held(rng: np.random.Generator, codec_name: str, batch: int, kv_heads: int, slots: int, head_dim: int) -> Slots:
+def codecs(names: str) -> Codecs:
+    """`int8`, or one for keys and one for values, `int8/int4`."""
+    k, _, v = names.partition("/")
+    return Codecs(CODECS[k], CODECS[v or k])
+
+
+def held(rng, names: str, batch: int, kv_heads: int, slots: int, width: int, numbers: int = 1) -> Held:
     """Slots in random order with random positions, some of them empty, an outlier among the vectors."""
-    codec = CODECS[codec_name]
-    vectors = lambda: codec.encode(jnp.asarray(rng.normal(size=(batch, kv_heads, slots, head_dim)) * 3, jnp.float32))
-    pos = rng.permuted(np.broadcast_to(np.arange(slots) - slots // 4, (batch, kv_heads, slots)), axis=-1).clip(-1)
-    score = rng.random((batch, kv_heads, slots))
-    return Slots(vectors(), vectors(), jnp.asarray(pos, jnp.int32), jnp.asarray(score, jnp.float32))
+    by = codecs(names)
+    shape = (batch, kv_heads, slots)
+    vectors = lambda: jnp.asarray(rng.normal(size=(*shape, width)) * 3, jnp.float32)
+    pos = rng.permuted(np.broadcast_to(np.arange(slots) - slots // 4, shape), axis=-1).clip(-1)
+    carried = tuple(jnp.asarray(rng.random(shape), jnp.float32) for _ in range(numbers))
+    return Slots(by.k.encode(vectors()), by.v.encode(vectors()), jnp.asarray(pos, jnp.int32), carried), by
 
 
-def dense(q_BNH, now_B, slots, window=0):
+def heads_of(q_BNH, slots: list[Held], **more) -> Heads:
+    """The heads that queries and slots are of; `more` says how they see."""
+    return Heads(q_BNH.shape[1], slots[0][0].pos_BKS.shape[1], q_BNH.shape[2], **more)
+
+
+def attended(q_BNH, now_B, slots: list[Held], observed: bool, implementation, **more):
+    """Normalised attention through `decode`, [B, N, H], and each tier's mass, [B, K, S]."""
+    found = decode(q_BNH, now_B, slots, heads_of(q_BNH, slots, **more), observed, implementation)
+    out_BTNH, masses = normalise([found])
+    return out_BTNH[:, 0], [mass[:, :, 0] for mass in masses]
+
+
+def dense(q_BNH, now_B, slots: list[Held], window=0, scale=None, soft_cap=0.0):
     """The same attention in float64, over all slots at once."""
     B, N, H = q_BNH.shape
-    read = lambda stored, codec: np.asarray(codec.decode(stored), np.float64)
-    k = np.concatenate([read(s.k, codec) for s, codec in slots], 2)
-    v = np.concatenate([read(s.v, codec) for s, codec in slots], 2)
+    k = np.concatenate([np.asarray(by.k.decode(s.k), np.float64) for s, by in slots], 2)
+    v = np.concatenate([np.asarray(by.v.decode(s.v), np.float64) for s, by in slots], 2)
     pos = np.concatenate([s.pos_BKS for s, _ in slots], 2)
     K = k.shape[1]
-    q = np.asarray(q_BNH, np.float64).reshape(B, K, N // K, H) / H**0.5
+    q = np.asarray(q_BNH, np.float64).reshape(B, K, N // K, H) * (scale or H**-0.5)
     age = np.asarray(now_B)[:, None, None] - pos
     seen = (pos >= 0) & (age >= 0) & (age < (window or np.inf))
-    logits = np.where(seen[:, :, None], np.einsum("bkgh,bksh->bkgs", q, k), -np.inf)
+    logits = np.einsum("bkgh,bksh->bkgs", q, k)
+    logits = soft_cap * np.tanh(logits / soft_cap) if soft_cap else logits
+    logits = np.where(seen[:, :, None], logits, -np.inf)
     top = np.where(seen.any(-1), logits.max((-2, -1), initial=-1e9, where=seen[:, :, None]), 0)
     weights = np.exp(logits - top[..., None, None])
     weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
-    out = np.einsum("bkgs,bksh->bkgh", weights, v).reshape(B, N, H)
+    out = np.einsum("bkgs,bksw->bkgw", weights, v).reshape(B, N, -1)
     return out, np.split(weights.sum(2), np.cumsum([s.pos_BKS.shape[-1] for s, _ in slots])[:-1], -1)
 
 
-def offered(rng: np.random.Generator, batch: int, kv_heads: int, slots: int, head_dim: int, scale: float):
+def offered(rng, batch: int, kv_heads: int, slots: int, width: int, scale: float, numbers: int = 1):
     """A newcomer for each KV head, and priorities with many ties, without a limit on either side."""
     shape = (batch, kv_heads, 1)
-    vectors = lambda: jnp.asarray(rng.normal(size=(*shape, head_dim)) * scale, jnp.float32)
+    vectors = lambda: jnp.asarray(rng.normal(size=(*shape, width)) * scale, jnp.float32)
     pos = jnp.asarray(rng.integers(0, 99, shape), jnp.int32)
-    entry = Entry(vectors(), vectors(), pos, jnp.asarray(rng.random(shape), jnp.float32))
+    carried = tuple(jnp.asarray(rng.random(shape), jnp.float32) for _ in range(numbers))
+    entry = Entry(vectors(), vectors(), pos, carried)
     return entry, jnp.asarray(rng.choice([-np.inf, 0, 1, 2, np.inf], (batch, kv_heads, slots + 1)), jnp.float32)
 
 
-def check_exchange(implementation, rng, codec, batch, kv_heads, slots, head_dim, scored, forget, scale):
+def check_exchange(implementation, rng, names, batch, kv_heads, slots, width, numbers, forget, scale):
     """The exchange against the reference: bit for bit, but for what is turned, whose sums may come in another order."""
-    before = held(rng, codec.name, batch, kv_heads, slots, head_dim)
-    if not scored:
-        before = Slots(before.k, before.v, before.pos_BKS, None)
-    entry, priority = offered(rng, batch, kv_heads, slots, head_dim, scale)
+    before, by = held(rng, names, batch, kv_heads, slots, width, numbers)
+    entry, priority = offered(rng, batch, kv_heads, slots, width, scale, numbers)
     both = jax.jit(
         lambda slots, entry, priority: [
-            exchange(slots, entry, priority, codec, forget, by) for by in (implementation, "xla")
+            exchange(slots, entry, priority, by, forget, one) for one in (implementation, "xla")
         ],
         compiler_options={"xla_backend_optimization_level": 0},  # compiled in half the time
     )
     (ours, ours_left), (theirs, theirs_left) = both(before, entry, priority)
     turned = {"codes": 17, "values": 0, "scale": 0.02, "low": 0.05}
-    for a, b in ((ours.k, theirs.k), (ours.v, theirs.v)):
+    for codec, a, b in ((by.k, ours.k, theirs.k), (by.v, ours.v, theirs.v)):
         for name in a:
             tolerance = turned[name] if codec.turned else 0
             np.testing.assert_allclose(a[name].astype("float32"), b[name].astype("float32"), atol=tolerance)
     np.testing.assert_array_equal(ours.pos_BKS, theirs.pos_BKS)
-    assert (ours.score_BKS is None) == (not scored)
+    assert len(ours.numbers) == len(theirs.numbers) == numbers
+    for a, b in zip(ours.numbers, theirs.numbers, strict=True):
+        np.testing.assert_array_equal(a, b)
     assert (ours_left is None) == forget
-    if scored:
-        np.testing.assert_array_equal(ours.score_BKS, theirs.score_BKS)
     for a, b in zip(jax.tree.leaves(ours_left), jax.tree.leaves(theirs_left), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

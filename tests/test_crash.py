@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import tiny_models
 
-from kvcascade.cache.cascade import nbytes
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
+from kvcascade.cache.whole import nbytes
 from kvcascade.eval import crash, crash_child, limits, records, report
 from kvcascade.scripts import cli, readme
 
@@ -234,8 +234,8 @@ def test_a_cache_is_full_of_distinct_positions(nano, spec: str, held: int) -> No
     """As many as rows of 28 tokens can have left in it, the same in each row and head, and what a spec says it takes."""
     config = nano.config
     cache = crash_child.occupied(parse(spec), config, 3, 32, 28)
-    assert nbytes(cache) == 3 * parse(spec).nbytes(config.layers, config.kv_heads, config.head_dim, 32)
-    for layer in cache:
+    assert nbytes(cache) == 3 * parse(spec).nbytes(config.layer_heads, 32)
+    for layer in cache.layers:
         pos_BKS = np.concatenate([slots.pos_BKS for slots in layer.slots], -1)
         assert (pos_BKS == pos_BKS[:1, :1]).all()
         found = pos_BKS[0, 0][pos_BKS[0, 0] >= 0].tolist()

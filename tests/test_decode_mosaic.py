@@ -4,20 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from slots_reference import dense, held
+from slots_reference import attended, dense, held
 
-from kvcascade.cache.codec import CODECS
 from kvcascade.kernels import decode_mosaic
-from kvcascade.kernels.decode import decode
 
 
 def check(tiers, group, head_dim, batch=1, kv_heads=1, window=0):
     rng = np.random.default_rng(0)
-    slots = [(held(rng, name, batch, kv_heads, count, head_dim), CODECS[name]) for name, count in tiers]
+    slots = [held(rng, name, batch, kv_heads, count, head_dim) for name, count in tiers]
     q = jnp.asarray(rng.normal(size=(batch, kv_heads * group, head_dim)), jnp.float32)
     # Row 0 sees most slots, row 1 nothing.
     now = jnp.asarray([60, -1][:batch], jnp.int32)
-    out, masses = decode(q, now, slots, True, window, implementation="mosaic")
+    out, masses = attended(q, now, slots, True, "mosaic", window=window)
     exact, exact_masses = dense(q, now, slots, window)
     # The sums are rounded by their size, and of a large output as much more than of one.
     np.testing.assert_allclose(out, exact, atol=1e-5 * max(1, np.abs(exact).max()))
@@ -57,15 +55,15 @@ def test_splits_of_a_long_tier(codec_name, share, monkeypatch):
 
 def test_without_masses_the_output_is_the_same():
     rng = np.random.default_rng(0)
-    slots = [(held(rng, "int4", 1, 1, 32, 64), CODECS["int4"])]
+    slots = [held(rng, "int4", 1, 1, 32, 64)]
     q, now = jnp.ones((1, 2, 64)), jnp.asarray([9], jnp.int32)
-    call = jax.jit(lambda observed: decode(q, now, slots, observed, implementation="mosaic"), static_argnums=0)
+    call = jax.jit(lambda observed: attended(q, now, slots, observed, "mosaic"), static_argnums=0)
     np.testing.assert_array_equal(call(False)[0], call(True)[0])
     assert call(False)[1] == []
 
 
 @pytest.mark.parametrize(
-    "codec_name, slots, head_dim, group, reason",
+    "names, slots, head_dim, group, reason",
     [
         ("f32", 8, 64, 1, "made for slots in bf16, fp8, int8 and int4"),
         ("nvfp4", 8, 64, 1, "made for slots in bf16, fp8, int8 and int4"),
@@ -73,15 +71,16 @@ def test_without_masses_the_output_is_the_same():
         ("int4", 8, 80, 1, "a multiple of 16, not 40"),
         ("int8", 8, 64, 9, "made for 8 query heads to a KV head"),
         ("int8", 5, 64, 1, "a multiple of 8, not 5"),
+        ("int8/int4", 8, 64, 1, "made for keys and values in one codec"),
     ],
 )
-def test_what_it_is_not_made_for_is_told(codec_name, slots, head_dim, group, reason):
-    tier = held(np.random.default_rng(0), codec_name, 1, 1, slots, head_dim)
+def test_what_it_is_not_made_for_is_told(names, slots, head_dim, group, reason):
+    tier = held(np.random.default_rng(0), names, 1, 1, slots, head_dim)
     with pytest.raises(NotImplementedError, match=reason):
-        decode(
-            jnp.ones((1, group, head_dim)),
-            jnp.asarray([3]),
-            [(tier, CODECS[codec_name])],
-            False,
-            implementation="mosaic",
-        )
+        attended(jnp.ones((1, group, head_dim)), jnp.asarray([3]), [tier], False, "mosaic")
+
+
+def test_a_soft_cap_is_refused():
+    tier = held(np.random.default_rng(0), "int8", 1, 1, 8, 64)
+    with pytest.raises(NotImplementedError, match="made for logits without a soft cap"):
+        attended(jnp.ones((1, 1, 64)), jnp.asarray([3]), [tier], False, "mosaic", soft_cap=30.0)

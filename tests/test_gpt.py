@@ -13,6 +13,7 @@ from flax import nnx
 from kvcascade.cache.errors import BadInput
 from kvcascade.kernels import backend
 from kvcascade.kernels.activation import activate
+from kvcascade.kernels.heads import Rope
 from kvcascade.kernels.nonlinear import ACTIVATIONS
 from kvcascade.model import gpt
 from kvcascade.model.attention import rotation, turn
@@ -110,7 +111,7 @@ def test_rope_turns_pairs_by_their_position() -> None:
     """By hand: the pair (h, h + H/2) of a vector at position p is turned by p · base^(-2h/H)."""
     x = np.random.default_rng(0).standard_normal((1, 5, 1, 8)).astype(np.float32)
     positions = np.array([[0, 1, 2, 7, 100]])
-    turned = np.asarray(turn(jnp.asarray(x), rotation(jnp.asarray(positions), x.shape[-1], 100.0)))
+    turned = np.asarray(turn(jnp.asarray(x), rotation(jnp.asarray(positions), x.shape[-1], Rope(100.0))))
     for t, p in enumerate(positions[0]):
         for h in range(4):
             a, b = x[0, t, 0, h], x[0, t, 0, h + 4]
@@ -123,7 +124,7 @@ def test_rope_is_relative() -> None:
     """The product of a query and a key depends on their distance alone."""
     rng = np.random.default_rng(1)
     q, k = (jnp.asarray(rng.standard_normal((1, 1, 1, 16)), jnp.float32) for _ in range(2))
-    at = lambda x, p: turn(x, rotation(jnp.array([[p]]), x.shape[-1], 10_000.0)).ravel()
+    at = lambda x, p: turn(x, rotation(jnp.array([[p]]), x.shape[-1], Rope())).ravel()
     product = lambda m, n: float(at(q, m) @ at(k, n))
     for distance in (0, 1, 17):
         for start in (0, 5, 300):

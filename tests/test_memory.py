@@ -5,9 +5,10 @@ import dataclasses
 import jax
 import pytest
 
-from kvcascade.cache.cascade import Cascade, nbytes
 from kvcascade.cache.errors import BadInput
+from kvcascade.cache.layer import LayerCache
 from kvcascade.cache.spec import parse
+from kvcascade.cache.whole import Cache, nbytes
 from kvcascade.eval import memory, records
 from kvcascade.kernels import aot
 from kvcascade.model import gpt
@@ -42,14 +43,14 @@ def test_published_figures():
 def test_bytes_are_those_of_caches_that_are_really_allocated(name, context):
     """Three models by ten specs, every codec, shares of the context and ranges of layers, to the byte."""
     config = KNOWN[name]
-    allocate = jax.jit(Cascade.init, static_argnums=(0, 1, 2, 3, 4))  # compiled once for all layers that are alike
+    # Compiled once for all layers that are alike.
+    allocate = jax.jit(LayerCache.empty, static_argnums=(0, 1, 2, 3))
     for text in SPECS:
         spec = parse(text)
-        cache = tuple(
-            allocate(each, 1, config.kv_heads, config.head_dim, context) for each in spec.cascades(config.layers)
-        )
+        layers = zip(spec.cascades(config.layers), config.layer_heads, strict=True)
+        cache = Cache(tuple(allocate(each, 1, heads, context) for each, heads in layers), (*range(config.layers),))
         buffers = sum(shard.data.nbytes for leaf in jax.tree.leaves(cache) for shard in leaf.addressable_shards)
-        assert len(cache) == config.layers
+        assert len(cache.layers) == config.layers
         assert memory.decode_step(config, spec, context).cache == nbytes(cache) == buffers, text
 
 

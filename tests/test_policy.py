@@ -3,11 +3,13 @@ import numpy as np
 import pytest
 
 from kvcascade.cache.policy import POLICIES, Policy, PositionAware, Random, text
+from kvcascade.kernels.heads import Heads
 
 
-def lots(policy: Random, heads: int, positions: int) -> np.ndarray:
+def lots(policy: Random, heads: int, positions: int, layer: int = 0) -> np.ndarray:
     pos = jnp.broadcast_to(jnp.arange(positions), (1, heads, positions))
-    return np.asarray(policy.priority(pos, jnp.zeros(pos.shape), jnp.full((1, 1, 1), positions)))[0]
+    read = tuple(each.init(1, Heads(heads, heads, 8), layer) for each in policy.reads())
+    return np.asarray(policy.priority(pos, read, jnp.full((1, 1, 1), positions)))[0]
 
 
 def test_random_keeps_every_position_about_equally_often() -> None:
@@ -19,10 +21,10 @@ def test_random_keeps_every_position_about_equally_often() -> None:
 
 
 def test_random_is_independent_between_heads_seeds_and_neighbouring_positions() -> None:
-    """The lots of different heads, of different seeds, and of one position and the next do not correlate."""
-    draws = np.concatenate([lots(Random(seed), 4, 1000) for seed in (0, 1, 2**31)])
+    """The lots of different heads, layers and seeds, and of one position and the next do not correlate."""
+    draws = np.concatenate([lots(Random(seed), 4, 1000, layer) for seed, layer in ((0, 0), (1, 0), (2**31, 0), (0, 1))])
     correlation = np.corrcoef(np.concatenate([draws[:, 1:], draws[:, :-1]]))
-    assert np.abs(correlation - np.eye(24)).max() < 5 / 1000**0.5
+    assert np.abs(correlation - np.eye(32)).max() < 5 / 1000**0.5
     assert (np.diff(np.sort(draws)) > 0).all()
 
 
@@ -37,7 +39,7 @@ def test_position_aware_is_its_formula() -> None:
     pos = random.permuted(np.broadcast_to(np.arange(-2, 10), (2, 3, 12)), axis=2).clip(-1).astype(np.int32)
     score, now = random.random((2, 3, 12), np.float32) * np.where(pos < 0, 100, 1), np.array([9, 20]).reshape(2, 1, 1)
     got = PositionAware(0.5, 0.25, 0.125, sinks=2).priority(
-        jnp.asarray(pos), jnp.asarray(score, jnp.float32), jnp.asarray(now)
+        jnp.asarray(pos), (jnp.asarray(score, jnp.float32),), jnp.asarray(now)
     )
     most = np.where(pos < 0, 0, score).max(-1, keepdims=True)
     want = 0.5 * score / most + 0.25 * pos / now + 0.125 * (pos < 2)
@@ -47,7 +49,7 @@ def test_position_aware_is_its_formula() -> None:
 def test_position_aware_needs_no_attention_and_no_time() -> None:
     """At the first token, before any attention, the formula is finite."""
     zeros = jnp.zeros((1, 1, 2))
-    got = PositionAware().priority(jnp.array([[[0, -1]]]), zeros, jnp.zeros((1, 1, 1), jnp.int32))
+    got = PositionAware().priority(jnp.array([[[0, -1]]]), (zeros,), jnp.zeros((1, 1, 1), jnp.int32))
     assert np.isfinite(got).all()
 
 

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from kvcascade.cache.cascade import Cascade
 from kvcascade.cache.codec import f32
+from kvcascade.cache.layer import LayerCache
 from kvcascade.cache.tier import heavy, recent
 from kvcascade.kernels import launch
-from kvcascade.kernels.partial import attend_all
+from kvcascade.kernels.heads import Heads
+from kvcascade.kernels.partial import attend_each, normalise
 from kvcascade.kernels.prefill import observed_attention
-from kvcascade.kernels.slots import Slots
+from kvcascade.kernels.slots import Codecs, Slots
 
 
 def dense(q_BTNH, k_BTKH, v_BTKH, length_B, window, last):
@@ -41,7 +43,8 @@ def prompt(rng, B, T, K, G, H):
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
 def called(q, k, v, length_B, window, last, implementation):
-    out, mass = observed_attention(q, k, v, length_B, window, last, implementation)
+    heads = Heads(q.shape[2], k.shape[2], q.shape[3], window=window)
+    out, mass = observed_attention(q, k, v, length_B, heads, last, implementation)
     return jnp.where(jnp.arange(q.shape[1])[:, None, None] < length_B[:, None, None, None], out, 0), mass
 
 
@@ -96,16 +99,16 @@ def test_the_triton_kernel_multiplies_16_bits_exactly():
 def test_every_query_that_counts_gives_a_mass_of_one():
     q, k, v = prompt(np.random.default_rng(0), 2, 100, 2, 3, 8)
     for last, counting in ((0, [100, 40]), (32, [32, 32]), (64, [64, 40])):
-        _, mass_BKT = observed_attention(q, k, v, jnp.asarray([100, 40]), last=last)
+        _, mass_BKT = observed_attention(q, k, v, jnp.asarray([100, 40]), Heads(6, 2, 8), last=last)
         np.testing.assert_allclose(mass_BKT.sum((1, 2)), np.multiply(counting, 6), rtol=1e-5)
         np.testing.assert_array_equal(mass_BKT[1, :, 40:], 0)
 
 
 def test_padding_does_not_matter():
     q, k, v = prompt(np.random.default_rng(0), 1, 70, 1, 2, 8)
-    _, mass = observed_attention(q, k, v, jnp.asarray([50]))
+    _, mass = observed_attention(q, k, v, jnp.asarray([50]), Heads(2, 1, 8))
     poisoned = lambda x: x.at[:, 50:].set(1e4)
-    _, again = observed_attention(poisoned(q), poisoned(k), poisoned(v), jnp.asarray([50]))
+    _, again = observed_attention(poisoned(q), poisoned(k), poisoned(v), jnp.asarray([50]), Heads(2, 1, 8))
     np.testing.assert_array_equal(mass, again)
 
 
@@ -113,7 +116,8 @@ def test_a_prompt_never_has_all_its_weights_in_memory():
     T = 4096
     shape = lambda heads: jax.ShapeDtypeStruct((1, T, heads, 16), jnp.float32)
     length_B = jax.ShapeDtypeStruct((1,), jnp.int32)
-    compiled = jax.jit(observed_attention).lower(shape(4), shape(2), shape(2), length_B).compile()
+    call = functools.partial(observed_attention, heads=Heads(4, 2, 16))
+    compiled = jax.jit(call).lower(shape(4), shape(2), shape(2), length_B).compile()
     memory = compiled.memory_analysis()
     assert memory and memory.temp_size_in_bytes < T * T * 4  # of the four query heads' weights, one's
 
@@ -121,15 +125,15 @@ def test_a_prompt_never_has_all_its_weights_in_memory():
 def test_gradients_are_those_of_all_weights_at_once():
     rng = np.random.default_rng(0)
     q, k, v = prompt(rng, 2, 70, 2, 2, 8)
-    length_B = jnp.asarray([70, 33])
+    length_B, heads = jnp.asarray([70, 33]), Heads(4, 2, 8)
     left, right = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 33, 4, 8), (2, 2, 70)))
 
     def plain(q, k, v, length_B):
         positions_BT = jnp.where(jnp.arange(70) < length_B[:, None], jnp.arange(70), -1)
         rows = lambda x_BTKH: f32.encode(x_BTKH.transpose(0, 2, 1, 3))
-        slots = Slots(rows(k), rows(v), jnp.broadcast_to(positions_BT[:, None], (2, 2, 70)), None)
-        out_BTNH, (mass_BKT,) = attend_all(q, positions_BT, [(slots, f32)], True)
-        return out_BTNH, mass_BKT
+        slots = Slots(rows(k), rows(v), jnp.broadcast_to(positions_BT[:, None], (2, 2, 70)))
+        out_BTNH, (mass_BKTS,) = normalise(attend_each(q, positions_BT, [(slots, Codecs(f32, f32))], heads, True))
+        return out_BTNH, mass_BKTS.sum(2)
 
     def gradients(function):
         def loss(q, k, v):
@@ -138,7 +142,8 @@ def test_gradients_are_those_of_all_weights_at_once():
 
         return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
 
-    for ours, theirs in zip(gradients(observed_attention), gradients(plain), strict=True):
+    ours = functools.partial(observed_attention, heads=heads)
+    for ours, theirs in zip(gradients(ours), gradients(plain), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
@@ -147,9 +152,9 @@ def test_a_fresh_cache_takes_in_a_prompt_as_any_cache_does(window):
     q, k, v = prompt(np.random.default_rng(0), 3, 70, 2, 2, 8)
     length_B1 = np.array([[70], [33], [0]])
     positions_BT = jnp.asarray(np.where(np.arange(70) < length_B1, np.arange(70), -1))
-    empty = Cascade(recent(8), heavy(16)).init(3, 2, 8, 70)
-    out, cache = empty.step(q, k, v, positions_BT, window, fresh=True)
-    again, other = empty.step(q, k, v, positions_BT, window)
+    empty = LayerCache.empty(Cascade(recent(8), heavy(16)), 3, Heads(4, 2, 8, window=window), 70)
+    out, cache = empty.step(q, k, v, positions_BT, fresh=True)
+    again, other = empty.step(q, k, v, positions_BT)
     np.testing.assert_allclose(out[0], again[0], atol=1e-5)
     np.testing.assert_allclose(out[1, :33], again[1, :33], atol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(cache), jax.tree.leaves(other), strict=True):

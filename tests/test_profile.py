@@ -98,7 +98,7 @@ def compiled(spec: str, donate: bool = True) -> tuple[str, list, jax.stages.Comp
         return generate.decode_steps.__wrapped__(CONFIG, params, state, 4, most=4)  # pyright: ignore
 
     made = jax.jit(steps, donate_argnums=(1,) if donate else ()).lower(gpt.init(CONFIG, 0), state)
-    held = jax.tree.leaves([(slots.k, slots.v) for layer in state.cache for slots in layer.slots])
+    held = jax.tree.leaves([(slots.k, slots.v) for layer in state.cache.layers for slots in layer.slots])
     made = made.compile()
     return made.as_text() or "", held, made
 

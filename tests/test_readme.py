@@ -10,7 +10,9 @@ import pytest
 
 from kvcascade.cache import policy
 from kvcascade.cache.cascade import Cascade
+from kvcascade.cache.layer import LayerCache
 from kvcascade.cache.spec import parse
+from kvcascade.kernels.heads import Heads
 from kvcascade.scripts import readme
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +34,7 @@ def test_the_policy_of_the_readme_works(monkeypatch):
     monkeypatch.setitem(policy.POLICIES, "stride", names["Stride"])
     spec = parse("stride[step=8] 6")
     assert str(spec) == "stride[step=8] 6"
-    cache = spec.cascades(1)[0].init(batch=1, kv_heads=1, head_dim=4, context=40)
+    cache = LayerCache.empty(spec.cascades(1)[0], batch=1, heads=Heads(1, 1, 4), context=40)
     for position in range(40):
         x = jax.random.normal(jax.random.key(position), (1, 1, 1, 4))
         _, cache = cache.step(x, x, x, jnp.full((1, 1), position))

@@ -24,7 +24,7 @@ def test_a_bounded_cache_goes_on_past_the_models_context(model) -> None:
     found = stream.stream(model, spec, batch=2, tokens=3 * 1024, report=told.append)
     assert told == [1024, 2048, 3072] == [done for done, *_ in found["points"]]
     assert found["finite"] and found["traces"] == 1 and model.config.context < 1024
-    assert found["kv_bytes"] == spec.nbytes(model.config.layers, model.config.kv_heads, model.config.head_dim, 3 * 1024)
+    assert found["kv_bytes"] == spec.nbytes(model.config.layer_heads, 3 * 1024)
     sizes = [size for *_, size in found["points"]]
     assert max(sizes) - sizes[0] < 2**22  # a list of every step's result, or a cache that is not donated, takes more
     _, columns, ((*_, late, process, logits, traces),) = stream.table([found])

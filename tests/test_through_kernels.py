@@ -37,16 +37,16 @@ def test_generation(implementation):
             ):
                 tokens.append(tokens_nB)
                 # Copies: the cache is donated to the next step.
-                held = [(np.array(s.pos_BKS), np.array(s.score_BKS)) for layer in cache for s in layer.slots]
+                held = [(np.array(s.pos_BKS), *map(np.array, s.numbers)) for layer in cache.layers for s in layer.slots]
         return np.concatenate(tokens), held
 
     tokens, held = run("xla")
     with counting() as traffic:
         same_tokens, same_held = run(implementation)
     np.testing.assert_array_equal(same_tokens, tokens)
-    for (pos, score), (same_pos, same_score) in zip(held, same_held, strict=True):
+    for (pos, *numbers), (same_pos, *same_numbers) in zip(held, same_held, strict=True):
         np.testing.assert_array_equal(same_pos, pos)
-        np.testing.assert_allclose(same_score, score, atol=1e-4)
+        np.testing.assert_allclose(same_numbers, numbers, atol=1e-4)
     names = {name for name, _ in traffic.read}
     assert names == {"mosaic"} if implementation == "mosaic" else {"_attend", "_exchange"} <= names
 

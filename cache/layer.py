@@ -1,0 +1,286 @@
+"""What one layer's cascade holds: tokens look at it, and are committed to it."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from kvcascade.cache.cascade import Cascade
+from kvcascade.cache.checks import promise
+from kvcascade.cache.codec import f32
+from kvcascade.cache.policy import Full
+from kvcascade.cache.statistic import Memory, Statistic, Tokens
+from kvcascade.cache.tier import empty, take_in
+from kvcascade.kernels.causal import causal_attention
+from kvcascade.kernels.decode import decode
+from kvcascade.kernels.heads import Heads
+from kvcascade.kernels.partial import attend_each, normalise
+from kvcascade.kernels.prefill import observed_attention
+from kvcascade.kernels.slots import Codecs, Entry, Held, Slots
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["out_BTNW", "q_BTNH", "entry", "mass"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What tokens saw that looked at a cache and are not in it yet."""
+
+    out_BTNW: Float[Array, "B _ N W"]
+    """The attention of the last look's queries."""
+    q_BTNH: Float[Array, "B T N H"]
+    entry: Entry
+    mass: tuple[Float[Array, "B K T _"], ...]
+    """What each query gave each slot of each tier, and then each of the tokens; nothing where nobody asks for it."""
+
+    def accept(self, accepted_BT: Bool[Array, "B T"]) -> "Look":
+        """The same look with those tokens that are rejected turned into padding: nothing of them will be left."""
+        pos_BKT = jnp.where(accepted_BT[:, None], self.entry.pos_BKT, -1)
+        return dataclasses.replace(self, entry=dataclasses.replace(self.entry, pos_BKT=pos_BKT))
+
+    @property
+    def positions_BT(self) -> Int[Array, "B T"]:
+        return self.entry.pos_BKT[:, 0]
+
+    def then(self, later: "Look") -> "Look":
+        """This look and a later one, whose queries also saw the tokens of this one, as one look."""
+        join = lambda a, b, axis=2: jnp.concatenate([a, b], axis)
+        *held, ours = self.mass or (None,)
+        *held_later, ours_later, own = later.mass or (None, None)
+        entry = jax.tree.map(join, self.entry, later.entry)
+        mass = ()
+        if later.mass:
+            unseen = jnp.zeros(
+                (*ours.shape[:3], own.shape[3]), jnp.float32
+            )  # of the later tokens the first queries saw nothing
+            own = join(join(ours, unseen, 3), join(ours_later, own, 3))
+            mass = (*map(join, held, held_later), own)
+        return Look(later.out_BTNW, join(self.q_BTNH, later.q_BTNH, 1), entry, mass)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["slots", "memories"], meta_fields=["cascade", "heads", "context"]
+)
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """One layer's tiers and what it remembers beside them."""
+
+    cascade: Cascade
+    heads: Heads
+    context: int
+    """The number of positions that it was made for: a full tier has room for no more."""
+    slots: tuple[Slots, ...]
+    memories: tuple[Any, ...]
+
+    @classmethod
+    def empty(cls, cascade: Cascade, batch: int, heads: Heads, context: int, layer: int = 0) -> "LayerCache":
+        """Tiers that hold nothing, for rows of up to `context` tokens; `layer` is its number in the model.
+
+        Raises BadInput if a codec cannot store vectors of these heads.
+        """
+        cascade.nbytes(context, heads)
+        numbers = [len(cascade.numbers(index)) for index in range(len(cascade.tiers))]
+        tiers = zip(cascade.tiers, numbers, strict=True)
+        slots = tuple(empty(tier, batch, heads, context, count) for tier, count in tiers)
+        return cls(cascade, heads, context, slots, tuple(each.init(batch, heads, layer) for each in cascade.memories))
+
+    def step(
+        self,
+        q_BTNH: Float[Array, "B T N H"],
+        k_BTKH: Float[Array, "B T K H"],
+        v_BTKW: Float[Array, "B T K W"],
+        positions_BT: Int[Array, "B T"],
+        fresh: bool = False,
+    ) -> tuple[Float[Array, "B T N W"], "LayerCache"]:
+        """Put this call's tokens into the cascade and attend from them; position -1 is padding.
+
+        T > 1 (prefill) is `commit` after `look`: the tokens attend to what the cascade held and causally to each other, then enter all at
+        once. T = 1 (decode): the token enters, then attends to what the cascade holds, itself in it as it is stored. So a cache of S slots
+        is a cache of S tokens, as everywhere in the literature; to look first would let it see S + 1, which moves the reference figures.
+        `fresh` says that the cascade holds nothing yet, and that each row is positions 0, 1, 2, … and then padding.
+        """
+        now_B = positions_BT.max(-1)
+        entry = self._entry(k_BTKH, v_BTKW, positions_BT)
+        if positions_BT.shape[1] == 1:
+            cache = self._take(q_BTNH, entry)
+            found = decode(q_BTNH[:, 0], now_B, cache.held, self.heads, self.cascade.observed)
+            out_BTNW, mass = normalise([found])
+            return out_BTNW.astype(q_BTNH.dtype), cache._watch(mass, positions_BT)
+        if not fresh:
+            look = self.look(q_BTNH, k_BTKH, v_BTKW, positions_BT)
+            return look.out_BTNW, self.commit(look)
+        promise(lambda: jnp.all(jnp.asarray([(slots.pos_BKS < 0).all() for slots in self.slots])), NOT_EMPTY)
+        index_T, length_B = jnp.arange(positions_BT.shape[1]), (positions_BT >= 0).sum(-1)
+        promise(lambda: (positions_BT == jnp.where(index_T < length_B[:, None], index_T, -1)).all(), NOT_FROM_ZERO)
+        lasts, mass = {each.last for each in self.cascade.statistics if each.watches}, {}
+        for last in sorted(lasts):
+            out_BTNW, mass[last] = observed_attention(q_BTNH, k_BTKH, v_BTKW, length_B, self.heads, last)
+        if not lasts:
+            out_BTNW = causal_attention(q_BTNH, k_BTKH, v_BTKW, self.heads)
+        numbers = self._watched(
+            self.cascade.statistics, entry.numbers, lambda each: mass[each.last], entry.pos_BKT, now_B
+        )
+        return out_BTNW, self._take(q_BTNH, dataclasses.replace(entry, numbers=numbers))
+
+    def look(
+        self,
+        q_BTNH: Float[Array, "B T N H"],
+        k_BTKH: Float[Array, "B T K H"],
+        v_BTKW: Float[Array, "B T K W"],
+        positions_BT: Int[Array, "B T"],
+        pending: Look | None = None,
+    ) -> Look:
+        """Attend to what is held, to the tokens of an earlier look that are pending, and causally to this call's own; write nothing.
+
+        The result is for `commit`; with `pending` it has the tokens of both looks.
+        """
+        entry = self._entry(k_BTKH, v_BTKW, positions_BT)
+        offered = [entry] if pending is None else [pending.entry, entry]
+        as_slots = lambda each: Slots(f32.encode(each.k), f32.encode(each.v), each.pos_BKT)
+        held = [*self.held, *((as_slots(each), Codecs(f32, f32)) for each in offered)]
+        out_BTNW, mass = normalise(attend_each(q_BTNH, positions_BT, held, self.heads, self.cascade.observed))
+        look = Look(out_BTNW.astype(q_BTNH.dtype), q_BTNH, entry, tuple(mass))
+        return look if pending is None else pending.then(look)
+
+    def commit(self, look: Look) -> "LayerCache":
+        """Take in the tokens of a look; those of position -1 are none, so a look of which nothing was accepted changes nothing."""
+        positions_BT = look.positions_BT
+        cache = self._watch(look.mass[:-1], positions_BT)
+        counted = lambda each: _counted(look.mass[-1], positions_BT, each.last)
+        statistics, now_B = self.cascade.statistics, positions_BT.max(-1)
+        numbers = self._watched(statistics, look.entry.numbers, counted, look.entry.pos_BKT, now_B)
+        return cache._take(look.q_BTNH, dataclasses.replace(look.entry, numbers=numbers))
+
+    @property
+    def held(self) -> list[Held]:
+        """Every tier's slots, and how they are stored."""
+        return [(slots, tier.codecs) for tier, slots in zip(self.cascade.tiers, self.slots, strict=True)]
+
+    def _entry(self, k_BTKH, v_BTKW, positions_BT) -> Entry:
+        """Tokens as they travel: in float32 also from a bf16 model, since what a tier decodes on the way down must not be rounded again."""
+        k, v = (x.astype(jnp.float32).transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKW))
+        pos_BKT = jnp.broadcast_to(positions_BT[:, None], (*k.shape[:2], positions_BT.shape[1])).astype(jnp.int32)
+        now_B11 = positions_BT.max(-1)[:, None, None]
+        begins = lambda each: each.enter(Tokens(pos_BKT, k, v, now_B11, self._memories(each), self.heads))
+        return Entry(k, v, pos_BKT, tuple(lax.stop_gradient(begins(each)) for each in self.cascade.statistics))
+
+    def _memories(self, statistic: Statistic) -> tuple[Any, ...]:
+        return tuple(self._memory[each] for each in statistic.reads())
+
+    @property
+    def _memory(self) -> dict[Memory, Any]:
+        return dict(zip(self.cascade.memories, self.memories, strict=True))
+
+    @jax.named_scope("scores")
+    def _watch(self, mass, positions_BQ) -> "LayerCache":
+        """Let the numbers that depend on attention see how much of it each query gave each tier's slots."""
+        if not mass:
+            return self
+        tiers = []
+        for index, slots in enumerate(self.slots):
+            counted = lambda each, index=index: _counted(mass[index], positions_BQ, each.last)
+            kept = self.cascade.numbers(index)
+            numbers = self._watched(kept, slots.numbers, counted, slots.pos_BKS, positions_BQ.max(-1))
+            tiers.append(dataclasses.replace(slots, numbers=numbers))
+        return dataclasses.replace(self, slots=tuple(tiers))
+
+    def _watched(self, statistics, numbers, mass_of, pos_BKS, now_B):
+        """The numbers of tokens after attention; those of a row without a query stay as they are."""
+        now_B11 = now_B[:, None, None]
+
+        def one(statistic, number):
+            if not statistic.watches:
+                return number
+            new = statistic.watch(number, lax.stop_gradient(mass_of(statistic)), pos_BKS, now_B11)
+            return jnp.where(now_B11 >= 0, new, number)
+
+        return tuple(map(one, statistics, numbers))
+
+    @jax.named_scope("review")
+    def _review(self, statistic: Statistic, entry: Entry, now_B11) -> tuple["LayerCache", Entry]:
+        """Reckon a statistic's numbers anew where it is time, from all that a head holds and is offered."""
+        kept = [self.cascade.numbers(index) for index in range(len(self.slots))]
+        single, place = entry.pos_BKT.shape[2] == 1, self.cascade.statistics.index(statistic)
+        due_B11 = (now_B11 >= 0) & ((now_B11 % statistic.every == 0) | (not single))
+        numbers = [
+            slots.numbers[names.index(statistic)] if statistic in names else jnp.zeros_like(slots.pos_BKS, jnp.float32)
+            for slots, names in zip(self.slots, kept, strict=True)
+        ]
+        numbers.append(entry.numbers[place])
+
+        def anew(numbers, cache, entry):
+            join = lambda parts: jnp.concatenate(parts, 2)
+            k = join([*(codecs.k.decode(slots.k) for slots, codecs in cache.held), entry.k])
+            v = join([*(codecs.v.decode(slots.v) for slots, codecs in cache.held), entry.v])
+            pos = join([*(slots.pos_BKS for slots in cache.slots), entry.pos_BKT])
+            tokens = Tokens(pos, k, v, now_B11, cache._memories(statistic), cache.heads)
+            new = jnp.where(due_B11, statistic.review(join(numbers), tokens), join(numbers))
+            return jnp.split(new, [sum(x.shape[2] for x in numbers[: i + 1]) for i in range(len(numbers) - 1)], 2)
+
+        arguments = lax.stop_gradient((numbers, self, entry))
+        # A call of one token reviews only when some row is due: the others pay nothing.
+        new = lax.cond(due_B11.any(), anew, lambda numbers, *_: numbers, *arguments) if single else anew(*arguments)
+        put = lambda held, names, x: tuple(x if each == statistic else y for each, y in zip(names, held, strict=True))
+        slots = (
+            dataclasses.replace(slots, numbers=put(slots.numbers, names, x))
+            for slots, names, x in zip(self.slots, kept, new[:-1], strict=True)
+        )
+        carried = put(entry.numbers, self.cascade.statistics, new[-1])
+        return dataclasses.replace(self, slots=tuple(slots)), dataclasses.replace(entry, numbers=carried)
+
+    def _take(self, q_BTNH, entry: Entry) -> "LayerCache":
+        """Tier 0 takes the tokens in, its victims go to tier 1, and so on; what the last tier does not keep is forgotten.
+
+        The newest token is never forgotten in its own call: the last tier cannot refuse it.
+        """
+        positions_BT = entry.pos_BKT[:, 0]
+        now_B11 = positions_BT.max(-1)[:, None, None]
+        promise(lambda: self._new(positions_BT), NOT_NEW)
+        if isinstance(self.cascade.tiers[-1].policy, Full) and not self.heads.window:
+            promise(lambda: (now_B11 < self.context).all(), f"a full cache for {self.context} tokens is given another")
+        cache, statistics = self._remember(q_BTNH, positions_BT), self.cascade.statistics
+        for statistic in statistics:
+            if statistic.every:
+                cache, entry = cache._review(statistic, entry, now_B11)
+        held, window = [], self.heads.window
+        for index, (tier, slots) in enumerate(zip(self.cascade.tiers, cache.slots, strict=True)):
+            kept, carried = self.cascade.numbers(index), dict(zip(statistics, entry.numbers, strict=True))
+            offered = dataclasses.replace(entry, numbers=tuple(carried[each] for each in kept))
+            last = index == len(self.slots) - 1
+            slots, left = take_in(tier, slots, offered, kept, cache._memory, now_B11, window, last)
+            held.append(slots)
+            if left is not None:
+                # Where a tier does not keep a number, nothing leaves it: those left over are the tokens that were offered.
+                carried |= dict(zip(kept, left.numbers, strict=True))
+                entry = dataclasses.replace(left, numbers=tuple(carried[each] for each in statistics))
+        return dataclasses.replace(cache, slots=tuple(held))
+
+    def _new(self, positions_BT) -> Bool[Array, ""]:
+        """Whether each row's positions are higher than what it holds, and none is there twice."""
+        newest_B1 = jnp.stack([slots.pos_BKS.max((1, 2)) for slots in self.slots]).max(0)[:, None]
+        ordered_BT = jnp.sort(positions_BT)
+        twice = (ordered_BT[:, 1:] == ordered_BT[:, :-1]) & (ordered_BT[:, 1:] >= 0)
+        return ((positions_BT < 0) | (positions_BT > newest_B1)).all() & ~twice.any()
+
+    def _remember(self, q_BTNH, positions_BT) -> "LayerCache":
+        update = lambda each, memory: each.update(memory, lax.stop_gradient(q_BTNH), positions_BT, self.heads)
+        return dataclasses.replace(self, memories=tuple(map(update, self.cascade.memories, self.memories)))
+
+
+NOT_EMPTY = "a prompt is put into a cache that is not empty"
+NOT_FROM_ZERO = "a prompt's positions are not 0, 1, 2, … with padding after them"
+NOT_NEW = "a row's positions must be new, and higher than those that it had before"
+
+
+def _counted(mass_BKQS, positions_BQ, last: int):
+    """The mass of the queries that count: of those that are there, all or the `last` so many positions."""
+    counts_BQ = positions_BQ >= 0
+    if last:
+        counts_BQ &= positions_BQ > positions_BQ.max(-1, keepdims=True) - last
+    if positions_BQ.shape[1] == 1:
+        return mass_BKQS[:, :, 0]  # padding gives nothing
+    return jnp.where(counts_BQ[:, None, :, None], mass_BKQS, 0).sum(2)

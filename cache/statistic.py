@@ -1,0 +1,108 @@
+"""What a policy may read of a token besides its position: numbers that tokens carry, and what a layer remembers beside them.
+
+A statistic is a frozen dataclass with some of three rules; the laws (tests/test_laws.py) replay the rules of whatever a policy reads.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kvcascade.kernels.heads import Heads
+
+GRACE = 1e29
+"""What a reviewed number may be until its first review: its token stays, unless others are pinned or newest."""
+
+
+class Tokens(NamedTuple):
+    """What a rule may look at: tokens of one layer, keys and values in float32, as the model made them or as they are stored."""
+
+    pos_BKS: Int[Array, "B K S"]
+    k_BKSH: Float[Array, "B K S H"]
+    v_BKSW: Float[Array, "B K S W"]
+    now_B11: Int[Array, "B 1 1"]
+    """The newest position of each row, -1 where the call has none."""
+    memories: tuple[Any, ...]
+    """The memories that the statistic reads, in that order."""
+    heads: Heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Something that a layer remembers beside its tokens: arrays [B, K, …], which a policy or a statistic `reads`."""
+
+    def init(self, batch: int, heads: Heads, layer: int) -> Any:
+        """What is remembered at first by the layer of that number."""
+        raise NotImplementedError
+
+    def update(
+        self, memory: Any, q_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], heads: Heads
+    ) -> Any:
+        """What is remembered after a call with these queries; position -1 is padding."""
+        return memory
+
+    def nbytes(self, heads: Heads) -> int:
+        """Bytes per row and layer."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.shapes(1, heads)))
+
+    def shapes(self, batch: int, heads: Heads) -> Any:
+        """The shapes of what is remembered."""
+        return jax.eval_shape(lambda: self.init(batch, heads, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistic:
+    """A number that every token carries through the tiers, float32 per KV head; equal statistics are stored once.
+
+    A statistic that says nothing else begins at 0 and stays.
+    """
+
+    last: int = 0
+    """Of a call's queries only the mass of the last so many is watched; 0: of all."""
+    every: int = 0
+    """A row's numbers are reviewed when it has a position that is a multiple of this, and in each call of many tokens; 0: never."""
+
+    def reads(self) -> tuple[Memory, ...]:
+        """The memories that a review looks at."""
+        return ()
+
+    def enter(self, new: Tokens) -> Float[Array, "B K T"]:
+        """What tokens begin with."""
+        return jnp.zeros(new.pos_BKS.shape, jnp.float32)
+
+    def watch(
+        self,
+        number_BKS: Float[Array, "B K S"],
+        mass_BKS: Float[Array, "B K S"],
+        pos_BKS: Int[Array, "B K S"],
+        now_B11: Int[Array, "B 1 1"],
+    ) -> Float[Array, "B K S"]:
+        """The numbers after a call whose last queries gave the tokens so much attention, summed over queries and query heads."""
+        return number_BKS
+
+    def review(self, number_BKS: Float[Array, "B K S"], held: Tokens) -> Float[Array, "B K S"]:
+        """The numbers reckoned anew from all that a head holds and is offered; position -1 is an empty slot."""
+        return number_BKS
+
+    @property
+    def watches(self) -> bool:
+        """Whether attention changes the numbers, so that its mass is collected."""
+        return type(self).watch is not Statistic.watch
+
+
+@dataclasses.dataclass(frozen=True)
+class Mass(Statistic):
+    """All the attention that a token has received (H2O, Zhang et al. 2023, §4.2)."""
+
+    def watch(self, number_BKS, mass_BKS, pos_BKS, now_B11):
+        return number_BKS + mass_BKS
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadIds(Memory):
+    """A number for every KV head of every layer, the same however the heads are shared among devices: [B, K] int32."""
+
+    def init(self, batch, heads, layer):
+        return jnp.broadcast_to(layer * heads.kv + jnp.arange(heads.kv, dtype=jnp.int32), (batch, heads.kv))

@@ -1,0 +1,88 @@
+"""The caches of all layers as one value, and a draft: tokens that have looked at it and may be thrown away."""
+
+import dataclasses
+import functools
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+from kvcascade.cache.layer import LayerCache, Look
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=["of"])
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """What a model's layers hold. It goes through them one after the other: each step returns the cache for the next."""
+
+    layers: tuple[LayerCache, ...]
+    of: tuple[int, ...]
+    """Which of them each of the model's layers uses."""
+
+    def step(
+        self,
+        index: int,
+        q_BTNH: Float[Array, "B T N H"],
+        k_BTKH: Float[Array, "B T K H"],
+        v_BTKW: Float[Array, "B T K W"],
+        positions_BT: Int[Array, "B T"],
+        fresh: bool = False,
+    ) -> tuple[Float[Array, "B T N W"], "Cache"]:
+        """`LayerCache.step` of the model's layer of that number."""
+        place = self.of[index]
+        out_BTNW, layer = self.layers[place].step(q_BTNH, k_BTKH, v_BTKW, positions_BT, fresh)
+        return out_BTNW, dataclasses.replace(self, layers=_put(self.layers, place, layer))
+
+    @property
+    def context(self) -> int:
+        """The number of positions that it was made for."""
+        return self.layers[0].context
+
+    def draft(self) -> "Draft":
+        """A draft of no tokens."""
+        return Draft(self, (None,) * len(self.layers))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["cache", "looks"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A cache that tokens look at and do not enter: to be committed, wholly or in part, or forgotten. Nothing has to be rolled back.
+
+    It goes through a model's layers as a cache does. Tokens of a second call also see those of the first.
+    """
+
+    cache: Cache
+    looks: tuple[Look | None, ...]
+
+    def step(
+        self,
+        index: int,
+        q_BTNH: Float[Array, "B T N H"],
+        k_BTKH: Float[Array, "B T K H"],
+        v_BTKW: Float[Array, "B T K W"],
+        positions_BT: Int[Array, "B T"],
+        fresh: bool = False,
+    ) -> tuple[Float[Array, "B T N W"], "Draft"]:
+        """`LayerCache.look` of the model's layer of that number."""
+        place = self.cache.of[index]
+        look = self.cache.layers[place].look(q_BTNH, k_BTKH, v_BTKW, positions_BT, self.looks[place])
+        return look.out_BTNW, dataclasses.replace(self, looks=_put(self.looks, place, look))
+
+    def accept(self, accepted_BT: Bool[Array, "B T"]) -> "Draft":
+        """The draft with the rejected ones of all its tokens turned into padding."""
+        return dataclasses.replace(self, looks=tuple(look and look.accept(accepted_BT) for look in self.looks))
+
+    def commit(self) -> Cache:
+        """The cache with the draft's tokens in it."""
+        pairs = zip(self.cache.layers, self.looks, strict=True)
+        return dataclasses.replace(
+            self.cache, layers=tuple(layer.commit(look) if look else layer for layer, look in pairs)
+        )
+
+
+def _put[T](parts: tuple[T, ...], place: int, part: T) -> tuple[T, ...]:
+    return (*parts[:place], part, *parts[place + 1 :])
+
+
+def nbytes(cache: Cache | LayerCache) -> int:
+    """Measured bytes: the sum over the cache's device buffers, positions and numbers included."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(cache))

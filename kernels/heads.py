@@ -1,0 +1,53 @@
+"""What an attention layer is, as one value: its heads, how wide they are, and which keys a query sees how strongly."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """How positions turn queries and keys: pair h by position · base^(-2h/H) / factors[h] radians (RoFormer, Su et al. 2021, eq. 34)."""
+
+    base: float = 10_000.0
+    factors: tuple[float, ...] = ()
+    """H / 2 numbers (Llama 3's way to longer contexts); empty: all 1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """The heads of one layer, as its model defines them: every kernel and every cache of the layer takes this value."""
+
+    queries: int
+    """Query heads, N."""
+    kv: int
+    """KV heads, K: = queries is MHA, 1 is MQA, between them GQA."""
+    width: int
+    """Width of a query and of a key, H."""
+    value_width: int = 0
+    """Width of a value; 0: that of a key."""
+    scale: float = 0.0
+    """What the product of a query and a key is multiplied by; 0: 1 / sqrt(H)."""
+    soft_cap: float = 0.0
+    """Logits become cap · tanh(logit / cap) (Gemma 2, 2024, §2); 0: they stay."""
+    window: int = 0
+    """Positions that a query sees, its own included (Longformer, Beltagy et al. 2020, §3.1); 0: all before it."""
+    rope: Rope | None = None
+    """None: queries and keys are not turned."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "value_width", self.value_width or self.width)
+        object.__setattr__(self, "scale", self.scale or self.width**-0.5)
+
+    def sees(self, age: Int[Array, "..."]) -> Bool[Array, "..."]:
+        """Whether a query sees a key that is so many positions older than itself."""
+        return (age >= 0) & (age < self.window) if self.window else age >= 0
+
+    def capped(self, logits: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Scaled products as the softmax takes them."""
+        return self.soft_cap * jnp.tanh(logits / self.soft_cap) if self.soft_cap else logits
+
+    def slots(self, count: int) -> int:
+        """How many of so many slots can hold something that a query still sees."""
+        return min(count, self.window) if self.window else count
