@@ -16,7 +16,10 @@ int64_t First(const float* ranks, const int32_t* positions, int64_t S) {
   if (first == S || positions[first] < 0) return first % S;
   int32_t oldest = positions[first];
 #pragma omp simd reduction(min : oldest)
-  for (int64_t s = first; s < S; ++s) oldest = std::min(oldest, ranks[s] == least ? positions[s] : oldest);
+  for (int64_t s = first; s < S; ++s) {
+    const int32_t position = positions[s];  // read in any case, so that it can be in registers
+    oldest = std::min(oldest, ranks[s] == least ? position : std::numeric_limits<int32_t>::max());
+  }
   int64_t slot = first;
   while (ranks[slot] != least || positions[slot] != oldest) ++slot;
   return slot;
