@@ -62,19 +62,17 @@ RESULTS = """
 import sys
 sys.path.insert(0, "tests")
 import jax, jax.numpy as jnp, numpy as np
-from slots_reference import held, offered
-from kvcascade.cache.codec import CODECS
+from slots_reference import attended, held, offered
 from kvcascade.kernels import linear, native
-from kvcascade.kernels.decode import decode
 from kvcascade.kernels.write import exchange
 assert native.ready()
 rng, results = np.random.default_rng(0), []
 for name in ("int8", "int4h"):
-    slots = held(rng, name, 2, 3, 300, 64)
+    slots, by = held(rng, name, 2, 3, 300, 64)
     q = jnp.asarray(rng.normal(size=(2, 12, 64)), jnp.float32)
-    results += jax.tree.leaves(decode(q, jnp.asarray([250, 3]), [(slots, CODECS[name])], True, implementation="native"))
+    results += jax.tree.leaves(attended(q, jnp.asarray([250, 3]), [(slots, by)], True, "native"))
     entry, priority = offered(rng, 2, 3, 300, 64, 5)
-    results += jax.tree.leaves(exchange(slots, entry, priority, CODECS[name], False, "native"))
+    results += jax.tree.leaves(exchange(slots, entry, priority, by, False, "native"))
 for weights in ("bfloat16", "int8"):
     matrix = linear.store(jnp.asarray(rng.normal(size=(200, 515)), jnp.float32), weights)
     for rows in (1, 9):
@@ -120,7 +118,8 @@ import jax, jax.numpy as jnp, ml_dtypes, numpy as np
 from kvcascade.cache.codec import CODECS
 from kvcascade.kernels import linear, native
 from kvcascade.kernels.decode import decode
-from kvcascade.kernels.slots import Entry, Slots
+from kvcascade.kernels.heads import Heads
+from kvcascade.kernels.slots import Codecs, Entry, Slots
 from kvcascade.kernels.write import exchange
 native.SOURCES = sorted(Path(sys.argv[1]).glob("native_*.*"))
 assert native.ready()
@@ -135,11 +134,12 @@ def stored(name, *shape):
     return {"codes": jnp.asarray(rng.integers(0, 256, (*most, H // 2)), jnp.uint8)} | scale | {"low": draw(*most, 1)}
 shapes = [(2, 1), (8, 7), (64, 33), (72, 5), (72, 700), (80, 17), (256, 16)]
 for (H, S), name in [((H, S), name) for H, S in shapes for name in ("f32", "bf16", "int8", "int4")]:
-    slots = Slots(stored(name, 1, 2, S, H), stored(name, 1, 2, S, H), jnp.arange(2 * S, dtype=jnp.int32).reshape(1, 2, S), jnp.ones((1, 2, S)))
+    slots = Slots(stored(name, 1, 2, S, H), stored(name, 1, 2, S, H), jnp.arange(2 * S, dtype=jnp.int32).reshape(1, 2, S), (jnp.ones((1, 2, S)),))
+    by, heads = Codecs(CODECS[name], CODECS[name]), Heads(4, 2, H, window=3 if S == 33 else 0)
     q, now = jnp.ones((1, 4, H)), jnp.asarray([S // 2], jnp.int32)
-    jax.block_until_ready(decode(q, now, [(slots, CODECS[name])], True, 3 if S == 33 else 0, implementation="native"))
-    entry = Entry(jnp.ones((1, 2, 1, H)), jnp.ones((1, 2, 1, H)), jnp.zeros((1, 2, 1), jnp.int32), jnp.ones((1, 2, 1)))
-    jax.block_until_ready(exchange(slots, entry, jnp.arange(2 * S + 2.0).reshape(1, 2, S + 1), CODECS[name], S % 2 == 0, "native"))
+    jax.block_until_ready(decode(q, now, [(slots, by)], heads, True, "native"))
+    entry = Entry(jnp.ones((1, 2, 1, H)), jnp.ones((1, 2, 1, H)), jnp.zeros((1, 2, 1), jnp.int32), (jnp.ones((1, 2, 1)),))
+    jax.block_until_ready(exchange(slots, entry, jnp.arange(2 * S + 2.0).reshape(1, 2, S + 1), by, S % 2 == 0, "native"))
 for (I, O, R), kind in [(shape, kind) for shape in [(1, 1, 1), (7, 5, 3), (64, 33, 16), (130, 1000, 2)] for kind in linear.WEIGHTS]:
     weight = jnp.asarray(rng.integers(-9, 9, (O, I)), kind)
     matrix = {"weight": weight} | ({"scale": jnp.ones(O)} if kind == "int8" else {})

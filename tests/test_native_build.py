@@ -12,11 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from slots_reference import held
+from slots_reference import attended, held
 
-from kvcascade.cache.codec import CODECS
 from kvcascade.kernels import linear, native, processor
-from kvcascade.kernels.decode import decode
 
 KERNELS = Path(native.__file__).parent
 needs_compiler = pytest.mark.skipif(not native.ready(), reason="no C++ compiler")
@@ -187,9 +185,9 @@ print(threads() - before)
 def test_kernels_called_from_several_threads_at_once_are_right():
     """Attention and products of one process from four threads: each result is, bit for bit, that of a call alone."""
     rng = np.random.default_rng(0)
-    slots = [(held(rng, "bf16", 2, 3, 700, 64), CODECS["bf16"])]
+    slots = [held(rng, "bf16", 2, 3, 700, 64)]
     matrix = linear.store(jnp.asarray(rng.normal(size=(1500, 512)), jnp.float32), "int8")
-    attend = jax.jit(lambda q: decode(q, jnp.full(2, 600, jnp.int32), slots, True, implementation="native"))
+    attend = jax.jit(lambda q: attended(q, jnp.full(2, 600, jnp.int32), slots, True, "native"))
     multiply = jax.jit(lambda x: linear.products(x, [matrix], "native"))
     calls = [
         (attend if i % 2 else multiply, jnp.asarray(rng.normal(size=(2, 12, 64) if i % 2 else (4, 512)), jnp.float32))
@@ -214,11 +212,14 @@ def test_a_kernel_without_memory_raises():
 import resource
 import jax, jax.numpy as jnp
 from kvcascade.cache.codec import CODECS
-from kvcascade.cache.tier import empty, recent
+from kvcascade.kernels.heads import Heads
+from kvcascade.kernels.slots import Codecs, Slots
 from kvcascade.kernels.decode import decode
-held = [(empty(recent(4), 1, 1, 64, 4, False), CODECS["f32"])]
+stored = {"values": jnp.zeros((1, 1, 4, 64))}
+held = [(Slots(stored, stored, jnp.full((1, 1, 4), -1)), Codecs(CODECS["f32"], CODECS["f32"]))]
+heads = Heads(1 << 16, 1, 64)
 q, now = jnp.ones((1, 1 << 16, 64)), jnp.zeros(1, jnp.int32)
-call = jax.jit(lambda q: decode(q, now, held, False, implementation="native")[0].sum()).lower(q).compile()
+call = jax.jit(lambda q: decode(q, now, held, heads, False, "native")[0].out_BTNW.sum()).lower(q).compile()
 size = 4096 * int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (size + (40 << 20), resource.RLIM_INFINITY))
 try:
