@@ -1,8 +1,10 @@
 # make demo: the main job on real text, about ten minutes on two cores; make test: everything that is checked.
 # make kernels: compiles every GPU kernel for cards that need not be there, in .venv-aot.
 # make docs: counts again what docs/flash_attention.md says, two minutes in the same environment.
+# make native: builds the C++ kernels with other compilers, in fewer lanes and under sanitizers, and tests each; as root it installs the
+# compilers, and says which it did not find.
 # All set up their .venv first, with uv where it is there and pip otherwise.
-.PHONY: setup demo smoke test lint readme kernels docs clean
+.PHONY: setup demo smoke test lint readme native kernels docs clean
 
 PYTHON ?= python3
 STUDY ?= runs/study
@@ -42,6 +44,13 @@ setup: .venv/ready
 kernels: .venv-aot/ready
 	JAX_PLATFORMS=cpu .venv-aot/bin/pytest -q tests/test_kernels_check.py tests/test_fit.py
 	JAX_PLATFORMS=cpu .venv-aot/bin/kvcascade kernels check --gpu h100 --gpu a100
+
+native: setup
+	@for each in g++-11 clang-14; do \
+	  command -v $$each >/dev/null 2>&1 || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null 2>&1 \
+	    || { apt-get -qq update && apt-get -qq install -y --no-install-recommends $$each; } >/dev/null 2>&1 || true; \
+	done
+	.venv/bin/pytest -q -n 2 -rs tests/native_builds.py tests/test_native_build.py
 
 demo: setup
 	.venv/bin/kvcascade study --preset quick --dir $(STUDY)

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import shlex
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 import jax
 from jaxtyping import Array
 
+from kvcascade.kernels import processor
 from kvcascade.kernels.backend import Kernel
 from kvcascade.kernels.files import cache_dir, write_whole
 from kvcascade.kernels.slots import Slots, Stored, unknown
@@ -26,17 +28,17 @@ FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno
 def ready() -> bool:
     """Whether the kernels could be compiled and loaded; the first call does it (about 5 s once), and says in one line if it cannot.
 
-    The compiler is `CXX`, else `c++`.
+    The compiler is `CXX`, else `c++`, and `KVCASCADE_CXXFLAGS` are given to it last. Where it does not work, a library is taken
+    that was made before, of the same sources on such a processor.
     """
     try:
-        library = ctypes.CDLL(str(_build()))
-    except (OSError, subprocess.SubprocessError) as error:
-        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        why = next((line for line in lines if "error" in line), lines[-1])
-        logging.getLogger(__name__).warning("no C++ kernels, decoding goes through XLA and is slower: %s", why)
+        loaded = ctypes.CDLL(str(library()))
+    except OSError as error:
+        logging.getLogger(__name__).warning("no C++ kernels, decoding goes through XLA and is slower: %s", error)
         return False
     for name in ("kvcascade_decode", "kvcascade_exchange", "kvcascade_product"):
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
+    loaded.kvcascade_threads(ctypes.c_int64(processor.count()))
     return True
 
 
@@ -68,22 +70,46 @@ def named(like: Stored, results: Sequence[Array]) -> Stored:
     return dict(zip([name for name in ORDER if name in like], results, strict=True))
 
 
-def _build() -> Path:
-    compiler = [*shlex.split(os.environ.get("CXX") or "c++"), *FLAGS]
-    # What the compiler defines by itself names its version and this processor's instructions, so a cache shared by machines is safe.
-    machine = _run([*compiler, "-dM", "-E", "-x", "c++", os.devnull])
-    include = jax.ffi.include_dir()
+def library() -> Path:
+    """The library for these sources on this processor, made by the compiler that is here; where none works, by whichever made it."""
+    extra = shlex.split(os.environ.get("KVCASCADE_CXXFLAGS", ""))
     sources = [path.read_text() for path in SOURCES]
-    key = hashlib.sha256("\0".join([machine, *sources, jax.__version__, *compiler]).encode()).hexdigest()
-    path = cache_dir() / f"native-{key[:16]}.so"
+    made_of = f"native-{_digest(*sources, jax.__version__, processor.identity(), *FLAGS, *extra)}"
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    # To ask the compiler for its version would take longer than all the rest of this.
+    found = _age(shutil.which(compiler[0]) or "")
+    path = cache_dir() / f"{made_of}-{_digest(*compiler, *map(str, found))}.so"
     if not path.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            built = Path(folder, path.name)
-            units = [str(path) for path in SOURCES if path.suffix == ".cc"]
-            _run([*compiler, "-fPIC", "-shared", "-isystem", include, *units, "-o", str(built)])
-            write_whole(path, built.read_bytes())
+        try:
+            _compile([*compiler, *FLAGS, *extra], path)
+        except OSError:
+            made = sorted(cache_dir().glob(f"{made_of}-*.so"), key=_age)
+            if not made:
+                raise
+            return made[-1]
     return path
 
 
-def _run(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def _age(path: str | Path) -> tuple[int, int]:
+    """When the file was last written, and its size; zeros where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _compile(compiler: list[str], path: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder, path.name)
+        units = [str(source) for source in SOURCES if source.suffix == ".cc"]
+        command = [*compiler, "-fPIC", "-shared", "-isystem", jax.ffi.include_dir(), *units, "-o", str(built)]
+        found = subprocess.run(command, capture_output=True, text=True)
+        if found.returncode:
+            lines = found.stderr.strip().splitlines() or [f"{compiler[0]} ended with {found.returncode}"]
+            raise OSError(next((line for line in lines if "error" in line), lines[-1]))
+        write_whole(path, built.read_bytes())

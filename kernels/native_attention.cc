@@ -310,7 +310,7 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Span<const int64_t> arrays, ffi::Sp
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_decode, Attend,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_decode, Guarded(Attend),
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<ffi::Span<const int64_t>>("arrays")

@@ -11,14 +11,15 @@ namespace {
 
 // The slot that goes first: of those of least priority the one of the oldest position, and so an empty one before all others.
 int64_t First(const float* ranks, const int32_t* positions, int64_t S) {
-  float least = ranks[0];
-#pragma omp simd reduction(min : least)
-  for (int64_t s = 0; s < S; ++s) least = std::min(least, ranks[s]);
+  const float least = Least(ranks, S);
   const int64_t first = std::find(ranks, ranks + S, least) - ranks;
   if (first == S || positions[first] < 0) return first % S;
   int32_t oldest = positions[first];
 #pragma omp simd reduction(min : oldest)
-  for (int64_t s = first; s < S; ++s) oldest = std::min(oldest, ranks[s] == least ? positions[s] : oldest);
+  for (int64_t s = first; s < S; ++s) {
+    const int32_t position = positions[s];  // read in any case, so that it can be in registers
+    oldest = std::min(oldest, ranks[s] == least ? position : std::numeric_limits<int32_t>::max());
+  }
   int64_t slot = first;
   while (ranks[slot] != least || positions[slot] != oldest) ++slot;
   return slot;
@@ -91,7 +92,7 @@ ffi::Error Exchange(ffi::Span<const int64_t> arrays, ffi::Span<const int64_t> tu
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_exchange, Exchange,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_exchange, Guarded(Exchange),
                               ffi::Ffi::Bind()
                                   .Attr<ffi::Span<const int64_t>>("arrays")
                                   .Attr<ffi::Span<const int64_t>>("turned")

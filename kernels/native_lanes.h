@@ -40,17 +40,18 @@ inline float Bfloat16(uint16_t bits) {
   return x;
 }
 
-// To the nearest, ties to even.
+// To the nearest, ties to even; a NaN stays one, also where all that tells it from infinity is in the bits that are dropped.
 inline uint16_t ToBfloat16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
-  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return (x != x ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-// kLanes codes as integers. Written out for x86, where GCC would convert vectors of bytes lane by lane.
+// kLanes codes as integers. Written out for x86, where GCC would convert vectors of bytes lane by lane; the mask is all of them, and
+// spares a warning of GCC's that the intrinsic without one begins with a register that nobody has set.
 inline Integers Codes(const int8_t* from) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Integers>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  return reinterpret_cast<Integers>(_mm512_maskz_cvtepi8_epi32(-1, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #elif defined(__AVX2__)
   return reinterpret_cast<Integers>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 #else
@@ -62,7 +63,7 @@ inline Integers Codes(const int8_t* from) {
 
 inline Integers Codes(const uint8_t* from) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Integers>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  return reinterpret_cast<Integers>(_mm512_maskz_cvtepu8_epi32(-1, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #elif defined(__AVX2__)
   return reinterpret_cast<Integers>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 #else
@@ -125,8 +126,13 @@ inline Lanes Capped(Lanes x, float cap) {
 // Lane i of the result: x[i] + x[i ^ distance] where that bit of i is clear, y's where it is set. Costs a blend, a shuffle, an add.
 template <int distance, int... i>
 inline Lanes Fold(Lanes x, Lanes y, std::integer_sequence<int, i...>) {
+#if defined(__clang__)
   return __builtin_shufflevector(x, y, (i & distance ? kLanes + i : i)...) +
          __builtin_shufflevector(x, y, ((i ^ distance) + (i & distance ? kLanes : 0))...);
+#else  // GCC has that name since 12
+  return __builtin_shuffle(x, y, Integers{(i & distance ? kLanes + i : i)...}) +
+         __builtin_shuffle(x, y, Integers{((i ^ distance) + (i & distance ? kLanes : 0))...});
+#endif
 }
 
 // The sum of each of 2 * distance vectors, folded; of kLanes vectors: lane i is the sum of vector i.
@@ -138,6 +144,22 @@ inline Lanes Sums(Lanes* x) {
   }
   if constexpr (distance > 1) return Sums<distance / 2>(x);
   return x[0];
+}
+
+// The least of n numbers, n > 0. Written out, because clang does not see that minima may be taken in any order.
+inline float Least(const float* x, int64_t n) {
+  float least = x[0];
+  int64_t i = 0;
+  if (n >= kLanes) {
+    Lanes lanes = Widened(x);
+    for (; i + kLanes <= n; i += kLanes) {
+      const Lanes next = Widened(x + i);
+      lanes = next < lanes ? next : lanes;
+    }
+    for (int lane = 0; lane < kLanes; ++lane) least = std::min(least, lanes[lane]);
+  }
+  for (; i < n; ++i) least = std::min(least, x[i]);
+  return least;
 }
 
 }  // namespace kvcascade

@@ -6,14 +6,12 @@
 #include <cstdint>
 #include <vector>
 
+#include "native_handler.h"
 #include "native_lanes.h"
 #include "native_workers.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace kvcascade {
 namespace {
-
-namespace ffi = xla::ffi;
 
 constexpr int64_t kAheadBytes = 8192;  // of weights
 
@@ -145,7 +143,7 @@ ffi::Error Product(ffi::ThreadPool pool, int64_t arrays, ffi::Buffer<ffi::F32> x
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_product, Product,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_product, Guarded(Product),
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<int64_t>("arrays")

@@ -3,12 +3,10 @@
 
 #include <vector>
 
+#include "native_handler.h"
 #include "native_lanes.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace kvcascade {
-
-namespace ffi = xla::ffi;
 
 enum class Format { kFloat32, kBfloat16, kInt8, kInt4 };
 
