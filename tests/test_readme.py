@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from kvcascade.cache import policy
@@ -13,11 +14,12 @@ from kvcascade.cache.cascade import Cascade
 from kvcascade.cache.layer import LayerCache
 from kvcascade.cache.spec import parse
 from kvcascade.kernels.heads import Heads
+from kvcascade.model import gpt
 from kvcascade.scripts import readme
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-EXAMPLE, POLICY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLE, POLICY, DRAFT = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_example_runs():
@@ -40,6 +42,20 @@ def test_the_policy_of_the_readme_works(monkeypatch):
         _, cache = cache.step(x, x, x, jnp.full((1, 1), position))
     assert isinstance(cache.cascade, Cascade)
     assert sorted(cache.slots[0].pos_BKS[0, 0].tolist()) == [0, 8, 16, 24, 32, 39]
+
+
+def test_the_draft_of_the_readme_is_committed_in_part():
+    """Of four drafted tokens two are accepted: the cache then holds the prompt and these two, and each layer as if no others had been."""
+    names: dict = {"gpt": gpt, "jnp": jnp}
+    exec(EXAMPLE.split("token = jnp")[0], names)
+    prompt, drafted = jnp.asarray([[5, 6, 7]]), jnp.asarray([[8, 9, 10, 11]])
+    _, cache = gpt.step(names["config"], names["params"], names["cache"], prompt, jnp.arange(3)[None])
+    names |= {"cache": cache, "tokens": drafted, "positions": 3 + jnp.arange(4)[None], "accepted": jnp.arange(4)[None] < 2}
+    exec(DRAFT, names)
+    _, alone = gpt.step(names["config"], names["params"], cache, drafted[:, :2], 3 + jnp.arange(2)[None])
+    assert sorted(names["cache"].layers[1].slots[0].pos_BKS[0, 0].tolist()) == [0, 1, 2, 3]
+    for ours, theirs in zip(jax.tree.leaves(names["cache"]), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(ours.astype("float32"), theirs.astype("float32"), atol=0.02)
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", readme.RESULTS.with_suffix(".svg")], ids=lambda path: path.name)
