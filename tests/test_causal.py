@@ -44,7 +44,7 @@ def forward_and_backward(q, k, v, dout, window=0):
     return out, *pull(dout)
 
 
-# 64 is a block; beyond 1024 tokens the blocks grow.
+# 64 is a block; beyond 1,024 tokens several share a loop.
 @pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 200])
 @pytest.mark.parametrize(("N", "K"), [(4, 4), (4, 2), (4, 1)], ids=["G1", "G2", "G4"])
 def test_equals_the_reference(T: int, N: int, K: int) -> None:
@@ -64,11 +64,12 @@ def test_a_window_hides_what_is_older(window: int) -> None:
         np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=1e-4)
 
 
-def test_blocks_grow_with_the_text() -> None:
-    """A length that no block size divides, with more than 64 rows per block."""
+@pytest.mark.parametrize("window", [0, 70, 1050])
+def test_loops_over_several_blocks(window: int) -> None:
+    """A length that no block size divides, with two blocks to a loop."""
     arrays = draw(1100, 2, 1, B=1)
-    found = forward_and_backward(*(jnp.asarray(x, jnp.float32) for x in arrays))
-    for ours, exact in zip(found, reference(*arrays), strict=True):
+    found = forward_and_backward(*(jnp.asarray(x, jnp.float32) for x in arrays), window=window)
+    for ours, exact in zip(found, reference(*arrays, window=window), strict=True):
         np.testing.assert_allclose(ours, exact, rtol=1e-3, atol=2e-4)
 
 
@@ -104,6 +105,29 @@ def test_never_holds_the_logits_of_a_batch() -> None:
     shapes = [jax.ShapeDtypeStruct((B, T, heads, H), jnp.float32) for heads in (N, N, N, N)]
     memory = forward_and_backward.lower(*shapes).compile().memory_analysis()
     assert memory and memory.temp_size_in_bytes < 4 * B * N * T * T
+
+
+def compiled(T: int, N: int, window: int = 0) -> jax.stages.Compiled:
+    """Forward and backward of one row, compiled and not run."""
+    shapes = [jax.ShapeDtypeStruct((1, T, heads, 64), jnp.float32) for heads in (N, 1, 1, N)]
+    return forward_and_backward.lower(*shapes, window=window).compile()
+
+
+@pytest.mark.parametrize("window", [0, 512])
+def test_memory_is_linear_in_the_length(window: int) -> None:
+    """Four times the tokens take four times the memory, and at 8,192 that is a twentieth of what all logits would take."""
+    N = 3
+    short, long = (compiled(T, N, window).memory_analysis() for T in (8192, 32768))
+    assert short and long and long.temp_size_in_bytes < 4.2 * short.temp_size_in_bytes
+    assert 20 * short.temp_size_in_bytes < 4 * N * 8192**2
+
+
+def test_what_a_window_hides_is_not_multiplied() -> None:
+    """Of 1,024 tokens a block of 64 queries with a window of 65 sees 128: an eighth, and without a window half of them on average."""
+    shapes = [jax.ShapeDtypeStruct((1, 1024, 1, 64), jnp.float32)] * 3
+    cost = lambda window: jax.jit(causal_attention, static_argnums=3).lower(*shapes, window).compile().cost_analysis()
+    windowed, whole = cost(65), cost(0)
+    assert windowed and whole and windowed["flops"] < 0.3 * whole["flops"]
 
 
 def test_elsewhere_it_is_the_same_attention(monkeypatch: pytest.MonkeyPatch) -> None:
