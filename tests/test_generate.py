@@ -1,6 +1,5 @@
-"""Sampling keeps what it promises; chats are written as templates say; answers end where they should."""
+"""Prompts are continued; chats are written as templates say; answers end where they should."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,66 +8,8 @@ import tiny_models
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.model import chat, generate, pretrained
-from kvcascade.model.generate import Sampling
+from kvcascade.model.sampling import Sampling
 from kvcascade.scripts.console import Answer
-
-LOGITS = jnp.log(jnp.asarray([[0.4, 0.3, 0.2, 0.07, 0.03]]))
-NONE = jnp.zeros((1, 0), bool)
-
-
-def drawn(sampling: Sampling, logits=LOGITS, seen=NONE, draws: int = 400) -> np.ndarray:
-    """How often each token comes."""
-    keys = jax.random.split(jax.random.key(0), draws)
-    tokens = jax.vmap(lambda key: generate.sample(logits, key, sampling, seen))(keys)
-    return np.bincount(np.asarray(tokens).ravel(), minlength=logits.shape[-1]) / draws
-
-
-@pytest.mark.parametrize(
-    ("sampling", "shares"),
-    [
-        (Sampling(), [1, 0, 0, 0, 0]),
-        (Sampling(1.0), [0.4, 0.3, 0.2, 0.07, 0.03]),
-        (Sampling(0.5), [0.16, 0.09, 0.04, 0.0049, 0.0009]),
-        (Sampling(1.0, top_k=2), [0.4, 0.3, 0, 0, 0]),
-        (Sampling(1.0, top_k=99), [0.4, 0.3, 0.2, 0.07, 0.03]),
-        (Sampling(1.0, top_p=0.7), [0.4, 0.3, 0, 0, 0]),
-        (Sampling(1.0, top_p=0.71), [0.4, 0.3, 0.2, 0, 0]),
-        (Sampling(1.0, top_p=1e-6), [1, 0, 0, 0, 0]),
-        (Sampling(1.0, min_p=0.45), [0.4, 0.3, 0.2, 0, 0]),
-        (Sampling(1.0, top_k=3, min_p=0.6), [0.4, 0.3, 0, 0, 0]),
-    ],
-)
-def test_tokens_come_as_often_as_they_should(sampling: Sampling, shares: list[float]) -> None:
-    """Shares within five standard deviations, and nothing from outside the limits."""
-    want = np.asarray(shares) / sum(shares)
-    got = drawn(sampling)
-    np.testing.assert_array_less(np.abs(got - want), 5 * np.sqrt(want * (1 - want) / 400) + 1e-9)
-    assert (got[want == 0] == 0).all()
-
-
-def test_what_was_there_is_penalised() -> None:
-    """Positive logits of seen tokens are divided, negative ones multiplied."""
-    logits, seen = jnp.asarray([[2.0, 1.9, -1.0, -1.1]]), jnp.asarray([[True, False, False, False]])
-    assert drawn(Sampling(repetition_penalty=1.2), logits, seen)[1] == 1
-    assert drawn(Sampling(repetition_penalty=1.01), logits, seen)[0] == 1
-    negative, seen = jnp.asarray([[-1.0, -1.1]]), jnp.asarray([[True, False]])
-    assert drawn(Sampling(repetition_penalty=1.2), negative, seen)[1] == 1
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"temperature": -1.0},
-        {"top_k": -1},
-        {"top_p": 0.0},
-        {"min_p": 1.5},
-        {"repetition_penalty": 0.0},
-        {"temperature": float("nan")},
-    ],
-)
-def test_settings_out_of_range_are_refused(wrong: dict) -> None:
-    with pytest.raises(BadInput):
-        Sampling(**wrong)
 
 
 def test_a_penalty_keeps_a_text_from_repeating(nano) -> None:
