@@ -16,7 +16,7 @@ from kvcascade.cache.spec import CacheSpec
 from kvcascade.model import gpt
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
-from kvcascade.model.sampling import GREEDY, Sampling, Settings, sample, settings
+from kvcascade.model.sampling import GREEDY, NOT_A_NUMBER, Sampling, Settings, sample, settings
 
 DISPATCH = 8
 """Tokens that `generate` decodes between two looks at them."""
@@ -99,6 +99,14 @@ def check_context(config: ModelConfig, context: int) -> None:
         raise BadInput(f"a context of {context} tokens is longer than the model's {config.context}")
 
 
+def check_numbers(missing_BT: Bool[np.ndarray, "B T"], first_B: Int[np.ndarray, " B"], row: int = 0) -> None:
+    """BadInput if some logits are not numbers: it names the first such row, counted from `row`, and position; rows begin at `first`."""
+    if missing_BT.any():
+        index = int(missing_BT.any(1).argmax())
+        position = int(first_B[index] + missing_BT[index].argmax())
+        raise BadInput(f"the model's logits for position {position} of row {row + index} are not numbers")
+
+
 def pad(prompts: list[list[int]]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
     """Prompts of unequal lengths as tokens and positions, padded on the right with position -1 to a power of two, so few shapes are compiled."""
     T = 1 << (max(map(len, prompts)) - 1).bit_length()
@@ -138,11 +146,16 @@ def generate(
     """Continue each prompt by `count` tokens; yields the first one per row, then DISPATCH at a time, with the cache that has seen those before.
 
     The yielded cache is donated to the next steps: look at it before asking for more tokens. One `Sampling` is for all rows, which then
-    draw by seeds one after the other. Raises BadInput for an empty prompt.
+    draw by seeds one after the other. Raises BadInput for an empty prompt, and where the logits are not numbers.
     """
     state = begin(config, params, cache, prompts, sampling)
-    yield np.asarray(state.token_B)[None], state.cache
+    lengths = np.asarray([len(prompt) for prompt in prompts])
+    first_1B = np.asarray(state.token_B)[None]
+    check_numbers(first_1B.T == NOT_A_NUMBER, lengths)
+    yield first_1B, state.cache
     for first in range(1, count, DISPATCH):
         n = min(DISPATCH, count - first)
         tokens_nB, state = decode_steps(config, params, state, n, most=DISPATCH)
-        yield np.asarray(tokens_nB[:n]), state.cache
+        new_nB = np.asarray(tokens_nB[:n])
+        check_numbers(new_nB.T == NOT_A_NUMBER, lengths + first)
+        yield new_nB, state.cache

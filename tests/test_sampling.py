@@ -1,13 +1,17 @@
 """Sampling keeps what it promises, and each row draws by its own settings, its own seed and its own positions alone."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.model import generate
-from kvcascade.model.sampling import GREEDY, Sampling, sample, settings
+from kvcascade.kernels.write import argmin
+from kvcascade.model import generate, gpt
+from kvcascade.model.sampling import GREEDY, NOT_A_NUMBER, Sampling, sample, settings
 
 LOGITS = jnp.log(jnp.asarray([[0.4, 0.3, 0.2, 0.07, 0.03]]))
 
@@ -126,3 +130,38 @@ def test_a_greedy_row_next_to_one_that_samples_takes_the_likeliest() -> None:
     logits_BV, seen_BV = jnp.broadcast_to(LOGITS, (3, 5)), jnp.zeros((3, 5), bool)
     found = np.asarray([sample(logits_BV, jnp.full(3, position), by, seen_BV) for position in range(60)])
     assert set(found[:, 0]) == {0} and set(found[:, 1]) == {0, 1, 2, 3, 4} and set(found[:, 2]) == {0, 1}
+
+
+@pytest.mark.parametrize("wrong", [[jnp.nan, 1.0, 2.0], [jnp.inf, jnp.inf, jnp.inf], [-jnp.inf] * 3])
+@pytest.mark.parametrize("how", [GREEDY, Sampling(1.0)], ids=["greedy", "sampled"])
+def test_logits_that_are_not_numbers_give_no_token(wrong, how: Sampling) -> None:
+    """And the row beside keeps its token."""
+    logits_BV = jnp.asarray([wrong, [0.0, 90.0, 0.0]])
+    found = sample(logits_BV, jnp.zeros(2, jnp.int32), settings(how, 2), jnp.zeros((2, 3), bool))
+    assert found.tolist() == [NOT_A_NUMBER, 1]
+
+
+@pytest.mark.parametrize("how", [GREEDY, Sampling(1.0)], ids=["greedy", "sampled"])
+def test_a_model_that_breaks_is_refused_where_it_does(nano, how: Sampling) -> None:
+    """The first token already, of the first row."""
+    params = jax.tree.map(lambda x: x, nano.params)
+    params["norm"]["scale"] = params["norm"]["scale"].at[0].set(jnp.nan)
+    cache = generate.empty_cache(nano.config, parse("recent 4"), 3, 20)
+    with pytest.raises(BadInput, match="for position 3 of row 0 are not numbers"):
+        next(generate.generate(nano.config, params, cache, PROMPTS, 9, how))
+
+
+def test_a_row_that_breaks_later_is_named(nano) -> None:
+    """The embedding of position 12 is not a number: within a dispatch the longest prompt comes there first."""
+    config = dataclasses.replace(nano.config, positions="learned")
+    params = gpt.init(config, 0)
+    params["position"]["embedding"] = params["position"]["embedding"].at[12].set(jnp.nan)
+    steps = generate.generate(config, params, generate.empty_cache(config, parse("full"), 3, 20), PROMPTS, 12)
+    next(steps)
+    with pytest.raises(BadInput, match="for position 13 of row 2 are not numbers"):
+        next(steps)
+
+
+def test_the_least_of_what_is_not_a_number_is_an_index() -> None:
+    """`argmin` of a row with a NaN stays in range."""
+    assert argmin(jnp.asarray([[jnp.nan, 1.0], [2.0, 1.0], [1.0, 1.0]])).tolist() == [1, 1, 0]
