@@ -58,7 +58,7 @@ def decode_steps(
 ) -> tuple[Int[Array, "{most} B"], State]:
     """`count` decode steps, at most `most`, in one dispatch: each puts a token per row into the cache and draws the next.
 
-    Tokens from `count` on mean nothing. The state is donated.
+    A larger count is `most`, and none leaves the state as it is. Tokens from `count` on mean nothing. The state is donated.
     """
 
     def body(index, carry):
@@ -69,7 +69,7 @@ def decode_steps(
         return tokens_nB.at[index].set(state.token_B), state
 
     tokens_nB = jnp.zeros((most, len(state.token_B)), jnp.int32)
-    return body(0, (tokens_nB, state)) if most == 1 else lax.fori_loop(0, count, body, (tokens_nB, state))
+    return lax.fori_loop(0, jnp.minimum(count, most), body, (tokens_nB, state))
 
 
 def _draw(logits_BV, cache, position_B, by, seen_BV):

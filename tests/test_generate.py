@@ -21,6 +21,18 @@ def test_a_penalty_keeps_a_text_from_repeating(nano) -> None:
         assert len({*prompt, *more}) == len(prompt) + 10
 
 
+@pytest.mark.parametrize(("count", "most", "made"), [(0, 1, 0), (1, 1, 1), (3, 1, 1), (0, 2, 0), (5, 2, 2)])
+def test_as_many_steps_as_counted_and_at_most_so_many(nano, count: int, most: int, made: int) -> None:
+    """The positions of the newest tokens and what the cache holds both say how many there were."""
+    cache = generate.empty_cache(nano.config, parse("full"), 2, 16)
+    state = generate.begin(nano.config, nano.params, cache, [[3, 1, 4], [9]])
+    token_B = np.asarray(state.token_B)
+    tokens_nB, state = generate.decode_steps(nano.config, nano.params, state, count, most=most)
+    assert tokens_nB.shape == (most, 2) and state.position_B.tolist() == [3 + made, 1 + made]
+    assert (state.cache[0].slots[0].pos_BKS[:, 0] >= 0).sum(-1).tolist() == [3 + made, 1 + made]
+    assert np.asarray(state.token_B).tolist() == (tokens_nB[made - 1] if made else token_B).tolist()
+
+
 def test_few_prompt_lengths_are_compiled(nano) -> None:
     """Prompts of 5 to 8 tokens share one prefill."""
     lengths = range(5, 9)
