@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvcascade.cache.cascade import Cache
 from kvcascade.cache.errors import BadInput
+from kvcascade.cache.policy import Full
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.model import gpt
 from kvcascade.model.config import ModelConfig
@@ -99,6 +100,24 @@ def check_context(config: ModelConfig, context: int) -> None:
         raise BadInput(f"a context of {context} tokens is longer than the model's {config.context}")
 
 
+def check_room(config: ModelConfig, cache: Cache, tokens: int) -> None:
+    """BadInput if rows of so many tokens are longer than the model's context, or than the one that a cache was made for."""
+    check_context(config, tokens)
+    if (most := room(cache)) is not None and tokens > most:
+        raise BadInput(f"{tokens} tokens do not fit into a cache for a context of {most}")
+
+
+def room(cache: Cache) -> int | None:
+    """The context that a cache was made for: the slots of its full tiers; None where it has none."""
+    full = [
+        slots.pos_BKS.shape[-1]
+        for layer in cache
+        for tier, slots in zip(layer.cascade.tiers, layer.slots, strict=True)
+        if isinstance(tier.policy, Full)
+    ]
+    return min(full, default=None)
+
+
 def check_numbers(missing_BT: Bool[np.ndarray, "B T"], first_B: Int[np.ndarray, " B"], row: int = 0) -> None:
     """BadInput if some logits are not numbers: it names the first such row, counted from `row`, and position; rows begin at `first`."""
     if missing_BT.any():
@@ -123,9 +142,13 @@ def begin(
     prompts: list[list[int]],
     sampling: Sampling | Sequence[Sampling] = GREEDY,
 ) -> State:
-    """Put prompts into an empty cache, which is donated, and draw each row's first token. Raises BadInput for an empty prompt."""
+    """Put prompts into an empty cache, which is donated, and draw each row's first token.
+
+    Raises BadInput for an empty prompt, and for one that is longer than the model's or the cache's context.
+    """
     if not all(prompts):
         raise BadInput("the prompt is empty")
+    check_room(config, cache, max(map(len, prompts)))
     by = settings(sampling, len(prompts))
     tokens_BT, positions_BT = pad(prompts)
     seen = np.zeros((len(prompts), config.vocab), bool)
@@ -146,8 +169,10 @@ def generate(
     """Continue each prompt by `count` tokens; yields the first one per row, then DISPATCH at a time, with the cache that has seen those before.
 
     The yielded cache is donated to the next steps: look at it before asking for more tokens. One `Sampling` is for all rows, which then
-    draw by seeds one after the other. Raises BadInput for an empty prompt, and where the logits are not numbers.
+    draw by seeds one after the other. Raises BadInput for an empty prompt, where the longest prompt and all that is
+    drawn but the last token are more than the model's or the cache's context, and where the logits are not numbers.
     """
+    check_room(config, cache, max(map(len, prompts)) + count - 1)  # the last token drawn enters no cache
     state = begin(config, params, cache, prompts, sampling)
     lengths = np.asarray([len(prompt) for prompt in prompts])
     first_1B = np.asarray(state.token_B)[None]

@@ -1,5 +1,7 @@
 """Prompts are continued; chats are written as templates say; answers end where they should."""
 
+import contextlib
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,6 +21,26 @@ def test_a_penalty_keeps_a_text_from_repeating(nano) -> None:
     steps = generate.generate(nano.config, nano.params, cache, prompts, 10, Sampling(repetition_penalty=1e6))
     for prompt, more in zip(prompts, np.concatenate([tokens_nB for tokens_nB, _ in steps]).T.tolist(), strict=True):
         assert len({*prompt, *more}) == len(prompt) + 10
+
+
+@pytest.mark.parametrize(
+    ("spec", "slots", "line"),
+    [("full", 11, "12 tokens do not fit into a cache for a context of 11"), ("recent 4", 12, None), ("full", 12, None)],
+)
+def test_a_text_longer_than_the_cache_is_refused(nano, spec: str, slots: int, line: str | None) -> None:
+    """A full tier would drop its first token; a tier that forgets has no end but the model's."""
+    go_on = lambda count: next(
+        generate.generate(
+            nano.config, nano.params, generate.empty_cache(nano.config, parse(spec), 2, slots), [[3, 1, 4], [9]], count
+        )
+    )
+    with pytest.raises(BadInput, match=line) if line else contextlib.nullcontext():
+        go_on(10)
+    with pytest.raises(BadInput, match="33 tokens is longer than the model's 32"):
+        go_on(31)
+    with pytest.raises(BadInput, match="3 tokens do not fit into a cache for a context of 2"):
+        cache = generate.empty_cache(nano.config, parse("full"), 1, 2)
+        generate.begin(nano.config, nano.params, cache, [[3, 1, 4]])
 
 
 @pytest.mark.parametrize(("count", "most", "made"), [(0, 1, 0), (1, 1, 1), (3, 1, 1), (0, 2, 0), (5, 2, 2)])
