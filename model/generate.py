@@ -23,12 +23,29 @@ DISPATCH = 8
 """Tokens that `generate` decodes between two looks at them."""
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def prefill(
     config: ModelConfig, params: Params, cache: Cache, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Put whole prompts into an empty cache, which is donated; return the logits after each row's last token (position -1 is padding)."""
-    return gpt.first_step(config, params, cache, tokens_BT, positions_BT)
+    """Put whole prompts into an empty cache, which is donated; return the logits after each row's last token.
+
+    A row's positions are 0, 1, … and then -1 for padding. Raises BadInput for others, and for a cache that holds something; inside
+    another `jit` neither is looked at.
+    """
+    newest = cache[0].slots[0].pos_BKS  # the first tier takes in whatever comes
+    if not isinstance(newest, jax.core.Tracer) and not isinstance(positions_BT, jax.core.Tracer):
+        positions = np.asarray(positions_BT)
+        index = np.arange(positions.shape[1])
+        if (positions != np.where(index < (positions >= 0).sum(-1, keepdims=True), index, -1)).any():
+            raise BadInput("a prompt's positions must be 0, 1, 2, … and its padding, -1, on the right")
+        if _most(newest) >= 0:
+            raise BadInput("a prefill needs an empty cache, and this one holds tokens")
+    return prefill_step(config, params, cache, tokens_BT, positions_BT)
+
+
+_most = jax.jit(jnp.max)
+
+prefill_step = jax.jit(gpt.first_step, static_argnames="config", donate_argnames="cache")
+"""What `prefill` compiles, with nothing checked."""
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")

@@ -2,6 +2,7 @@
 
 import contextlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -55,15 +56,39 @@ def test_as_many_steps_as_counted_and_at_most_so_many(nano, count: int, most: in
     assert np.asarray(state.token_B).tolist() == (tokens_nB[made - 1] if made else token_B).tolist()
 
 
+@pytest.mark.parametrize(
+    "positions", [[[-1, -1, 0, 1]], [[1, 2, 3, 4]], [[0, -1, 1, 2]], [[0, 1, 2, 4]], [[0, 1, 1, 2]]]
+)
+def test_positions_other_than_padded_on_the_right_are_refused(nano, positions: list) -> None:
+    """Logits of a prompt that is padded on the left would be wrong, with no word."""
+    cache = generate.empty_cache(nano.config, parse("full"), 1, 8)
+    with pytest.raises(BadInput, match="padding, -1, on the right"):
+        generate.prefill(nano.config, nano.params, cache, jnp.ones((1, 4), jnp.int32), jnp.asarray(positions))
+
+
+@pytest.mark.parametrize("spec", ["full", "sink 1 | recent 2", "heavy 2 | recent 2"])
+def test_a_second_prefill_is_refused(nano, spec: str) -> None:
+    """It would attend to nothing of what the cache holds. Inside another jit nothing is looked at."""
+    tokens_BT, positions_BT = jnp.ones((2, 4), jnp.int32), jnp.asarray([[0, 1, 2, 3], [0, 1, -1, -1]])
+    cache = generate.empty_cache(nano.config, parse(spec), 2, 8)
+    within = jax.jit(lambda cache: generate.prefill(nano.config, nano.params, cache, tokens_BT, positions_BT))
+    expected, cache = within(cache)
+    with pytest.raises(BadInput, match="needs an empty cache"):
+        generate.prefill(nano.config, nano.params, cache, tokens_BT, positions_BT)
+    empty = generate.empty_cache(nano.config, parse(spec), 2, 8)
+    found, _ = generate.prefill(nano.config, nano.params, empty, tokens_BT, positions_BT)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_few_prompt_lengths_are_compiled(nano) -> None:
     """Prompts of 5 to 8 tokens share one prefill."""
     lengths = range(5, 9)
-    before = generate.prefill._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+    before = generate.prefill_step._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
     for length in lengths:
         cache = generate.empty_cache(nano.config, parse("sink 1 | recent 8"), 1, 32)
         tokens, positions = generate.pad([list(range(length))])
         generate.prefill(nano.config, nano.params, cache, jnp.asarray(tokens), jnp.asarray(positions))
-    after = generate.prefill._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+    after = generate.prefill_step._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
     assert after == before + 1
 
 
