@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from kvcascade.cache.cascade import Cache
@@ -32,7 +33,7 @@ def prefill(
     another `jit` neither is looked at.
     """
     newest = cache[0].slots[0].pos_BKS  # the first tier takes in whatever comes
-    if not isinstance(newest, jax.core.Tracer) and not isinstance(positions_BT, jax.core.Tracer):
+    if not isinstance(newest, Tracer) and not isinstance(positions_BT, Tracer):
         positions = np.asarray(positions_BT)
         index = np.arange(positions.shape[1])
         if (positions != np.where(index < (positions >= 0).sum(-1, keepdims=True), index, -1)).any():
