@@ -35,7 +35,7 @@ def fidelity(
     """Compare caches with `full` after tokens 0…T-2 of each row, teacher-forced, one token at a time.
 
     All caches go through a window together, so the full one's distributions are computed once and none is stored.
-    `report` is told the steps done and how many there are.
+    `report` is told the steps done and how many there are. BadInput where logits are not numbers.
     """
     windows, T = rows.shape
     batch = min(batch, windows)
@@ -59,6 +59,7 @@ def fidelity(
         for mine, (kl_BT, same_BT) in zip(found, marks, strict=True):
             kept = min(batch, windows - first)
             mine.append(Fidelity(np.asarray(kl_BT)[:kept], np.asarray(same_BT)[:kept]))
+            generate.check_numbers(np.isnan(mine[-1].kl_BT), np.ones(kept, int), first)
     return [Fidelity(*map(np.concatenate, zip(*parts, strict=True))) for parts in found]
 
 

@@ -82,14 +82,18 @@ def largest(
 
 
 def measure(task: Task, batch: int, context: int) -> Record:
-    """Bytes that a decode step of so many rows holds on a card, as XLA plans them: arguments, outputs that are none of these, temporaries."""
+    """Bytes that a decode step of so many rows holds on a card, as XLA plans them: arguments, outputs that are none of these, temporaries.
+
+    Its program ends with the logits: what draws from them is held beside it, and counted among the arguments.
+    """
     _, plan, _ = whole_step.compile_step(task.model, parse(task.cache), batch, context, aot.gpu(task.gpu))
+    arguments = plan.argument_size_in_bytes + batch * memory.drawing(task.model)
     outputs = plan.output_size_in_bytes - plan.alias_size_in_bytes
     return {
-        "arguments": plan.argument_size_in_bytes,
+        "arguments": arguments,
         "outputs": outputs,
         "temporaries": plan.temp_size_in_bytes,
-        "held": plan.argument_size_in_bytes + outputs + plan.temp_size_in_bytes,
+        "held": arguments + outputs + plan.temp_size_in_bytes,
     }
 
 

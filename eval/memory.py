@@ -61,17 +61,22 @@ def decode_step(config: ModelConfig, spec: CacheSpec, context: int) -> Memory:
     weights    `weights`
     cache      codes, scales, positions and numbers of every tier of every layer (`CacheSpec.nbytes`)
     logits     vocab · 2 or 4, as `dtype` says
-    inputs     8: a token and a position in int32
+    inputs     8 + `drawing`: a token and a position in int32, and what the next token is drawn by
     workspace  `workspace`, alone the same for one row
     """
     return Memory(
         weights(config),
         spec.nbytes(config.layer_heads, context),
         config.vocab * jnp.dtype(config.dtype).itemsize,
-        8,
+        8 + drawing(config),
         workspace(config, spec, context),
         workspace(config, spec, context, alone=True),
     )
+
+
+def drawing(config: ModelConfig) -> int:
+    """Bytes of a row's `generate.State` that its next token is drawn by: six settings, and for each token of the vocabulary whether it was there."""
+    return 24 + config.vocab
 
 
 def weights(config: ModelConfig) -> int:

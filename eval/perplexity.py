@@ -76,7 +76,7 @@ def score(
 ) -> Scores:
     """Score tokens max(prefix, 1)…T-1 of each row, teacher-forced: the first `prefix` enter in one prefill, the others one by one.
 
-    Rows go through in batches, the last one filled up with repeats that are not counted.
+    Rows go through in batches, the last one filled up with repeats that are not counted. BadInput where logits are not numbers.
     """
     windows, T = rows.shape
     check(config, [spec], T, prefix)
@@ -100,6 +100,7 @@ def score(
         for t in range(prefix + 1, T - 1, DISPATCH):
             cache, nll_BT = step.run(params, rows_BT, cache, t, min(t + DISPATCH, T - 1), nll_BT)
         scored.append(np.asarray(nll_BT)[: windows - first, max(prefix, 1) - 1 : T - 1])
+        generate.check_numbers(np.isnan(scored[-1]), np.full(len(scored[-1]), max(prefix, 1)), first)
         seconds += time.perf_counter() - start
         steps += T - 2 - prefix + bool(first)
         kv_bytes = nbytes(cache) // batch

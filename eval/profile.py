@@ -17,7 +17,7 @@ from kvcascade.eval.records import Record
 from kvcascade.eval.trace import trace
 from kvcascade.kernels import native, traffic
 from kvcascade.kernels.decode import decode
-from kvcascade.model import generate
+from kvcascade.model import generate, sampling
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.pretrained import Model
 
@@ -130,17 +130,9 @@ def component(scope: str) -> str:
 
 def _program(model: Model, cache: Cache, batch: int) -> _Program:
     """What `generate.generate` dispatches; the loop over its steps is counted once, so all that it says is of one step."""
-    each_row = jnp.zeros(batch, jnp.int32)
-    state = generate.State(cache, each_row, each_row, jnp.zeros((batch, 0), bool))
-    traced = generate.decode_steps.trace(
-        model.config,
-        model.params,
-        state,
-        generate.DISPATCH,
-        generate.Sampling(),
-        jax.random.key(0),
-        most=generate.DISPATCH,
-    )
+    each_row, seen_BV = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, model.config.vocab), bool)
+    state = generate.State(cache, each_row, each_row, sampling.settings(sampling.GREEDY, batch), seen_BV)
+    traced = generate.decode_steps.trace(model.config, model.params, state, generate.DISPATCH, most=generate.DISPATCH)
     compiled = traced.lower().compile()
     text = compiled.as_text() or ""
     return _Program(text.split(",", 1)[0].split()[-1], text, compiled, traffic.launches(text))

@@ -19,6 +19,7 @@ from kvcascade.cache.whole import nbytes
 from kvcascade.model import generate
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
+from kvcascade.model.sampling import NOT_A_NUMBER
 from kvcascade.model.tokenizer import Tokenizer
 
 NOISE = (
@@ -190,7 +191,7 @@ def score(
     """Whether each turn of each sample is answered, turn after turn over one cache, and the bytes of a row's cache.
 
     Samples have contexts of one length; `room` is for the turns of any of them, and the same for all tasks, so that each
-    length is compiled once. Raises BadInput if context and turns are longer than the model's context.
+    length is compiled once. Raises BadInput if context and turns are longer than the model's context, or logits are not numbers.
     """
     length = len(samples[0].context)
     whole = length + room
@@ -216,8 +217,10 @@ def score(
             logits_BV, cache = generate.decode_step(
                 config, params, cache, jnp.asarray(fed[:, t]), jnp.asarray(where[:, t])
             )
-            guesses.append(logits_BV.argmax(-1))
-        right = np.asarray(jnp.stack(guesses, 1))[:, :-1] == fed[:, 1:]
+            guesses.append(jnp.where(jnp.isfinite(logits_BV.max(-1)), logits_BV.argmax(-1), NOT_A_NUMBER))
+        guessed = np.asarray(jnp.stack(guesses, 1))
+        generate.check_numbers((guessed == NOT_A_NUMBER) & (where >= 0), np.full(batch, length + 1), first)
+        right = guessed[:, :-1] == fed[:, 1:]
         found += [_answered(each, right[row]) for row, each in enumerate(part)]
     return found, size
 

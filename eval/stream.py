@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.cache.whole import nbytes
 from kvcascade.eval.buffers import resident
@@ -26,8 +27,8 @@ STRETCH = 1024  # tokens of a point of the curve
 def stream(model: Model, spec: CacheSpec, batch: int, tokens: int, report: Callable[[int], None]) -> Record:
     """Decode so many tokens greedily, also past the model's own context; a point of time and memory per STRETCH.
 
-    A point is [tokens so far, milliseconds per token (the median over its dispatches), resident bytes]. `traces` counts the step's,
-    `finite` says whether all logits were. `report` is told how many tokens there are.
+    A point is [tokens so far, milliseconds per token (the median over its dispatches), resident bytes]. `traces` counts the step's.
+    `report` is told how many tokens there are. BadInput once logits are not finite.
     """
     config = stretch(model.config, tokens)
     traces = []
@@ -51,6 +52,8 @@ def stream(model: Model, spec: CacheSpec, batch: int, tokens: int, report: Calla
     for done in range(DISPATCH, tokens + 1, DISPATCH):
         start = time.perf_counter()
         state, finite = jax.block_until_ready(decode(model.params, state, finite))
+        if not finite:
+            raise BadInput(f"the model's logits are not numbers within its first {done} tokens")
         if done > DISPATCH:  # the first one compiles
             times.append((time.perf_counter() - start) / DISPATCH * 1e3)
         if done % STRETCH == 0:

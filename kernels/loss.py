@@ -1,7 +1,5 @@
 """The cross-entropy of a language model's head, without ever holding all logits."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -31,9 +29,15 @@ def _hit(logits_TV, target_T):
 
 
 def _blocks(*arrays):
-    """Each array cut along its first axis into equal blocks of at most ROWS."""
-    count = math.gcd(arrays[0].shape[0], -(-arrays[0].shape[0] // ROWS))
-    return tuple(x.reshape(count, -1, *x.shape[1:]) for x in arrays)
+    """Each array cut along its first axis into as few equal blocks of at most ROWS as there can be, the last one filled up with zeros.
+
+    What fills it up gives no loss to anyone, and takes no gradient: its x and its dnll are 0.
+    """
+    T = arrays[0].shape[0]
+    count = -(-T // ROWS)
+    rows = -(-T // count)
+    filled = (jnp.pad(x, [(0, count * rows - T)] + [(0, 0)] * (x.ndim - 1)) for x in arrays)
+    return tuple(x.reshape(count, rows, *x.shape[1:]) for x in filled)
 
 
 def _forward(x_TM, head_VM, target_T):
@@ -43,7 +47,7 @@ def _forward(x_TM, head_VM, target_T):
         lse = jax.nn.logsumexp(logits, -1)
         return lse, lse - jnp.where(_hit(logits, target), logits, 0).sum(-1)
 
-    lse_T, nll_T = (x.reshape(-1) for x in lax.map(block, _blocks(x_TM, target_T)))
+    lse_T, nll_T = (x.reshape(-1)[: len(target_T)] for x in lax.map(block, _blocks(x_TM, target_T)))
     return nll_T, (x_TM, head_VM, target_T, lse_T)
 
 
@@ -59,7 +63,7 @@ def _backward(residuals, dnll_T):
 
     start = jnp.zeros(head_VM.shape[::-1], jnp.float32)
     dhead_MV, dx = lax.scan(block, start, _blocks(x_TM, target_T, lse_T, dnll_T))
-    return dx.reshape(x_TM.shape).astype(x_TM.dtype), dhead_MV.T.astype(head_VM.dtype), None
+    return dx.reshape(-1, x_TM.shape[1])[: len(x_TM)].astype(x_TM.dtype), dhead_MV.T.astype(head_VM.dtype), None
 
 
 token_nll.defvjp(_forward, _backward)

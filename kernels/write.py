@@ -66,10 +66,10 @@ def _xla(codecs: Codecs, forget, slots, entry, priority):
 
 
 def argmin(x: Shaped[Array, "*B S"]):
-    """The first index of the least number along the last axis."""
+    """The first index of the least number along the last axis; the last index where one is NaN."""
     # Two plain reductions: XLA:CPU does not vectorise the (value, index) reduction of `jnp.argmin`.
     least = x == x.min(-1, keepdims=True)
-    return jnp.where(least, jnp.arange(x.shape[-1], dtype=jnp.int32), x.shape[-1]).min(-1)
+    return jnp.where(least, jnp.arange(x.shape[-1], dtype=jnp.int32), x.shape[-1] - 1).min(-1)
 
 
 def _over(index_BKT, like):

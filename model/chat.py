@@ -1,6 +1,7 @@
 """Chat templates: the text that a model was taught to read as a conversation."""
 
 import datetime
+from collections.abc import Mapping
 
 import jinja2
 import jinja2.sandbox
@@ -16,18 +17,22 @@ def encode(model: Model, messages: list[Message]) -> list[int]:
     """The tokens of a conversation, up to where the model's next answer begins; BadInput for a model without a template."""
     if not model.chat_template:
         raise BadInput(f"{model.name} has no chat template; give it a text to continue")
-    return list(model.encoding.encode(render(model.chat_template, messages), allowed_special="all"))
+    return list(model.encoding.encode(render(model.chat_template, messages, model.special), allowed_special="all"))
 
 
-def render(template: str, messages: list[Message]) -> str:
-    """Fill a template, in a sandbox, as Hugging Face's `apply_chat_template` does; BadInput if it is broken or refuses the messages."""
+def render(template: str, messages: list[Message], special: Mapping[str, str] = {}) -> str:
+    """Fill a template, in a sandbox, as Hugging Face's `apply_chat_template` does; BadInput if it is broken or refuses the messages.
+
+    `special` are the texts of `bos_token` and `eos_token`; one that the model has not is empty.
+    """
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {
         "raise_exception": _refuse,
         "strftime_now": lambda form: datetime.datetime.now().strftime(form),
     }
     try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, bos_token="")
+        known = {"bos_token": "", "eos_token": "", **special}
+        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **known)
     except jinja2.TemplateError as error:
         raise BadInput(f"the chat template does not work: {error}") from error
 

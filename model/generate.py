@@ -2,33 +2,50 @@
 
 import dataclasses
 import functools
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.cache.whole import Cache
-from kvcascade.kernels.write import argmin
 from kvcascade.model import gpt
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
+from kvcascade.model.sampling import GREEDY, NOT_A_NUMBER, Sampling, Settings, sample, settings
 
 DISPATCH = 8
 """Tokens that `generate` decodes between two looks at them."""
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def prefill(
     config: ModelConfig, params: Params, cache: Cache, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Put whole prompts into an empty cache, which is donated; return the logits after each row's last token (position -1 is padding)."""
-    return gpt.first_step(config, params, cache, tokens_BT, positions_BT)
+    """Put whole prompts into an empty cache, which is donated; return the logits after each row's last token.
+
+    A row's positions are 0, 1, … and then -1 for padding. Raises BadInput for others, and for a cache that holds something; inside
+    another `jit` neither is looked at.
+    """
+    newest = cache.layers[0].slots[0].pos_BKS  # the first tier takes in whatever comes
+    if not isinstance(newest, Tracer) and not isinstance(positions_BT, Tracer):
+        positions = np.asarray(positions_BT)
+        index = np.arange(positions.shape[1])
+        if (positions != np.where(index < (positions >= 0).sum(-1, keepdims=True), index, -1)).any():
+            raise BadInput("a prompt's positions must be 0, 1, 2, … and its padding, -1, on the right")
+        if _most(newest) >= 0:
+            raise BadInput("a prefill needs an empty cache, and this one holds tokens")
+    return prefill_step(config, params, cache, tokens_BT, positions_BT)
+
+
+_most = jax.jit(jnp.max)
+
+prefill_step = jax.jit(gpt.first_step, static_argnames="config", donate_argnames="cache")
+"""What `prefill` compiles, with nothing checked."""
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
@@ -40,96 +57,44 @@ def decode_step(
     return logits_BTV[:, 0], cache
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn; every limit leaves the likeliest token in."""
-
-    temperature: float = 0.0
-    """0 takes the likeliest token; 1 samples as the model says."""
-    top_k: int = 0
-    """Only the so many likeliest tokens; 0: all."""
-    top_p: float = 1.0
-    """Only the likeliest tokens that together reach this probability (nucleus sampling, Holtzman et al. 2020)."""
-    min_p: float = 0.0
-    """Only tokens with at least this share of the likeliest one's probability (Nguyen et al. 2024)."""
-    repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens that were there before (CTRL, Keskar et al. 2019)."""
-
-    def __post_init__(self):
-        if not 0 <= self.temperature < math.inf or not 0 < self.repetition_penalty < math.inf:
-            raise BadInput("temperature must be at least 0, repetition-penalty above 0, and both finite")
-        if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
-            raise BadInput("top-k must be at least 0, top-p above 0 and at most 1, min-p between 0 and 1")
-
-
-@functools.partial(jax.jit, static_argnames="sampling")
-@jax.named_scope("sampling")
-def sample(
-    logits_BV: Float[Array, "B V"], key: Key[Array, ""], sampling: Sampling, seen_BV: Bool[Array, "B _"]
-) -> Int[Array, " B"]:
-    """Draw a token per row: temperature, then top-k, top-p, min-p. `seen` are the tokens that a repetition penalty holds for, else empty."""
-    logits = logits_BV.astype(jnp.float32)
-    if (penalty := sampling.repetition_penalty) != 1:
-        logits = jnp.where(seen_BV, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if sampling.temperature == 0:
-        return argmin(-logits)
-    logits = logits / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        least_B1 = lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < least_B1, -jnp.inf, logits)
-    if sampling.top_p < 1:
-        ordered = -jnp.sort(-jax.nn.softmax(logits))
-        # A token is in as long as those before it do not reach the share.
-        inside = jnp.cumsum(ordered, -1) - ordered < sampling.top_p
-        least_B1 = jnp.where(inside, ordered, jnp.inf).min(-1, keepdims=True)
-        logits = jnp.where(jax.nn.softmax(logits) < least_B1, -jnp.inf, logits)
-    if sampling.min_p > 0:
-        likely = logits >= logits.max(-1, keepdims=True) + jnp.log(sampling.min_p)
-        logits = jnp.where(likely, logits, -jnp.inf)
-    return jax.random.categorical(key, logits)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Where rows stand: their newest tokens and those tokens' positions, a cache that has seen all before them, and `seen` as `sample` has it."""
+    """Where rows stand: a cache that has seen all before their newest tokens, those tokens and their positions, and how each draws the next."""
 
     cache: Cache
     token_B: Int[Array, " B"]
     position_B: Int[Array, " B"]
-    seen_BV: Bool[Array, "B _"]
+    by: Settings
+    seen_BV: Bool[Array, "B V"]
+    """Tokens that were there before: a byte for each of the vocabulary, also where no repetition penalty asks, so that there is one program."""
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "most"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("config", "most"), donate_argnames="state")
 def decode_steps(
-    config: ModelConfig,
-    params: Params,
-    state: State,
-    count: int | Int[Array, ""] = 1,
-    sampling: Sampling = Sampling(),
-    key: Key[Array, ""] | None = None,
-    most: int = 1,
+    config: ModelConfig, params: Params, state: State, count: int | Int[Array, ""] = 1, most: int = 1
 ) -> tuple[Int[Array, "{most} B"], State]:
     """`count` decode steps, at most `most`, in one dispatch: each puts a token per row into the cache and draws the next.
 
-    Tokens from `count` on mean nothing. The state is donated. A step draws by `key` folded with its number; the likeliest token needs none.
+    A larger count is `most`, and none leaves the state as it is. Tokens from `count` on mean nothing. The state is donated.
     """
 
     def body(index, carry):
         tokens_nB, state = carry
         positions_BT = state.position_B[:, None]
         logits_BTV, cache = gpt.step(config, params, state.cache, state.token_B[:, None], positions_BT)
-        folded = jax.random.fold_in(jax.random.key(0) if key is None else key, index)
-        token_B = sample(logits_BTV[:, 0], folded, sampling, state.seen_BV)
-        seen_BV = _saw(state.seen_BV, token_B)
-        return tokens_nB.at[index].set(token_B), State(cache, token_B, state.position_B + 1, seen_BV)
+        state = _draw(logits_BTV[:, 0], cache, state.position_B + 1, state.by, state.seen_BV)
+        return tokens_nB.at[index].set(state.token_B), state
 
     tokens_nB = jnp.zeros((most, len(state.token_B)), jnp.int32)
-    return body(0, (tokens_nB, state)) if most == 1 else lax.fori_loop(0, count, body, (tokens_nB, state))
+    return lax.fori_loop(0, jnp.minimum(count, most), body, (tokens_nB, state))
 
 
-def _saw(seen_BV, token_B):
-    return seen_BV.at[jnp.arange(len(token_B)), token_B].set(True) if seen_BV.shape[-1] else seen_BV
+def _draw(logits_BV, cache, position_B, by, seen_BV):
+    """The state after the tokens at these positions are drawn."""
+    token_B = sample(logits_BV, position_B, by, seen_BV)
+    seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
+    return State(cache, token_B, position_B, by, seen_BV)
 
 
 def empty_cache(config: ModelConfig, spec: CacheSpec, batch: int, context: int) -> Cache:
@@ -141,13 +106,30 @@ def empty_cache(config: ModelConfig, spec: CacheSpec, batch: int, context: int) 
 def start(config: ModelConfig, spec: CacheSpec, batch: int, context: int) -> State:
     """Rows that begin with token 1 and an empty cache: what is timed, where the text does not matter."""
     cache = empty_cache(config, spec, batch, context)
-    return State(cache, jnp.ones(batch, jnp.int32), jnp.zeros(batch, jnp.int32), jnp.zeros((batch, 0), bool))
+    seen_BV = jnp.zeros((batch, config.vocab), bool)
+    one_B = jnp.ones(batch, jnp.int32)
+    return State(cache, one_B, jnp.zeros(batch, jnp.int32), settings(GREEDY, batch), seen_BV)
 
 
 def check_context(config: ModelConfig, context: int) -> None:
     """BadInput if a context is longer than the model's."""
     if context > config.context:
         raise BadInput(f"a context of {context} tokens is longer than the model's {config.context}")
+
+
+def check_room(config: ModelConfig, cache: Cache, tokens: int) -> None:
+    """BadInput if rows of so many tokens are longer than the model's context, or than the one that a cache was made for."""
+    check_context(config, tokens)
+    if tokens > cache.context:
+        raise BadInput(f"{tokens} tokens do not fit into a cache for a context of {cache.context}")
+
+
+def check_numbers(missing_BT: Bool[np.ndarray, "B T"], first_B: Int[np.ndarray, " B"], row: int = 0) -> None:
+    """BadInput if some logits are not numbers: it names the first such row, counted from `row`, and position; rows begin at `first`."""
+    if missing_BT.any():
+        index = int(missing_BT.any(1).argmax())
+        position = int(first_B[index] + missing_BT[index].argmax())
+        raise BadInput(f"the model's logits for position {position} of row {row + index} are not numbers")
 
 
 def pad(prompts: list[list[int]]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
@@ -164,20 +146,22 @@ def begin(
     params: Params,
     cache: Cache,
     prompts: list[list[int]],
-    sampling: Sampling = Sampling(),
-    key: Key[Array, ""] | None = None,
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
 ) -> State:
-    """Put prompts into an empty cache, which is donated, and draw each row's first token. Raises BadInput for an empty prompt."""
+    """Put prompts into an empty cache, which is donated, and draw each row's first token.
+
+    Raises BadInput for an empty prompt, and for one that is longer than the model's or the cache's context.
+    """
     if not all(prompts):
         raise BadInput("the prompt is empty")
+    check_room(config, cache, max(map(len, prompts)))
+    by = settings(sampling, len(prompts))
     tokens_BT, positions_BT = pad(prompts)
-    seen = np.zeros((len(prompts), config.vocab if sampling.repetition_penalty != 1 else 0), bool)
+    seen = np.zeros((len(prompts), config.vocab), bool)
     for row, prompt in enumerate(prompts):
-        seen[row, prompt if seen.size else []] = True
-    seen_BV = jnp.asarray(seen)
+        seen[row, prompt] = True
     logits_BV, cache = prefill(config, params, cache, jnp.asarray(tokens_BT), jnp.asarray(positions_BT))
-    token_B = sample(logits_BV, jax.random.key(0) if key is None else key, sampling, seen_BV)
-    return State(cache, token_B, jnp.asarray(positions_BT.max(-1)) + 1, _saw(seen_BV, token_B))
+    return _draw(logits_BV, cache, jnp.asarray(positions_BT.max(-1)) + 1, by, jnp.asarray(seen))
 
 
 def generate(
@@ -186,19 +170,23 @@ def generate(
     cache: Cache,
     prompts: list[list[int]],
     count: int,
-    sampling: Sampling = Sampling(),
-    seed: int = 0,
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
 ) -> Iterator[tuple[Int[np.ndarray, "n B"], Cache]]:
     """Continue each prompt by `count` tokens; yields the first one per row, then DISPATCH at a time, with the cache that has seen those before.
 
-    The yielded cache is donated to the next steps: look at it before asking for more tokens. Raises BadInput for an empty prompt.
+    The yielded cache is donated to the next steps: look at it before asking for more tokens. One `Sampling` is for all rows, which then
+    draw by seeds one after the other. Raises BadInput for an empty prompt, where the longest prompt and all that is
+    drawn but the last token are more than the model's or the cache's context, and where the logits are not numbers.
     """
-    key = jax.random.key(seed)
-    state = begin(config, params, cache, prompts, sampling, key)
-    yield np.asarray(state.token_B)[None], state.cache
+    check_room(config, cache, max(map(len, prompts)) + count - 1)  # the last token drawn enters no cache
+    state = begin(config, params, cache, prompts, sampling)
+    lengths = np.asarray([len(prompt) for prompt in prompts])
+    first_1B = np.asarray(state.token_B)[None]
+    check_numbers(first_1B.T == NOT_A_NUMBER, lengths)
+    yield first_1B, state.cache
     for first in range(1, count, DISPATCH):
         n = min(DISPATCH, count - first)
-        tokens_nB, state = decode_steps(
-            config, params, state, n, sampling, jax.random.fold_in(key, first), most=DISPATCH
-        )
-        yield np.asarray(tokens_nB[:n]), state.cache
+        tokens_nB, state = decode_steps(config, params, state, n, most=DISPATCH)
+        new_nB = np.asarray(tokens_nB[:n])
+        check_numbers(new_nB.T == NOT_A_NUMBER, lengths + first)
+        yield new_nB, state.cache

@@ -43,6 +43,8 @@ class Model:
     encoding: Tokenizer
     chat_template: str | None = None
     """jinja2 source of the text that a list of messages becomes."""
+    special: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Texts of `bos_token` and `eos_token`, by these names, where the model has them: a template may write them."""
     end: frozenset[int] = frozenset()
     """Tokens that end a text or an answer."""
     data: str = "stdlib"
@@ -105,7 +107,10 @@ def _load_gguf(name: str, path: Path, weights: str, report: Report) -> Model:
     params = load_params(config, file, names, str(path), file.fields["general.architecture"] == "llama", report)
     ends = (file.fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot"))
     end = frozenset(token for token in ends if token is not None)
-    return Model(name, config, params, encoding, file.fields.get("tokenizer.chat_template"), end)
+    template, tokens = file.fields.get("tokenizer.chat_template"), file.fields["tokenizer.ggml.tokens"]
+    ids = {f"{kind}_token": file.fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos")}
+    special = {kind: tokens[index] for kind, index in ids.items() if index is not None and index < len(tokens)}
+    return Model(name, config, params, encoding, template, special, end)
 
 
 def _load_directory(name: str, folder: Path, weights: str, report: Report) -> Model:
@@ -114,11 +119,20 @@ def _load_directory(name: str, folder: Path, weights: str, report: Report) -> Mo
     _check_vocabulary(config, encoding, name)
     names = HUB_GPT2 if config.positions == "learned" else HUB_LLAMA
     params = load_params(config, Safetensors(folder), names, name, False, report)
-    template = read_json(folder / "tokenizer_config.json", missing={}).get("chat_template")
+    settings = read_json(folder / "tokenizer_config.json", missing={})
+    template = settings.get("chat_template")
     file = folder / "chat_template.jinja"
     template = file.read_text() if file.is_file() else template
     end = read_json(folder / "generation_config.json", missing={}).get("eos_token_id") or []
-    return Model(name, config, params, encoding, template, frozenset([end] if isinstance(end, int) else end))
+    end = frozenset([end] if isinstance(end, int) else end)
+    return Model(name, config, params, encoding, template, _special(settings), end)
+
+
+def _special(settings: dict) -> dict[str, str]:
+    """The texts of a tokenizer_config.json's special tokens, each there as text or with more about it."""
+    found = {kind: settings.get(kind) for kind in ("bos_token", "eos_token")}
+    texts = {kind: token.get("content") if isinstance(token, dict) else token for kind, token in found.items()}
+    return {kind: text for kind, text in texts.items() if isinstance(text, str)}
 
 
 def _check_vocabulary(config: ModelConfig, encoding: Tokenizer, name: str) -> None:

@@ -11,7 +11,7 @@ from kvcascade.cache.spec import parse
 from kvcascade.cache.whole import nbytes
 from kvcascade.eval.records import full_bytes
 from kvcascade.model import chat, generate
-from kvcascade.model.generate import Sampling
+from kvcascade.model.sampling import Sampling
 from kvcascade.scripts import console
 
 
@@ -34,8 +34,6 @@ class Args:
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """A text to stop after; may be given several times."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
-    seed: int = 0
-    """Of the sampling."""
 
 
 def main(arguments: list[str]) -> None:
@@ -61,7 +59,7 @@ def main(arguments: list[str]) -> None:
     alone = len(prompts) == 1
     if alone and not args.chat:
         print(args.prompt[0], end="", flush=True)
-    steps = generate.generate(model.config, model.params, cache, prompts, args.tokens, args.sampling, args.seed)
+    steps = generate.generate(model.config, model.params, cache, prompts, args.tokens, args.sampling)
     drawn = 0
     for tokens_nB, seen in steps:
         cache, drawn = seen, drawn + len(tokens_nB)

@@ -4,7 +4,9 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.eval.fidelity import fidelity
 from kvcascade.model import gpt
@@ -33,3 +35,10 @@ def test_divergence_equals_that_of_a_model_with_a_window(nano):
     assert (found.same_BT == (exact.argmax(-1) == short.argmax(-1))).mean() > 0.95
     assert not same.kl_BT.any() and same.same_BT.all()
     assert progress[-1][1] == 2 * 19
+
+
+def test_logits_that_are_not_numbers_are_refused(nano):
+    """Which of them is likeliest means nothing."""
+    broken = nano.params | {"norm": {"scale": nano.params["norm"]["scale"].at[0].set(jnp.nan)}}
+    with pytest.raises(BadInput, match="for position 1 of row 0 are not numbers"):
+        fidelity(nano.config, broken, [parse("recent 4")], np.zeros((1, 3), np.int32), 1)

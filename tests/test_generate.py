@@ -1,4 +1,6 @@
-"""Sampling keeps what it promises; chats are written as templates say; answers end where they should."""
+"""Prompts are continued; chats are written as templates say; answers end where they should."""
+
+import contextlib
 
 import jax
 import jax.numpy as jnp
@@ -9,66 +11,8 @@ import tiny_models
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.model import chat, generate, pretrained
-from kvcascade.model.generate import Sampling
+from kvcascade.model.sampling import Sampling
 from kvcascade.scripts.console import Answer
-
-LOGITS = jnp.log(jnp.asarray([[0.4, 0.3, 0.2, 0.07, 0.03]]))
-NONE = jnp.zeros((1, 0), bool)
-
-
-def drawn(sampling: Sampling, logits=LOGITS, seen=NONE, draws: int = 400) -> np.ndarray:
-    """How often each token comes."""
-    keys = jax.random.split(jax.random.key(0), draws)
-    tokens = jax.vmap(lambda key: generate.sample(logits, key, sampling, seen))(keys)
-    return np.bincount(np.asarray(tokens).ravel(), minlength=logits.shape[-1]) / draws
-
-
-@pytest.mark.parametrize(
-    ("sampling", "shares"),
-    [
-        (Sampling(), [1, 0, 0, 0, 0]),
-        (Sampling(1.0), [0.4, 0.3, 0.2, 0.07, 0.03]),
-        (Sampling(0.5), [0.16, 0.09, 0.04, 0.0049, 0.0009]),
-        (Sampling(1.0, top_k=2), [0.4, 0.3, 0, 0, 0]),
-        (Sampling(1.0, top_k=99), [0.4, 0.3, 0.2, 0.07, 0.03]),
-        (Sampling(1.0, top_p=0.7), [0.4, 0.3, 0, 0, 0]),
-        (Sampling(1.0, top_p=0.71), [0.4, 0.3, 0.2, 0, 0]),
-        (Sampling(1.0, top_p=1e-6), [1, 0, 0, 0, 0]),
-        (Sampling(1.0, min_p=0.45), [0.4, 0.3, 0.2, 0, 0]),
-        (Sampling(1.0, top_k=3, min_p=0.6), [0.4, 0.3, 0, 0, 0]),
-    ],
-)
-def test_tokens_come_as_often_as_they_should(sampling: Sampling, shares: list[float]) -> None:
-    """Shares within five standard deviations, and nothing from outside the limits."""
-    want = np.asarray(shares) / sum(shares)
-    got = drawn(sampling)
-    np.testing.assert_array_less(np.abs(got - want), 5 * np.sqrt(want * (1 - want) / 400) + 1e-9)
-    assert (got[want == 0] == 0).all()
-
-
-def test_what_was_there_is_penalised() -> None:
-    """Positive logits of seen tokens are divided, negative ones multiplied."""
-    logits, seen = jnp.asarray([[2.0, 1.9, -1.0, -1.1]]), jnp.asarray([[True, False, False, False]])
-    assert drawn(Sampling(repetition_penalty=1.2), logits, seen)[1] == 1
-    assert drawn(Sampling(repetition_penalty=1.01), logits, seen)[0] == 1
-    negative, seen = jnp.asarray([[-1.0, -1.1]]), jnp.asarray([[True, False]])
-    assert drawn(Sampling(repetition_penalty=1.2), negative, seen)[1] == 1
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"temperature": -1.0},
-        {"top_k": -1},
-        {"top_p": 0.0},
-        {"min_p": 1.5},
-        {"repetition_penalty": 0.0},
-        {"temperature": float("nan")},
-    ],
-)
-def test_settings_out_of_range_are_refused(wrong: dict) -> None:
-    with pytest.raises(BadInput):
-        Sampling(**wrong)
 
 
 def test_a_penalty_keeps_a_text_from_repeating(nano) -> None:
@@ -80,15 +24,71 @@ def test_a_penalty_keeps_a_text_from_repeating(nano) -> None:
         assert len({*prompt, *more}) == len(prompt) + 10
 
 
+@pytest.mark.parametrize(
+    ("spec", "slots", "line"),
+    [("full", 11, "12 tokens do not fit into a cache for a context of 11"), ("recent 4", 12, None), ("full", 12, None)],
+)
+def test_a_text_longer_than_the_cache_is_refused(nano, spec: str, slots: int, line: str | None) -> None:
+    """A full tier would drop its first token; a tier that forgets has no end but the model's."""
+    go_on = lambda count: next(
+        generate.generate(
+            nano.config, nano.params, generate.empty_cache(nano.config, parse(spec), 2, slots), [[3, 1, 4], [9]], count
+        )
+    )
+    with pytest.raises(BadInput, match=line) if line else contextlib.nullcontext():
+        go_on(10)
+    with pytest.raises(BadInput, match="33 tokens is longer than the model's 32"):
+        go_on(31)
+    with pytest.raises(BadInput, match="3 tokens do not fit into a cache for a context of 2"):
+        cache = generate.empty_cache(nano.config, parse("full"), 1, 2)
+        generate.begin(nano.config, nano.params, cache, [[3, 1, 4]])
+
+
+@pytest.mark.parametrize(("count", "most", "made"), [(0, 1, 0), (1, 1, 1), (3, 1, 1), (0, 2, 0), (5, 2, 2)])
+def test_as_many_steps_as_counted_and_at_most_so_many(nano, count: int, most: int, made: int) -> None:
+    """The positions of the newest tokens and what the cache holds both say how many there were."""
+    cache = generate.empty_cache(nano.config, parse("full"), 2, 16)
+    state = generate.begin(nano.config, nano.params, cache, [[3, 1, 4], [9]])
+    token_B = np.asarray(state.token_B)
+    tokens_nB, state = generate.decode_steps(nano.config, nano.params, state, count, most=most)
+    assert tokens_nB.shape == (most, 2) and state.position_B.tolist() == [3 + made, 1 + made]
+    assert (state.cache.layers[0].slots[0].pos_BKS[:, 0] >= 0).sum(-1).tolist() == [3 + made, 1 + made]
+    assert np.asarray(state.token_B).tolist() == (tokens_nB[made - 1] if made else token_B).tolist()
+
+
+@pytest.mark.parametrize(
+    "positions", [[[-1, -1, 0, 1]], [[1, 2, 3, 4]], [[0, -1, 1, 2]], [[0, 1, 2, 4]], [[0, 1, 1, 2]]]
+)
+def test_positions_other_than_padded_on_the_right_are_refused(nano, positions: list) -> None:
+    """Logits of a prompt that is padded on the left would be wrong, with no word."""
+    cache = generate.empty_cache(nano.config, parse("full"), 1, 8)
+    with pytest.raises(BadInput, match="padding, -1, on the right"):
+        generate.prefill(nano.config, nano.params, cache, jnp.ones((1, 4), jnp.int32), jnp.asarray(positions))
+
+
+@pytest.mark.parametrize("spec", ["full", "sink 1 | recent 2", "heavy 2 | recent 2"])
+def test_a_second_prefill_is_refused(nano, spec: str) -> None:
+    """It would attend to nothing of what the cache holds. Inside another jit nothing is looked at."""
+    tokens_BT, positions_BT = jnp.ones((2, 4), jnp.int32), jnp.asarray([[0, 1, 2, 3], [0, 1, -1, -1]])
+    cache = generate.empty_cache(nano.config, parse(spec), 2, 8)
+    within = jax.jit(lambda cache: generate.prefill(nano.config, nano.params, cache, tokens_BT, positions_BT))
+    expected, cache = within(cache)
+    with pytest.raises(BadInput, match="needs an empty cache"):
+        generate.prefill(nano.config, nano.params, cache, tokens_BT, positions_BT)
+    empty = generate.empty_cache(nano.config, parse(spec), 2, 8)
+    found, _ = generate.prefill(nano.config, nano.params, empty, tokens_BT, positions_BT)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_few_prompt_lengths_are_compiled(nano) -> None:
     """Prompts of 5 to 8 tokens share one prefill."""
     lengths = range(5, 9)
-    before = generate.prefill._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+    before = generate.prefill_step._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
     for length in lengths:
         cache = generate.empty_cache(nano.config, parse("sink 1 | recent 8"), 1, 32)
         tokens, positions = generate.pad([list(range(length))])
         generate.prefill(nano.config, nano.params, cache, jnp.asarray(tokens), jnp.asarray(positions))
-    after = generate.prefill._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+    after = generate.prefill_step._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
     assert after == before + 1
 
 

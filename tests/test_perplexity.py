@@ -65,3 +65,11 @@ def test_a_context_longer_than_the_models_is_refused(params):
     """Rows may not be longer than the model's context."""
     with pytest.raises(BadInput, match="longer than the model's 24"):
         score(CONFIG, params, parse("full"), np.zeros((1, 25), np.int32), batch=1)
+
+
+@pytest.mark.parametrize("prefix", [0, 10])
+def test_logits_that_are_not_numbers_are_refused(params, rows, prefix):
+    """A mean of them would be none either."""
+    broken = params | {"norm": {"scale": params["norm"]["scale"].at[0].set(jnp.nan)}}
+    with pytest.raises(BadInput, match=f"for position {max(prefix, 1)} of row 0 are not numbers"):
+        score(CONFIG, broken, parse("full"), rows, batch=3, prefix=prefix)

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.model import generate, gpt, pretrained, shapes, tokenizer
+from kvcascade.model import chat, generate, gpt, pretrained, shapes, tokenizer
 from kvcascade.model.pretrained import Model
 
 GOLDEN = np.load(Path(__file__).with_name("golden_logits.npz"))  # made by make_golden.py
@@ -76,6 +76,10 @@ def write_gguf(name: str, file: Path, quantised: bool = False, **changes) -> Pat
     writer.add_token_list(changes.get("tokens", names))
     writer.add_token_types([gguf.TokenType.NORMAL] * (len(changes.get("tokens", names)) - 1) + [gguf.TokenType.CONTROL])
     writer.add_token_merges(["h e"])
+    if "template" in changes:
+        writer.add_chat_template(changes["template"])
+        writer.add_bos_token_id(names.index("<|end|>"))
+        writer.add_eos_token_id(names.index("he"))
     for tensor, array in gguf_tensors(name).items():
         if changes.get("without") == tensor:
             continue
@@ -286,3 +290,28 @@ def test_text_does_not_become_special_tokens_by_accident(tmp_path):
     assert encoding.encode("<|end|>", allowed_special="all") == [256]
     assert b"".join(map(encoding.decode_single_token_bytes, encoding.encode("né\n"))) == "né\n".encode()
     assert tokenizer.token_bytes(encoding).tolist() == [1] * 256 + [0]
+
+
+CHAT = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
+
+
+@pytest.mark.parametrize("bos", ["<|end|>", {"content": "<|end|>", "lstrip": False}], ids=["text", "with more"])
+def test_a_chat_begins_and_ends_with_the_tokens_of_the_directory(tmp_path, bos):
+    """`bos_token` and `eos_token` of tokenizer_config.json, as text or with more about them; without them nothing is written."""
+    messages = [{"role": "user", "content": "hi"}]
+    folder = tiny_models.write("llama", tmp_path)
+    settings = {"chat_template": CHAT, "bos_token": bos, "eos_token": "x"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    model = pretrained.load(str(folder))
+    encoded = chat.encode(model, messages)
+    assert encoded[0] == 256 and encoded[1:] == list(model.encoding.encode("hix"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT, "bos_token": None}))
+    assert chat.encode(pretrained.load(str(folder)), messages) == encoded[1:-1]
+
+
+def test_a_chat_begins_and_ends_with_the_tokens_of_a_gguf(tmp_path):
+    """Their numbers are in its metadata; a template gets their texts."""
+    model = pretrained.load(f"gguf:{write_gguf('llama', tmp_path / 'm.gguf', template=CHAT)}")
+    encoded = chat.encode(model, [{"role": "user", "content": "hi"}])
+    assert model.special == {"bos_token": "<|end|>", "eos_token": "he"}
+    assert encoded[0] == 257 and encoded[1:] == list(model.encoding.encode("hihe"))

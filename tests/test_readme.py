@@ -50,7 +50,12 @@ def test_the_draft_of_the_readme_is_committed_in_part():
     exec(EXAMPLE.split("token = jnp")[0], names)
     prompt, drafted = jnp.asarray([[5, 6, 7]]), jnp.asarray([[8, 9, 10, 11]])
     _, cache = gpt.step(names["config"], names["params"], names["cache"], prompt, jnp.arange(3)[None])
-    names |= {"cache": cache, "tokens": drafted, "positions": 3 + jnp.arange(4)[None], "accepted": jnp.arange(4)[None] < 2}
+    names |= {
+        "cache": cache,
+        "tokens": drafted,
+        "positions": 3 + jnp.arange(4)[None],
+        "accepted": jnp.arange(4)[None] < 2,
+    }
     exec(DRAFT, names)
     _, alone = gpt.step(names["config"], names["params"], cache, drafted[:, :2], 3 + jnp.arange(2)[None])
     assert sorted(names["cache"].layers[1].slots[0].pos_BKS[0, 0].tolist()) == [0, 1, 2, 3]

@@ -91,3 +91,11 @@ def test_an_answer_counts_if_greedy_decoding_gives_it(cache):
 def test_wilson_is_between_0_and_1_and_around_the_share():
     for hits, of, low, high in ((0, 10, 0, 0.278), (10, 10, 0.722, 1), (5, 10, 0.237, 0.763)):
         assert records.wilson(hits, of) == pytest.approx((low, high), abs=1e-3)
+
+
+def test_logits_that_are_not_numbers_are_refused():
+    """They answer nothing, and are no wrong answer."""
+    broken = PARAMS | {"norm": {"scale": PARAMS["norm"]["scale"].at[0].set(jnp.nan)}}
+    one = retrieval.Sample(list(range(8)), [([1, 2], [3])])
+    with pytest.raises(BadInput, match="for position 9 of row 0 are not numbers"):
+        retrieval.score(CONFIG, broken, parse("full"), [one], 3, 1)

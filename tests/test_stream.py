@@ -1,4 +1,4 @@
-"""Decoding on and on: one trace, a bounded cache does not grow, and logits that are not finite are seen."""
+"""Decoding on and on: one trace, a bounded cache does not grow, and logits that are not finite end it."""
 
 import dataclasses
 
@@ -36,12 +36,13 @@ def test_a_bounded_cache_goes_on_past_the_models_context(model) -> None:
     assert "<svg" in figures.stream([found])
 
 
-def test_logits_that_are_not_finite_are_seen(model) -> None:
+def test_logits_that_are_not_finite_end_it(model) -> None:
     """One weight is not a number: every later token's logits are not either, whatever token is drawn."""
     params = jax.tree.map(lambda x: x, model.params)
     params["norm"]["scale"] = params["norm"]["scale"].at[0].set(jnp.nan)
     broken = dataclasses.replace(model, params=params)
-    assert not stream.stream(broken, parse("recent 4"), 1, 1024, lambda done: None)["finite"]
+    with pytest.raises(BadInput, match="not numbers within its first 64 tokens"):
+        stream.stream(broken, parse("recent 4"), 1, 1024, lambda done: None)
 
 
 def test_learned_positions_end(model) -> None:
