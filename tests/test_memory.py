@@ -39,6 +39,15 @@ def test_published_figures():
         assert memory.decode_step(config, parse("full"), context).cache == published + positions
 
 
+def test_a_window_bounds_a_full_cache_and_what_savings_are_measured_by():
+    """Mistral 7B sees 4,096 of 32,768 tokens: 2 · 32 layers · 8 heads · 128 numbers · 2 bytes of each, 512 MiB, and no more."""
+    config = KNOWN["mistral-7b"]
+    assert records.full_bytes(config, 32_768) == records.full_bytes(config, 4096) == 512 * MIB
+    full = parse("full").nbytes(config.layer_heads, 32_768)
+    assert full == 512 * MIB + 4 * 32 * 8 * 4096 == memory.decode_step(config, parse("full"), 32_768).cache
+    assert parse("heavy 50%").slots(config.layer_heads, 32_768) == 4096
+
+
 @pytest.mark.parametrize(("name", "context"), [("gpt2", 200), ("smollm2-135m", 130), ("qwen3-0.6b", 101)])
 def test_bytes_are_those_of_caches_that_are_really_allocated(name, context):
     """Three models by ten specs, every codec, shares of the context and ranges of layers, to the byte."""

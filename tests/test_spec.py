@@ -1,11 +1,14 @@
+import dataclasses
+
 import pytest
 
 from kvcascade.cache.cascade import Cascade
 from kvcascade.cache.codec import int4, int8
 from kvcascade.cache.errors import BadInput
-from kvcascade.cache.policy import Heavy, PositionAware, Random
+from kvcascade.cache.policy import POLICIES, Heavy, PositionAware, Random, Recent
 from kvcascade.cache.spec import PRESETS, CacheSpec, everywhere, parse
 from kvcascade.cache.tier import Tier, full, heavy, recent, sink
+from kvcascade.kernels.slots import Codecs
 
 FORM = "a tier is written POLICY[ARGUMENT=VALUE] COUNT@CODEC"
 
@@ -89,6 +92,8 @@ def test_a_preset_inside_a_cascade_is_not_suggested_to_itself() -> None:
         ("layers[0:2]: full ; layers[1:]: sink 4", "layer 1 is in two parts"),
         ("full ; layers[1:]: sink 4", "each part between ;"),
         ("layers[0:4]: full", "the model has 3 layers, there is no layer 3"),
+        ("layers[0:]: full ; layers[9:]: recent 4", "the model has 3 layers, there is no layer 9"),
+        ("layers[0:]: full ; layers[3:]: recent 4", "the model has 3 layers, there is no layer 3"),
     ],
 )
 def test_each_layer_of_a_model_is_in_one_part(text: str, reason: str) -> None:
@@ -114,6 +119,40 @@ def test_a_text_is_the_value_that_python_would_build() -> None:
         ((0, 2, Cascade(full)), (2, None, Cascade(Tier(Heavy(), 8))))
     )
     assert str(parse("layers[0:]:full")) == "full"
+    assert parse("heavy 8 @ int8 / int4") == everywhere(Cascade(heavy(8, codec=Codecs(int8, int4))))
+    assert parse("full@int8/int8") == parse("full@int8") and str(parse("full@int8/int8")) == "full@int8"
+    assert str(parse("full@bf16/int4")) == "full@bf16/int4"
+
+
+@dataclasses.dataclass(frozen=True)
+class Worded(Recent):
+    """Arguments of every type that a spec can write."""
+
+    oldest: bool = False
+    pool: str = "mean"
+    share: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed(Recent):
+    """An argument of a type that none can."""
+
+    some: tuple = ()
+
+
+def test_arguments_of_every_type_come_back_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`False` is no text that is true, a word has no quotes, and a type that cannot be written is told in one line."""
+    monkeypatch.setitem(POLICIES, "worded", Worded)
+    monkeypatch.setitem(POLICIES, "listed", Listed)
+    for policy in (Worded(oldest=True), Worded(pool="max-7"), Worded(oldest=True, pool="x", share=1e-30)):
+        spec = everywhere(Cascade(Tier(policy, 4)))
+        assert parse(str(spec)) == spec
+    assert parse("worded[oldest=false] 4") == parse("worded 4")
+    assert str(parse("worded[oldest=true,pool=max] 4")) == "worded[oldest=true,pool=max] 4"
+    assert "oldest must be true or false, not 'False'" in told("worded[oldest=False] 4")
+    assert "pool must be a word, not 'a b'" in told("worded[pool=a b] 4")
+    assert "share must be a finite number, not 'inf'" in told("worded[share=inf] 4")
+    assert "must be of the type int, float, bool or str" in told("listed[some=1] 4")
 
 
 def test_parts_are_laid_out_over_the_layers() -> None:
