@@ -28,7 +28,7 @@ def paged_decode(
     """
     reference, on_gpu = (functools.partial(each, form, window) for each in (_xla, _triton))
     kernels = {"triton": Kernel(on_gpu, lambda q, q_pos, pool, table: triton_refuses(pool))}
-    return run(implementation, reference, kernels, q_BNH, q_pos_B, pool, table_BP)
+    return run(implementation, reference, kernels, q_BNH, q_pos_B, pool, table_BP, axes="BK B _K B -> BK")
 
 
 def _xla(form, window, q_BNH, q_pos_B, pool, table_BP):

@@ -31,7 +31,7 @@ def observed_attention(
     """
     reference, on_gpu = (functools.partial(each, window, last) for each in (_blockwise, _triton))
     kernels = {"triton": Kernel(on_gpu, _triton_refuses)}
-    return run(implementation, reference, kernels, q_BTNH, k_BTKH, v_BTKH, length_B)
+    return run(implementation, reference, kernels, q_BTNH, k_BTKH, v_BTKH, length_B, axes="B_K B_K B_K B -> B_K BK")
 
 
 def _blockwise(window, last, q_BTNH, k_BTKH, v_BTKH, length_B) -> Result:
