@@ -24,7 +24,9 @@ from kvcascade.kernels.slots import Codecs, Entry, Held, Slots
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["out_BTNW", "q_BTNH", "entry", "mass"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["out_BTNW", "q_BTNH", "positions_BT", "entry", "mass"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Look:
@@ -33,6 +35,7 @@ class Look:
     out_BTNW: Float[Array, "B _ N W"]
     """The attention of the last look's queries."""
     q_BTNH: Float[Array, "B T N H"]
+    positions_BT: Int[Array, "B T"]
     entry: Entry
     mass: tuple[Float[Array, "B K T _"], ...]
     """What each query gave each slot of each tier, and then each of the tokens; nothing where nobody asks for it."""
@@ -40,11 +43,8 @@ class Look:
     def accept(self, accepted_BT: Bool[Array, "B T"]) -> "Look":
         """The same look with those tokens that are rejected turned into padding: nothing of them will be left."""
         pos_BKT = jnp.where(accepted_BT[:, None], self.entry.pos_BKT, -1)
-        return dataclasses.replace(self, entry=dataclasses.replace(self.entry, pos_BKT=pos_BKT))
-
-    @property
-    def positions_BT(self) -> Int[Array, "B T"]:
-        return self.entry.pos_BKT[:, 0]
+        entry = dataclasses.replace(self.entry, pos_BKT=pos_BKT)
+        return dataclasses.replace(self, positions_BT=jnp.where(accepted_BT, self.positions_BT, -1), entry=entry)
 
     def then(self, later: "Look") -> "Look":
         """This look and a later one, whose queries also saw the tokens of this one, as one look."""
@@ -56,7 +56,8 @@ class Look:
             ours = jnp.pad(ours, ((0, 0), (0, 0), (0, 0), (0, own.shape[3])))
             mass = (*map(join, held, held_later), join(ours, join(ours_later, own, 3)))
         entry = jax.tree.map(join, self.entry, later.entry)
-        return Look(later.out_BTNW, join(self.q_BTNH, later.q_BTNH, 1), entry, mass)
+        q_BTNH, positions_BT = join(self.q_BTNH, later.q_BTNH, 1), join(self.positions_BT, later.positions_BT, 1)
+        return Look(later.out_BTNW, q_BTNH, positions_BT, entry, mass)
 
 
 @functools.partial(
@@ -103,7 +104,7 @@ class LayerCache:
         now_B = positions_BT.max(-1)
         entry = self._entry(k_BTKH, v_BTKW, positions_BT)
         if positions_BT.shape[1] == 1:
-            cache = self._take(q_BTNH, entry)
+            cache = self._take(q_BTNH, entry, positions_BT)
             found = decode(q_BTNH[:, 0], now_B, cache.held, self.heads, self.cascade.observed)
             out_BTNW, mass = normalise([found])
             return out_BTNW.astype(q_BTNH.dtype), cache._watch(mass, positions_BT)
@@ -120,7 +121,7 @@ class LayerCache:
         numbers = self._watched(
             self.cascade.statistics, entry.numbers, lambda each: mass[each.last], entry.pos_BKT, now_B
         )
-        return out_BTNW, self._take(q_BTNH, dataclasses.replace(entry, numbers=numbers))
+        return out_BTNW, self._take(q_BTNH, dataclasses.replace(entry, numbers=numbers), positions_BT)
 
     def look(
         self,
@@ -139,7 +140,7 @@ class LayerCache:
         as_slots = lambda each: Slots(f32.encode(each.k), f32.encode(each.v), each.pos_BKT)
         held = [*self.held, *((as_slots(each), Codecs(f32, f32)) for each in offered)]
         out_BTNW, mass = normalise(attend_each(q_BTNH, positions_BT, held, self.heads, self.cascade.observed))
-        look = Look(out_BTNW.astype(q_BTNH.dtype), q_BTNH, entry, tuple(mass))
+        look = Look(out_BTNW.astype(q_BTNH.dtype), q_BTNH, positions_BT, entry, tuple(mass))
         return look if pending is None else pending.then(look)
 
     def commit(self, look: Look) -> "LayerCache":
@@ -149,7 +150,7 @@ class LayerCache:
         counted = lambda each: _counted(look.mass[-1], positions_BT, each.last)
         statistics, now_B = self.cascade.statistics, positions_BT.max(-1)
         numbers = self._watched(statistics, look.entry.numbers, counted, look.entry.pos_BKT, now_B)
-        return cache._take(look.q_BTNH, dataclasses.replace(look.entry, numbers=numbers))
+        return cache._take(look.q_BTNH, dataclasses.replace(look.entry, numbers=numbers), positions_BT)
 
     @property
     def held(self) -> list[Held]:
@@ -228,12 +229,11 @@ class LayerCache:
         carried = put(entry.numbers, self.cascade.statistics, new[-1])
         return dataclasses.replace(self, slots=tuple(slots)), dataclasses.replace(entry, numbers=carried)
 
-    def _take(self, q_BTNH, entry: Entry) -> "LayerCache":
+    def _take(self, q_BTNH, entry: Entry, positions_BT) -> "LayerCache":
         """Tier 0 takes the tokens in, its victims go to tier 1, and so on; what the last tier does not keep is forgotten.
 
         The newest token is never forgotten in its own call: the last tier cannot refuse it.
         """
-        positions_BT = entry.pos_BKT[:, 0]
         now_B11 = positions_BT.max(-1)[:, None, None]
         promise(lambda: self._new(positions_BT), NOT_NEW)
         if isinstance(self.cascade.tiers[-1].policy, Full) and not self.heads.window:

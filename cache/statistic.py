@@ -40,7 +40,10 @@ class Memory:
     def update(
         self, memory: Any, q_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], heads: Heads
     ) -> Any:
-        """What is remembered after a call with these queries; position -1 is padding."""
+        """What is remembered after a call with these queries; position -1 is padding.
+
+        Of the heads a device may have some alone: how many there are, the arrays say.
+        """
         return memory
 
     def nbytes(self, heads: Heads) -> int:

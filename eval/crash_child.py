@@ -100,25 +100,27 @@ def occupied(spec, config, batch: int, context: int, tokens: int):
     import jax
     import jax.numpy as jnp
 
+    from kvcascade.cache.layer import LayerCache
+    from kvcascade.cache.whole import Cache
     from kvcascade.kernels.slots import Slots
 
-    layers, empty = [], jax.eval_shape(lambda: spec.init(batch, config.layer_heads, context))
-    for layer in empty.layers:
+    layers = []
+    for cascade, heads in zip(spec.cascades(config.layers), config.layer_heads, strict=True):
         held, first = [], 0
-        for tier, slots in zip(layer.cascade.tiers, layer.slots, strict=True):
-            shape = slots.pos_BKS.shape
+        for index, tier in enumerate(cascade.tiers):
+            shape = (batch, heads.kv, tier.slots(context, heads.window))
             pos_S = first + jnp.arange(shape[-1])
             first += shape[-1]
             # Encoding one vector and spreading its codes: encoding them all would need room for them in float32.
             code = lambda codec, width: codec.encode(jnp.sin(jnp.arange(1.0, width + 1)))
             spread = lambda x, shape=shape: jnp.broadcast_to(x, (*shape, x.shape[-1]))
-            k = jax.tree.map(spread, code(tier.codecs.k, layer.heads.width))
-            v = jax.tree.map(spread, code(tier.codecs.v, layer.heads.value_width))
+            k = jax.tree.map(spread, code(tier.codecs.k, heads.width))
+            v = jax.tree.map(spread, code(tier.codecs.v, heads.value_width))
             pos_BKS = jnp.broadcast_to(jnp.where(pos_S < tokens, pos_S, -1), shape)
-            held.append(Slots(k, v, pos_BKS, tuple(jnp.ones(shape) for _ in slots.numbers)))
-        memories = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), layer.memories)
-        layers.append(dataclasses.replace(layer, slots=tuple(held), memories=memories))
-    return dataclasses.replace(empty, layers=tuple(layers))
+            held.append(Slots(k, v, pos_BKS, tuple(jnp.ones(shape) for _ in cascade.numbers(index))))
+        memories = tuple(each.init(batch, heads, len(layers)) for each in cascade.memories)
+        layers.append(LayerCache(cascade, heads, context, tuple(held), memories))
+    return Cache(tuple(layers), tuple(range(config.layers)))
 
 
 def workspace(step, sample) -> int:

@@ -40,28 +40,23 @@ def activate(
     wide = lambda x: None if x is None else x.astype(jnp.float32)
     words = None if key is None or rate == 0 else threefry.key_words(key)
     inputs = Inputs(up.reshape(-1, up.shape[-1]), rows(gate), wide(bias), wide(gate_bias), words)
-    return _activate(kind, rate, implementation, inputs).reshape(up.shape)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _activate(kind, rate, implementation, inputs):
-    return _on(implementation, forward, "forward", kind, rate)(inputs)
+    pull = functools.partial(_pull, kind, rate, implementation)
+    return _run(kind, rate, implementation, forward, pull, inputs).reshape(up.shape)
 
 
 def _pull(kind, rate, implementation, inputs, dout):
-    return (_on(implementation, backward, "backward", kind, rate)(inputs, dout),)
+    return (_run(kind, rate, implementation, backward, None, inputs, dout),)
 
 
-_activate.defvjp(lambda *arguments: (_activate(*arguments), arguments[-1]), _pull)
-
-
-def _on(implementation, reference, name, kind, rate):
+def _run(kind, rate, implementation, reference, gradient, *arguments):
     of = lambda function: functools.partial(function, kind, rate)
+    name = reference.__name__
     kernels = {
         "mosaic": Kernel(of(getattr(activation_mosaic, name)), of(activation_mosaic.refuses)),
         "triton": Kernel(of(functools.partial(_triton, name)), of(_triton_refuses)),
     }
-    return functools.partial(run, implementation, of(reference), kernels)
+    # No axes: a row's mask depends on its number, and the gradients of biases are sums over rows.
+    return run(implementation, of(reference), kernels, *arguments, axes="->", gradient=gradient)
 
 
 def _triton(name, *arguments, interpret):

@@ -63,10 +63,10 @@ def _xla(codecs: Sequence[Codecs], heads, observed, q_BNH, q_pos_B, slots) -> Fl
 
 
 def _native(codecs: Sequence[Codecs], heads, observed, q_BNH, q_pos_B, slots) -> Flat:
-    B, N, _ = q_BNH.shape
+    (B, N, _), K = q_BNH.shape, slots[0].pos_BKS.shape[1]  # a device may have some of the heads alone
     flat = [x for tier in slots for x in (tier.pos_BKS, *native.arrays(tier.k), *native.arrays(tier.v))]
     like = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    weights = [like(B, heads.kv, N // heads.kv, tier.pos_BKS.shape[-1]) for tier in slots if observed]
+    weights = [like(B, K, N // K, tier.pos_BKS.shape[-1]) for tier in slots if observed]
     call = jax.ffi.ffi_call("kvcascade_decode", [like(*q_BNH.shape), like(B, N), like(B, N), *weights])
     each = lambda numbers: np.array([number for pair in numbers for number in pair], np.int64)
     out_BNW, max_BN, sum_BN, *found = call(

@@ -125,7 +125,7 @@ def attend(
     like = lambda *shape: jax.ShapeDtypeStruct((B * K, *shape), jnp.float32)
     leaves, tree = jax.tree.flatten(operands)
     kernel = plgpu.kernel(
-        functools.partial(_body, tiers, tree, heads, N // K),
+        functools.partial(_body, tiers, tree, heads, N // K, K),
         out_type=[
             like(first, pl.cdiv(H, 64) * 64, HEADS),
             like(first, 3, COLUMNS),
@@ -172,10 +172,10 @@ def _tiled(shape, dtype, swizzle):
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))  # pyright: ignore
 
 
-def _body(tiers, tree, heads, group, now_ref, *refs):
+def _body(tiers, tree, heads, group, K, now_ref, *refs):
     operands = tree.unflatten(refs[: tree.num_leaves])
     out_ref, stats_ref, *logits_refs = refs[tree.num_leaves :]
-    split, now = lax.axis_index("split"), now_ref[lax.axis_index("row") // heads.kv]
+    split, now = lax.axis_index("split"), now_ref[lax.axis_index("row") // K]
     for index, (tier, arrays) in enumerate(zip(tiers, operands, strict=True)):
         of_tier = (split >= tier.first) & (split < tier.first + tier.splits)
         logits_ref = logits_refs[index] if logits_refs else None

@@ -46,7 +46,7 @@ def products(
     if implementation is None and flat.shape[0] > FEW:
         found = [_rounded(flat, matrix) for matrix in matrices]
     else:
-        found = run(implementation, _xla, {"native": native.kernel(_native)}, flat, list(matrices))
+        found = run(implementation, _xla, {"native": native.kernel(_native)}, flat, list(matrices), axes="R O -> RO")
     return [y.reshape(*x.shape[:-1], -1) for y in found]
 
 

@@ -29,7 +29,7 @@ def paged_decode(
     """
     reference, on_gpu = (functools.partial(each, codecs, heads) for each in (_xla, _triton))
     kernels = {"triton": Kernel(on_gpu, lambda q, q_pos, pool, table: triton_refuses(pool))}
-    return run(implementation, reference, kernels, q_BNH, q_pos_B, pool, table_BP)
+    return run(implementation, reference, kernels, q_BNH, q_pos_B, pool, table_BP, axes="BK B _K B -> B_K")
 
 
 def _xla(codecs, heads, q_BNH, q_pos_B, pool, table_BP):

@@ -32,7 +32,7 @@ def observed_attention(
     """
     reference, on_gpu = (functools.partial(each, heads, last) for each in (_blockwise, _triton))
     kernels = {"triton": Kernel(on_gpu, functools.partial(_triton_refuses, heads))}
-    return run(implementation, reference, kernels, q_BTNH, k_BTKH, v_BTKW, length_B)
+    return run(implementation, reference, kernels, q_BTNH, k_BTKH, v_BTKW, length_B, axes="B_K B_K B_K B -> B_K BK")
 
 
 def _blockwise(heads, last, q_BTNH, k_BTKH, v_BTKW, length_B) -> Result:

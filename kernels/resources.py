@@ -15,7 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -96,23 +96,25 @@ def compile_for(
 def grids(function: Callable, arguments: tuple, card: aot.GPU) -> Counter[str]:
     """Blocks that a function's Triton and Mosaic kernels are launched with on a card, by the kernel's name."""
     found: Counter[str] = Counter()
-
-    def walk(jaxpr) -> None:
-        for equation in jaxpr.eqns:
-            match equation.primitive.name:
-                case "triton_kernel_call":
-                    found[equation.params["fn"].__name__] += math.prod(equation.params["grid"])
-                case "mpmd_map":
-                    found[equation.params["name"]] += math.prod(math.prod(m.grid) for m in equation.params["meshes"])
-                case _:
-                    for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
-                        if hasattr(inner, "eqns"):
-                            walk(inner)
-
     shaped = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
     with backend.target(card.capability):
-        walk(jax.make_jaxpr(function)(*shaped).jaxpr)
+        program = jax.jit(function).trace(*shaped).lojax.jaxpr
+    for equation in equations(program):
+        match equation.primitive.name:
+            case "triton_kernel_call":
+                found[equation.params["fn"].__name__] += math.prod(equation.params["grid"])
+            case "mpmd_map":
+                found[equation.params["name"]] += math.prod(math.prod(m.grid) for m in equation.params["meshes"])
     return found
+
+
+def equations(program: Any) -> Iterator[Any]:
+    """The equations of a traced program, and of the programs inside them."""
+    for equation in program.eqns:
+        yield equation
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
 
 
 def _xla(folder: Path) -> Iterator[Kernel]:

@@ -93,7 +93,8 @@ def decode_steps(
 def _draw(logits_BV, cache, position_B, by, seen_BV):
     """The state after the tokens at these positions are drawn."""
     token_B = sample(logits_BV, position_B, by, seen_BV)
-    seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
+    # Not by an index, for which rows that are divided among devices would be gathered.
+    seen_BV = seen_BV | (token_B[:, None] == jnp.arange(seen_BV.shape[1]))
     return State(cache, token_B, position_B, by, seen_BV)
 
 

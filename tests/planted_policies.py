@@ -59,7 +59,7 @@ class QuerySum(Memory):
     def update(self, memory, q_BTNH, positions_BT, heads):
         B, T, N, H = q_BTNH.shape
         there_BTNH = jnp.where((positions_BT >= 0)[..., None, None], q_BTNH, 0)
-        return memory + there_BTNH.reshape(B, T, heads.kv, N // heads.kv, H).sum((1, 3))
+        return memory + there_BTNH.reshape(B, T, -1, N // memory.shape[1], H).sum((1, 3))
 
 
 @dataclasses.dataclass(frozen=True)
