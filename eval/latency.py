@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kvcascade.cache.spec import CacheSpec
+from kvcascade.kernels.nonlinear import GATED
 from kvcascade.model import generate, gpt
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
@@ -60,7 +61,7 @@ def _products(config: ModelConfig, params: Params, x_BM):
         kept += [attention.k(x_BM), attention.v(x_BM)]
         x_BM = attention.o(attention.q(x_BM))
         hidden = block.up(x_BM)
-        if config.activation == "swiglu":
+        if config.activation in GATED:
             hidden = hidden + block.gate(x_BM)
         x_BM = block.down(hidden)
     return model.logits(x_BM), kept
