@@ -59,7 +59,9 @@ def _products(config: ModelConfig, params: Params, x_BM):
     for block in model.layers:
         attention = block.attention
         kept += [attention.k(x_BM), attention.v(x_BM)]
-        x_BM = attention.o(attention.q(x_BM))
+        # Values may be of another width than queries: numbers are repeated or left out.
+        width = attention.heads.queries * attention.heads.value_width
+        x_BM = attention.o(jnp.resize(attention.q(x_BM), (len(x_BM), width)))
         hidden = block.up(x_BM)
         if config.activation in GATED:
             hidden = hidden + block.gate(x_BM)

@@ -98,6 +98,9 @@ class ModelConfig:
             raise BadInput(f"model.rope_factors has {len(self.rope_factors)} numbers, not {self.head_dim // 2}")
         if self.unlike and (len(self.unlike) != self.layers or self.unlike[0] != self._alike):
             raise BadInput(f"model.unlike has to have {self.layers} heads, of which the first are {self._alike}")
+        for heads in self.unlike:
+            if min(heads.queries, heads.kv, heads.width, heads.value_width) < 1 or heads.queries % heads.kv:
+                raise BadInput(f"model.unlike has {heads}, which cannot be: KV heads divide the queries' heads")
         for name in ("attention_scale", "soft_cap", "final_soft_cap"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise BadInput(f"model.{name} is {getattr(self, name)}; it must be at least 0 and finite")
