@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kvcascade.cache.spec import CacheSpec
+from kvcascade.kernels.nonlinear import GATED
 from kvcascade.model import generate, gpt
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
@@ -58,9 +59,11 @@ def _products(config: ModelConfig, params: Params, x_BM):
     for block in model.layers:
         attention = block.attention
         kept += [attention.k(x_BM), attention.v(x_BM)]
-        x_BM = attention.o(attention.q(x_BM))
+        # Values may be of another width than queries: numbers are repeated or left out.
+        width = attention.heads.queries * attention.heads.value_width
+        x_BM = attention.o(jnp.resize(attention.q(x_BM), (len(x_BM), width)))
         hidden = block.up(x_BM)
-        if config.activation == "swiglu":
+        if config.activation in GATED:
             hidden = hidden + block.gate(x_BM)
         x_BM = block.down(hidden)
     return model.logits(x_BM), kept

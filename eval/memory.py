@@ -12,6 +12,7 @@ from kvcascade.cache.spec import CacheSpec
 from kvcascade.eval.records import full_bytes
 from kvcascade.kernels import aot
 from kvcascade.kernels.heads import Heads
+from kvcascade.kernels.nonlinear import GATED
 from kvcascade.model import gpt
 from kvcascade.model.config import ModelConfig
 
@@ -107,7 +108,7 @@ def workspace(config: ModelConfig, spec: CacheSpec, context: int, alone: bool = 
         return wide * (number + 4) + 4 * heads.queries * slots
 
     attention = max(attend(*layer) for layer in layers)
-    mlp = (3 if config.activation == "swiglu" else 2) * config.mlp * number
+    mlp = (3 if config.activation in GATED else 2) * config.mlp * number
     return (max(ranks) if alone else sum(ranks)) + config.width * number + max(attention, mlp)
 
 

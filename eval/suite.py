@@ -98,7 +98,7 @@ def layer_kinds(config: ModelConfig) -> list[Record]:
     """Bytes per token in one layer for MHA, GQA and MQA of this width, by codec, by allocation; scales and positions included."""
     found = []
     for kv_heads in sorted({config.heads, max(1, config.heads // 4), 1}, reverse=True):
-        one = dataclasses.replace(config, layers=1, kv_heads=kv_heads)
+        one = dataclasses.replace(config, layers=1, kv_heads=kv_heads, unlike=())
         kind = "MHA" if kv_heads == config.heads else "MQA" if kv_heads == 1 else "GQA"
         for codec in CODECS:
             if codec not in ("f32", "int4h"):  # f32 is for tests; int4h takes the bytes of int4

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Key
 
 from kvcascade.kernels import activation_mosaic, launch, threefry
 from kvcascade.kernels.backend import Implementation, Kernel, run
-from kvcascade.kernels.nonlinear import ACTIVATIONS, Inputs, slopes, value
+from kvcascade.kernels.nonlinear import ACTIVATIONS, GATED, Inputs, slopes, value
 
 
 @jax.named_scope("activation")
@@ -22,17 +22,17 @@ def activate(
     gate_bias: Float[Array, " F"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*B F"]:
-    """Add the biases, apply `relu`, `gelu` (tanh form) or `swiglu`, silu(gate) * up (Shazeer 2020), then dropout at `rate` if a key is given.
+    """Add the biases, apply the activation (`nonlinear.value`), then dropout at `rate` if a key is given.
 
     Computed in float32, returned in the type of up. The backward pass keeps the inputs alone and draws the mask again from the key
     (`threefry.keep`), so that a mask is never in memory. Raises ValueError for another kind, a rate outside [0, 1), or a key of another
     generator than threefry2x32; NotImplementedError for an implementation that is asked for and cannot.
     """
-    if kind not in ACTIVATIONS or (kind == "swiglu" and gate is None):
+    if kind not in ACTIVATIONS or (kind in GATED and gate is None):
         raise ValueError(
-            f"no activation {kind!r} without a gate; choose from {', '.join(ACTIVATIONS)}; swiglu has a gate"
+            f"no activation {kind!r} without a gate; choose from {', '.join(ACTIVATIONS)}; {' and '.join(GATED)} have a gate"
         )
-    if kind != "swiglu":
+    if kind not in GATED:
         gate = gate_bias = None
     if not 0 <= rate < 1:
         raise ValueError(f"a dropout rate of {rate}; it must be at least 0 and below 1")

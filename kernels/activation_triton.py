@@ -86,7 +86,10 @@ def _forward(
             x = x * _sigmoid(x * (LINEAR + CUBIC * x * x))
         else:
             g = _read(gate + start + at, gate_bias + column, there, real, GATE_BIASED, WHOLE)
-            x = g * _sigmoid(g) * x
+            if KIND == "geglu":
+                x = g * _sigmoid(g * (LINEAR + CUBIC * g * g)) * x
+            else:
+                x = g * _sigmoid(g) * x
         x = _dropped(x, high, low, d, DROPS, LIMIT, SCALE)
         _write(out + start + at, x, there, WHOLE)
 
@@ -119,9 +122,14 @@ def _backward(
             by_up = gradient * (s + s * (1 - s) * x * (LINEAR + 3 * CUBIC * square))
         else:
             g = _read(gate + start + at, gate_bias + column, there, real, GATE_BIASED, WHOLE)
-            s = _sigmoid(g)
+            if KIND == "geglu":
+                square = g * g
+                s = _sigmoid(g * (LINEAR + CUBIC * square))
+                by_gate = gradient * (x * (s + s * (1 - s) * g * (LINEAR + 3 * CUBIC * square)))
+            else:
+                s = _sigmoid(g)
+                by_gate = gradient * (x * s * (1 + g * (1 - s)))
             by_up = gradient * (g * s)
-            by_gate = gradient * (x * s * (1 + g * (1 - s)))
             _write(dgate + start + at, by_gate, there, WHOLE)
             if GATE_BIASED:
                 _sum(dgate_bias + column, by_gate, real, F)

@@ -6,6 +6,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
+def capped(logits: Float[Array, "..."], soft_cap: float) -> Float[Array, "..."]:
+    """cap · tanh(logits / cap) (Gemma 2, 2024, §2); a cap of 0 leaves them as they are."""
+    return soft_cap * jnp.tanh(logits / soft_cap) if soft_cap else logits
+
+
 @dataclasses.dataclass(frozen=True)
 class Rope:
     """How positions turn queries and keys: pair h by position · base^(-2h/H) / factors[h] radians (RoFormer, Su et al. 2021, eq. 34)."""
@@ -46,8 +51,4 @@ class Heads:
 
     def capped(self, logits: Float[Array, "..."]) -> Float[Array, "..."]:
         """Scaled products as the softmax takes them."""
-        return self.soft_cap * jnp.tanh(logits / self.soft_cap) if self.soft_cap else logits
-
-    def slots(self, count: int) -> int:
-        """How many of so many slots can hold something that a query still sees."""
-        return min(count, self.window) if self.window else count
+        return capped(logits, self.soft_cap)

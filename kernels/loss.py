@@ -1,27 +1,31 @@
 """The cross-entropy of a language model's head, without ever holding all logits."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kvcascade.kernels.heads import capped
+
 ROWS = 512  # tokens at once: their logits fit a core's share of the last-level cache for a small vocabulary
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def token_nll(
-    x_TM: Float[Array, "T M"], head_VM: Float[Array, "V M"], target_T: Int[Array, " T"]
+    x_TM: Float[Array, "T M"], head_VM: Float[Array, "V M"], target_T: Int[Array, " T"], soft_cap: float = 0.0
 ) -> Float[Array, " T"]:
-    """The negative log-likelihood in nats of each target under softmax(x · headᵀ), float32.
+    """The negative log-likelihood in nats of each target under softmax(x · headᵀ), float32; `soft_cap` as in `heads.capped`.
 
     Logits are made for a block of tokens at a time and made again in the backward pass, so T x V numbers are never held
     (Cut Cross-Entropy, Wijmans et al. 2024, §4); nothing is scattered and no large array transposed.
     """
-    return _forward(x_TM, head_VM, target_T)[0]
+    return _forward(x_TM, head_VM, target_T, soft_cap)[0]
 
 
-def _logits(x_TM, head_VM):
-    return jnp.einsum("TM,VM->TV", x_TM, head_VM, preferred_element_type=jnp.float32)
+def _logits(x_TM, head_VM, soft_cap):
+    return capped(jnp.einsum("TM,VM->TV", x_TM, head_VM, preferred_element_type=jnp.float32), soft_cap)
 
 
 def _hit(logits_TV, target_T):
@@ -40,10 +44,10 @@ def _blocks(*arrays):
     return tuple(x.reshape(count, rows, *x.shape[1:]) for x in filled)
 
 
-def _forward(x_TM, head_VM, target_T):
+def _forward(x_TM, head_VM, target_T, soft_cap):
     def block(xs):
         x, target = xs
-        logits = _logits(x, head_VM)
+        logits = _logits(x, head_VM, soft_cap)
         lse = jax.nn.logsumexp(logits, -1)
         return lse, lse - jnp.where(_hit(logits, target), logits, 0).sum(-1)
 
@@ -51,13 +55,16 @@ def _forward(x_TM, head_VM, target_T):
     return nll_T, (x_TM, head_VM, target_T, lse_T)
 
 
-def _backward(residuals, dnll_T):
+def _backward(soft_cap, residuals, dnll_T):
     x_TM, head_VM, target_T, lse_T = residuals
 
     def block(dhead_MV, xs):
         x, target, lse, dnll = xs
-        logits = _logits(x, head_VM)
-        dlogits = ((jnp.exp(logits - lse[:, None]) - _hit(logits, target)) * dnll[:, None]).astype(x.dtype)
+        logits = _logits(x, head_VM, soft_cap)
+        dlogits = (jnp.exp(logits - lse[:, None]) - _hit(logits, target)) * dnll[:, None]
+        if soft_cap:
+            dlogits = dlogits * (1 - (logits / soft_cap) ** 2)
+        dlogits = dlogits.astype(x.dtype)
         dhead_MV += jnp.einsum("TM,TV->MV", x, dlogits, preferred_element_type=jnp.float32)
         return dhead_MV, jnp.einsum("TV,VM->TM", dlogits, head_VM, preferred_element_type=jnp.float32)
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
-ACTIVATIONS = ("relu", "gelu", "swiglu")
+GATED = ("swiglu", "geglu")
+ACTIVATIONS = ("relu", "gelu", *GATED)
 
 
 class Inputs(NamedTuple):
@@ -28,12 +29,14 @@ CUBIC = LINEAR * 0.044715
 
 
 def value(kind: str, up, gate, sigmoid=jax.nn.sigmoid):
-    """`relu`, `gelu` (tanh form) of up, or `swiglu`, silu(gate) * up (Shazeer 2020)."""
+    """`relu` or `gelu` (tanh form) of up, `swiglu`, silu(gate) * up, or `geglu`, gelu(gate) * up (Shazeer 2020)."""
     match kind:
         case "relu":
             return jnp.maximum(up, 0)
         case "gelu":
             return up * sigmoid(up * (LINEAR + CUBIC * up * up))
+        case "geglu":
+            return gate * sigmoid(gate * (LINEAR + CUBIC * gate * gate)) * up
         case _:
             return gate * sigmoid(gate) * up
 
@@ -47,6 +50,10 @@ def slopes(kind: str, up, gate, sigmoid=jax.nn.sigmoid) -> tuple:
             square = up * up
             s = sigmoid(up * (LINEAR + CUBIC * square))
             return s + s * (1 - s) * up * (LINEAR + 3 * CUBIC * square), None
+        case "geglu":
+            square = gate * gate
+            s = sigmoid(gate * (LINEAR + CUBIC * square))
+            return gate * s, up * (s + s * (1 - s) * gate * (LINEAR + 3 * CUBIC * square))
         case _:
             s = sigmoid(gate)
             return gate * s, up * s * (1 + gate * (1 - s))

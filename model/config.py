@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.kernels.heads import Heads, Rope
@@ -36,7 +38,7 @@ class ModelConfig:
     context: int = 512
     """Tokens that the model is trained on and may be asked for."""
     activation: str = "gelu"
-    """relu, gelu or swiglu."""
+    """relu, gelu, or, with a gate, swiglu or geglu."""
     dropout: float = 0.0
     """Share of MLP activations dropped in training."""
     positions: str = "rope"
@@ -51,10 +53,16 @@ class ModelConfig:
     norm_eps: float = 1e-6
     qk_norm: bool = False
     """RMSNorm of every head's query and key before RoPE (Qwen3)."""
+    post_norms: bool = False
+    """Norms after attention and after the MLP as well, before what they give is added (Gemma 2)."""
     biases: str = "none"
     """Which projections have a bias: none, qkv or all."""
     tied: bool = True
     """Whether the head is the embedding, or a matrix of its own."""
+    scaled_embedding: bool = False
+    """Whether embeddings are multiplied by sqrt(width) (Gemma)."""
+    final_soft_cap: float = 0.0
+    """The head's logits become cap · tanh(logit / cap) (Gemma 2); 0: they stay."""
     window: int = 0
     """Positions that a query sees, its own included (Mistral's sliding window); 0: all."""
     attention_scale: float = 0.0
@@ -90,6 +98,12 @@ class ModelConfig:
             raise BadInput(f"model.rope_factors has {len(self.rope_factors)} numbers, not {self.head_dim // 2}")
         if self.unlike and (len(self.unlike) != self.layers or self.unlike[0] != self._alike):
             raise BadInput(f"model.unlike has to have {self.layers} heads, of which the first are {self._alike}")
+        for heads in self.unlike:
+            if min(heads.queries, heads.kv, heads.width, heads.value_width) < 1 or heads.queries % heads.kv:
+                raise BadInput(f"model.unlike has {heads}, which cannot be: KV heads divide the queries' heads")
+        for name in ("attention_scale", "soft_cap", "final_soft_cap"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise BadInput(f"model.{name} is {getattr(self, name)}; it must be at least 0 and finite")
         if not 0 <= self.dropout < 1:
             raise BadInput(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
 
@@ -113,3 +127,10 @@ class ModelConfig:
             window=self.window,
             rope=Rope(self.rope_base, self.rope_factors) if self.positions == "rope" else None,
         )
+
+
+def by_layer(config: ModelConfig, changes: Sequence[dict[str, Any]]) -> ModelConfig:
+    """The model whose layers differ from `config` in these fields of their attention, one dict per layer."""
+    layers = [dataclasses.replace(config, **each) for each in changes]
+    heads = tuple(each.layer_heads[0] for each in layers)
+    return dataclasses.replace(layers[0], unlike=heads if len({*heads}) > 1 else ())

@@ -19,10 +19,12 @@ def convert(
 
     Each new head comes from a group of neighbours, those that its query heads used before: their `mean` (GQA, Ainslie et al.
     2023, §2.1), the `first` of them, or, as a baseline, a `random` draw with the spread of the old head.
-    Raises BadInput for another method, or a number that does not divide the heads there are.
+    Raises BadInput for another method, a number that does not divide the heads there are, or a model whose layers are not alike.
     """
     if method not in METHODS:
         raise BadInput(f"no method {method!r} to convert heads by; there are {', '.join(METHODS)}")
+    if config.unlike:
+        raise BadInput("the layers of this model have heads of several kinds, which are not pooled to one number")
     if kv_heads < 1 or config.kv_heads % kv_heads:
         raise BadInput(f"{config.kv_heads} KV heads cannot be pooled to {kv_heads}: it must divide them")
     if kv_heads == config.kv_heads:

@@ -11,7 +11,9 @@ from jaxtyping import Array, Float, Int, Key
 from kvcascade.cache.whole import Cache, Draft
 from kvcascade.kernels import linear
 from kvcascade.kernels.activation import activate
+from kvcascade.kernels.heads import capped
 from kvcascade.kernels.loss import token_nll
+from kvcascade.kernels.nonlinear import GATED
 from kvcascade.model.attention import Attention, rotation
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.linear import Embedding, Linear, products
@@ -26,15 +28,17 @@ def make_norm(config: ModelConfig, rngs: nnx.Rngs):
 
 
 class Block(nnx.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)); with norms after both, x + norm(attention(norm(x))) and so on."""
 
     def __init__(self, config: ModelConfig, index: int, rngs: nnx.Rngs):
         out_init = nnx.initializers.normal(0.02 / (2 * config.layers) ** 0.5)
         project = functools.partial(Linear, config=config, use_bias=config.biases == "all", rngs=rngs)
         self.attention_norm, self.mlp_norm = make_norm(config, rngs), make_norm(config, rngs)
+        if config.post_norms:
+            self.attention_post_norm, self.mlp_post_norm = make_norm(config, rngs), make_norm(config, rngs)
         self.attention = Attention(config, index, out_init, rngs)
         self.up = project(config.width, config.mlp, init=nnx.initializers.normal(0.02))
-        if config.activation == "swiglu":
+        if config.activation in GATED:
             self.gate = project(config.width, config.mlp, init=nnx.initializers.normal(0.02))
         self.down = project(config.mlp, config.width, init=out_init)
         self.activation, self.dropout = config.activation, config.dropout
@@ -44,15 +48,19 @@ class Block(nnx.Module):
             h = self.attention_norm(x_BTM)
         out, cache = self.attention(h, positions_BT, by, cache, fresh)
         with jax.named_scope("norm"):
-            x_BTM = x_BTM + out
+            x_BTM = self.add(x_BTM, out, "attention_post_norm")
             h = self.mlp_norm(x_BTM)
         with jax.named_scope("mlp"):
-            return x_BTM + self.mlp(h, dropout_key), cache
+            return self.add(x_BTM, self.mlp(h, dropout_key), "mlp_post_norm"), cache
+
+    def add(self, x_BTM, out, norm: str):
+        """x and a block's output, which goes through that norm where there is one."""
+        return x_BTM + (getattr(self, norm)(out).astype(x_BTM.dtype) if hasattr(self, norm) else out)
 
     def mlp(self, h, dropout_key):
         """Up and gate, the activation, down."""
         # Their biases are added in the one pass that the activation makes over the products.
-        if self.activation == "swiglu":
+        if self.activation in GATED:
             (up, gate), gate_bias = products(h, self.up, self.gate), self.gate.added
         else:
             (up,), gate, gate_bias = products(h, self.up), None, None
@@ -81,6 +89,9 @@ class GPT(nnx.Module):
         config = self.config
         with jax.named_scope("embedding"):
             x_BTM = self.embed(tokens_BT)
+            if config.scaled_embedding:
+                # By a number of the same type, as it was trained: in bfloat16 the root is rounded too.
+                x_BTM = x_BTM * jnp.asarray(config.width**0.5, x_BTM.dtype)
             if config.positions == "learned":
                 x_BTM = x_BTM + self.position(jnp.maximum(positions_BT, 0)).astype(x_BTM.dtype)
         # Layers that turn alike share what they turn by.
@@ -100,7 +111,7 @@ class GPT(nnx.Module):
     @jax.named_scope("head")
     def logits(self, x_BTM):
         """The head: products with its matrix, or with the embeddings."""
-        return self.head_matrix.product(x_BTM)
+        return capped(self.head_matrix.product(x_BTM), self.config.final_soft_cap)
 
 
 def init(config: ModelConfig, seed: int) -> Params:
@@ -132,7 +143,7 @@ def nll(
     x_BTM, _ = model.hidden(inputs_BT, _from_zero(inputs_BT), None, dropout_key)
     head_VM = linear.rows(model.head_matrix.matrix).astype(config.dtype)
     x = x_BTM.reshape(-1, config.width).astype(config.dtype)
-    return token_nll(x, head_VM, targets_BT.reshape(-1)).reshape(targets_BT.shape)
+    return token_nll(x, head_VM, targets_BT.reshape(-1), config.final_soft_cap).reshape(targets_BT.shape)
 
 
 def _from_zero(tokens_BT):

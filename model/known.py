@@ -2,12 +2,20 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.model.config import ModelConfig
+from kvcascade.model.config import ModelConfig, by_layer
 
 _served = functools.partial(ModelConfig, weights="bfloat16", dtype="bfloat16")
 _llama = functools.partial(_served, activation="swiglu", norm_eps=1e-5, tied=False)
+
+
+def _gemma(period: int, others: dict[str, Any], **shape: Any) -> ModelConfig:
+    """Layers that see a window, and, every so-manieth, one that sees everything and has these fields besides."""
+    config = _served(activation="geglu", post_norms=True, scaled_embedding=True, **shape)
+    return by_layer(config, [{} if (i + 1) % period else {"window": 0} | others for i in range(config.layers)])
+
 
 KNOWN = {
     "gpt2": _served(
@@ -33,6 +41,14 @@ KNOWN = {
     "qwen3-8b": _served(
         layers=36, width=4096, heads=32, kv_heads=8, head_width=128, mlp=12288, vocab=151936, context=40960, activation="swiglu",
         rope_base=1e6, qk_norm=True, tied=False,
+    ),
+    "gemma2-2b": _gemma(
+        2, {}, layers=26, width=2304, heads=8, kv_heads=4, head_width=256, mlp=9216, vocab=256000, context=8192, window=4096,
+        soft_cap=50.0, final_soft_cap=30.0,
+    ),
+    "gemma3-1b": _gemma(
+        6, {"rope_base": 1e6}, layers=26, width=1152, heads=4, kv_heads=1, head_width=256, mlp=6912, vocab=262144, context=32768,
+        window=512, qk_norm=True,
     ),
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ from kvcascade.model.tokenizer import Tokenizer
 from kvcascade.model.weights import (
     GGUF,
     GGUF_GPT2,
+    HUB_GEMMA,
     HUB_GPT2,
     HUB_LLAMA,
     GGUFFile,
@@ -55,7 +56,7 @@ class Model:
 def load(name: str, report: Report = lambda done, of: None, weights: str = "float32") -> Model:
     """Load `smollm2`, `gguf:FILE`, a directory with config.json and *.safetensors, or such a repository of the Hugging Face hub.
 
-    Architectures: llama (SmolLM2, Llama 2 and 3), mistral, qwen2, qwen3, gpt2. `weights` says what matrices are kept in: float32,
+    Architectures: llama (SmolLM2, Llama 2 and 3), mistral, qwen2, qwen3, gemma2, gemma3 (text), gpt2. `weights` says what matrices are kept in: float32,
     bfloat16 or int8. Raises BadInput where there is no such model, or its files are incomplete, damaged or of another architecture.
     """
     path = locate(name)
@@ -117,7 +118,7 @@ def _load_directory(name: str, folder: Path, weights: str, report: Report) -> Mo
     config = dataclasses.replace(_of_directory(name, folder), weights=weights)
     encoding = tokenizer.from_json(folder / "tokenizer.json")
     _check_vocabulary(config, encoding, name)
-    names = HUB_GPT2 if config.positions == "learned" else HUB_LLAMA
+    names = HUB_GPT2 if config.positions == "learned" else HUB_GEMMA if config.post_norms else HUB_LLAMA
     params = load_params(config, Safetensors(folder), names, name, False, report)
     settings = read_json(folder / "tokenizer_config.json", missing={})
     template = settings.get("chat_template")

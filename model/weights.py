@@ -112,6 +112,14 @@ HUB_LLAMA = (
         "model.layers.*.{}", {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     )
 )
+HUB_GEMMA = HUB_LLAMA | _from_projections(
+    "model.layers.*.{}_layernorm",
+    {
+        "attention_post_norm": "post_attention",
+        "mlp_norm": "pre_feedforward",
+        "mlp_post_norm": "post_feedforward",
+    },
+)
 HUB_GPT2 = (
     {"embed.weight": "wte.weight", "position.embedding": "wpe.weight", "head.weight": "lm_head.weight"}
     | {"norm.scale": "ln_f.weight", "norm.bias": "ln_f.bias"}
@@ -127,6 +135,7 @@ GGUF = (
     }
     | {"norm.scale": "output_norm.weight", "norm.bias": "output_norm.bias"}
     | _from_projections("blk.*.{}_norm", {"attention_norm": "attn", "mlp_norm": "ffn"})
+    | _from_projections("blk.*.post_{}_norm", {"attention_post_norm": "attention", "mlp_post_norm": "ffw"})
     | _from_projections("blk.*.attn_{}", {f"attention.{x}": x for x in "qkv"} | {"attention.o": "output"})
     | _from_projections("blk.*.attn_{}", {"attention.q_norm": "q_norm", "attention.k_norm": "k_norm"})
     | _from_projections("blk.*.ffn_{}", {x: x for x in ("gate", "up", "down")})
@@ -157,6 +166,8 @@ def load_params(
         array = source.read(theirs)
         if names is HUB_GPT2 and re.search(r"\.c_\w+\.weight", theirs):
             array = array.T  # Conv1D multiplies from the left
+        if names is HUB_GEMMA and path.endswith(".scale"):
+            array = array + 1  # stored as the difference from 1
         projection = folder.split(".")[-1]
         if re.search(r"c_attn|attn_qkv", theirs) and len(array) % 3 == 0:
             array = np.split(array, 3)["qkv".index(projection)]

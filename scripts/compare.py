@@ -56,6 +56,7 @@ def main(arguments: list[str]) -> None:
     found, shown = [], []
     with console.progress("compare", len(loaded) * len(specs)) as show:
         for model in loaded:
+            heads = "/".join(dict.fromkeys(str(each.kv) for each in model.config.layer_heads))
             for spec in specs:
                 start = time.monotonic()
                 scores = perplexity.score(model.config, model.params, spec, rows, args.batch)
@@ -64,7 +65,7 @@ def main(arguments: list[str]) -> None:
                 record |= {key: timed[key] for key in ("step_ms", "products_ms")}
                 found.append(records.stamp(record, time.monotonic() - start))
                 shown.append([
-                    model.name, str(model.config.kv_heads), str(spec), f"{record['nll']:.4f}", f"{record['ppl']:.3f}",
+                    model.name, heads, str(spec), f"{record['nll']:.4f}", f"{record['ppl']:.3f}",
                     f"{record['bits_per_byte']:.4f}", f"{record['kv_bytes']:,}", f"{timed['step_ms']:.2f}", f"{timed['products_ms']:.2f}",
                 ])  # fmt: skip
                 show(len(found), f"{model.name}: {spec}")

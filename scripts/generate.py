@@ -71,7 +71,9 @@ def main(arguments: list[str]) -> None:
             break
     print() if alone else console.answers(args.prompt, [row.text for row in rows])
     held = max(
-        sum(int((slots.pos_BKS[row, 0] >= 0).sum()) for slots in cache.layers[0].slots) for row in range(len(prompts))
+        sum(int((slots.pos_BKS[row, 0] >= 0).sum()) for slots in layer.slots)
+        for layer in cache.layers
+        for row in range(len(prompts))
     )
     full = full_bytes(model.config, context)
     print(

@@ -1,8 +1,11 @@
 """Write golden_logits.npz: what transformers computes for the models of tiny_models.py. Run by hand where torch and transformers are installed:
 
-python tests/make_golden.py
+python tests/make_golden.py [MODEL …]
+
+Named models alone are made anew, next to those that the file has already.
 """
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -11,8 +14,9 @@ import tiny_models  # pyright: ignore
 import torch  # pyright: ignore
 import transformers  # pyright: ignore
 
-found = {"transformers": transformers.__version__, "torch": torch.__version__}
-for name in tiny_models.CONFIGS:
+FILE = Path(__file__).with_name("golden_logits.npz")
+found = dict(np.load(FILE)) if sys.argv[1:] else {}
+for name in sys.argv[1:] or tiny_models.CONFIGS:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         tiny_models.write(name, Path(folder))
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -28,4 +32,5 @@ for name in tiny_models.CONFIGS:
             past = out.past_key_values
             steps.append(out.logits[:, 0].numpy())
         print(name, float(np.abs(np.stack(steps, 1) - whole).max()), float(np.abs(found[name]).max()))
-np.savez_compressed(Path(__file__).with_name("golden_logits.npz"), **found)
+    found[f"{name}/versions"] = np.array([transformers.__version__, torch.__version__])
+np.savez_compressed(FILE, **found)

@@ -16,7 +16,7 @@ from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 from kvcascade.eval import two_kernel
 from kvcascade.kernels import activation, backend, threefry
 from kvcascade.kernels.activation import activate
-from kvcascade.kernels.nonlinear import ACTIVATIONS, Inputs
+from kvcascade.kernels.nonlinear import ACTIVATIONS, GATED, Inputs
 from kvcascade.kernels.traffic import counting
 
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
@@ -30,8 +30,15 @@ def draw(seed: int, rows: int, columns: int, kind: str, biased: bool, dtype="flo
     rng = np.random.default_rng(seed)
     wide = lambda: jnp.asarray(rng.normal(size=(rows, columns)) * 2, dtype)
     bias = lambda: jnp.asarray(rng.normal(size=columns), jnp.float32) if biased else None
-    gated = kind == "swiglu"
+    gated = kind in GATED
     return Inputs(wide(), wide() if gated else None, bias(), bias() if gated else None, None), wide()
+
+
+def gelu(x: Any) -> tuple[Any, Any]:
+    """GELU in its tanh form and its slope."""
+    tanh = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+    curve = (1 - tanh**2) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x**2)
+    return 0.5 * x * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * x * curve
 
 
 def exact(kind: str, rate: float, inputs: Inputs, dout) -> tuple:
@@ -40,16 +47,17 @@ def exact(kind: str, rate: float, inputs: Inputs, dout) -> tuple:
     up, gate, bias, gate_bias, dout = wide
     scale = np.asarray(threefry.mask(threefry.key_words(KEY), rate, *up.shape)) / (1 - rate) if rate else 1.0
     up = up if bias is None else up + bias
-    tanh = np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3))
     slope, dgate = 1.0 * (up > 0), np.zeros(0)
+    gate: Any = gate if gate is None or gate_bias is None else gate + gate_bias
     match kind:
         case "relu":
             out = np.maximum(up, 0)
         case "gelu":
-            out = 0.5 * up * (1 + tanh)
-            slope = 0.5 * (1 + tanh) + 0.5 * up * (1 - tanh**2) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * up**2)
+            out, slope = gelu(up)
+        case "geglu":
+            (slope, by_gate), by_up = gelu(gate), scale * dout * up
+            out, dgate = slope * up, by_up * by_gate
         case _:
-            gate = gate if gate_bias is None else gate + gate_bias
             sigmoid = 1 / (1 + np.exp(-gate))
             out, slope = gate * sigmoid * up, gate * sigmoid
             dgate = scale * dout * up * (sigmoid + gate * sigmoid * (1 - sigmoid))
@@ -106,6 +114,8 @@ def test_reference(kind, rate, rows, columns, biased, dtype, seed) -> None:
         ("swiglu", 0.1, True, "float32"),
         ("swiglu", 0.5, False, "float32"),
         ("swiglu", 0.5, True, "bfloat16"),
+        ("geglu", 0.1, True, "float32"),
+        ("geglu", 0.0, False, "bfloat16"),
     ],
 )
 def test_kernels(implementation, kind, rate, biased, dtype) -> None:
@@ -146,7 +156,7 @@ def test_every_byte_moves_once(kind, arrays) -> None:
 def test_one_mask(implementation, kind) -> None:
     """Forward and backward, on every backend: what is zero in the output is zero in each gradient, and is what the key says."""
     ones = jnp.ones(BLOCKS)
-    gate = ones if kind == "swiglu" else None
+    gate = ones if kind in GATED else None
     out, pull = jax.vjp(lambda up, gate: activate(up, gate, kind, 0.3, KEY, implementation=implementation), ones, gate)
     mask = np.asarray(threefry.mask(threefry.key_words(KEY), 0.3, *BLOCKS))
     assert 0.65 < mask.mean() < 0.75
@@ -229,9 +239,9 @@ def test_two_kernels_give_the_same(kind) -> None:
 
 
 def test_what_it_cannot_do_is_an_error() -> None:
-    """Another name, swiglu without a gate, a rate that keeps nothing, and a key of another generator."""
+    """Another name, a gated kind without a gate, a rate that keeps nothing, and a key of another generator."""
     up = jnp.ones((2, 4))
-    for kind in ("tanh", "swiglu"):
+    for kind in ("tanh", *GATED):
         with pytest.raises(ValueError, match=f"no activation '{kind}'"):
             activate(up, None, kind)
     for rate in (-0.1, 1.0):

@@ -53,7 +53,7 @@ def write_gguf(name: str, file: Path, quantised: bool = False, **changes) -> Pat
     """The same model as llama.cpp's converter writes it; `changes` replace metadata, None removes a tensor."""
     config, arch = tiny_models.CONFIGS[name], {"llama3": "llama", "mistral": "llama"}.get(name, name)
     writer = gguf.GGUFWriter(file, changes.get("architecture", arch))
-    writer.add_block_count(tiny_models.LAYERS)
+    writer.add_block_count(config.get("num_hidden_layers", tiny_models.LAYERS))
     writer.add_context_length(64)
     writer.add_embedding_length(tiny_models.WIDTH)
     writer.add_head_count(tiny_models.HEADS)
@@ -67,7 +67,16 @@ def write_gguf(name: str, file: Path, quantised: bool = False, **changes) -> Pat
     if "head_dim" in config:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
-    if name == "mistral":
+    if name in ("gemma2", "gemma3"):
+        writer.add_attention_scale(config["query_pre_attn_scalar"] ** -0.5)
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    if name == "gemma2":
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+    if name == "gemma3":
+        writer.add_sliding_window_pattern(config["sliding_window_pattern"])
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config["rope_scaling"]["factor"])
+    if "sliding_window" in config:
         writer.add_sliding_window(config["sliding_window"])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = [*alphabet, "he", "<|end|>"]
@@ -106,9 +115,16 @@ def gguf_tensors(name: str) -> dict[str, np.ndarray]:
         "ln_1": "attn_norm", "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up",
         "mlp.c_proj": "ffn_down",
     }  # fmt: skip
+    gemma = name.startswith("gemma")
+    if gemma:
+        parts |= {
+            "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+            "post_feedforward_layernorm": "post_ffw_norm",
+        }  # fmt: skip
     found = {}
     for tensor, array in tiny_models.weights(name).items():
         owner, leaf = tensor.rsplit(".", 1)
+        array = array + 1 if gemma and owner.endswith("norm") else array
         if owner in shared:
             found[f"{shared[owner]}.{leaf}"] = array
             continue

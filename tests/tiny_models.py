@@ -16,6 +16,10 @@ COMMON = {
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
 }  # fmt: skip
+GEMMA = {
+    "num_hidden_layers": 4, "head_dim": 16, "query_pre_attn_scalar": 4, "sliding_window": 6, "final_logit_softcapping": 4.0,
+    "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True,
+}  # fmt: skip
 CONFIGS = {
     "llama": COMMON | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rope_theta": 500.0, "tie_word_embeddings": True},
     "llama3": COMMON
@@ -26,6 +30,13 @@ CONFIGS = {
     | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rope_theta": 10000.0, "use_sliding_window": False, "tie_word_embeddings": True},
     "qwen3": COMMON
     | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "rope_theta": 10000.0, "head_dim": 16, "tie_word_embeddings": False},
+    "gemma2": COMMON | GEMMA
+    | {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "rope_theta": 10000.0, "attn_logit_softcapping": 5.0},
+    "gemma3": COMMON | GEMMA
+    | {
+        "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "sliding_window_pattern": 3, "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "attn_logit_softcapping": None,
+    },
     "gpt2": {
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS,
         "n_positions": 64, "n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
@@ -40,11 +51,12 @@ def weights(name: str) -> dict[str, np.ndarray]:
     """Weights of an architecture, large enough for attention to be peaked."""
     config, rng, found = CONFIGS[name], np.random.default_rng(sum(map(ord, name))), {}
 
+    gemma = name.startswith("gemma")
+
     def put(tensor: str, *shape: int) -> None:
         norm = "norm" in tensor or "ln_" in tensor
-        found[tensor] = (rng.normal(size=shape) * (0.3 if norm else 0.25) + (norm and "bias" not in tensor)).astype(
-            np.float32
-        )
+        start = norm and "bias" not in tensor and not gemma
+        found[tensor] = (rng.normal(size=shape) * (0.3 if norm else 0.25) + start).astype(np.float32)
 
     if name == "gpt2":
         put("transformer.wte.weight", VOCAB, WIDTH)
@@ -61,7 +73,7 @@ def weights(name: str) -> dict[str, np.ndarray]:
         return found
     head_dim = config.get("head_dim", WIDTH // HEADS)
     put("model.embed_tokens.weight", VOCAB, WIDTH)
-    for layer in range(LAYERS):
+    for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         for part, rows, columns in (
             ("self_attn.q_proj", HEADS * head_dim, WIDTH), ("self_attn.k_proj", KV_HEADS * head_dim, WIDTH),
@@ -71,9 +83,9 @@ def weights(name: str) -> dict[str, np.ndarray]:
             put(f"{prefix}.{part}.weight", rows, columns)
             if name == "qwen2" and part[10] in "qkv":
                 put(f"{prefix}.{part}.bias", rows)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            put(f"{prefix}.{norm}.weight", WIDTH)
-        if name == "qwen3":
+        for norm in ("input", "post_attention", *(("pre_feedforward", "post_feedforward") if gemma else ())):
+            put(f"{prefix}.{norm}_layernorm.weight", WIDTH)
+        if name in ("qwen3", "gemma3"):
             for norm in ("q_norm", "k_norm"):
                 put(f"{prefix}.self_attn.{norm}.weight", head_dim)
     put("model.norm.weight", WIDTH)

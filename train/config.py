@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -113,30 +114,40 @@ def as_dict(config: RunConfig) -> dict[str, dict]:
 
 def from_dict(content: object, source: Path | str) -> RunConfig:
     """Build a configuration from nested dicts; a missing field keeps its default, an unknown one is BadInput naming `source`."""
-    parts = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+    parts: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
     if not isinstance(content, dict) or not all(isinstance(part, dict) for part in content.values()):
         raise BadInput(f"{source}: a configuration has the sections {', '.join(parts)}")
-    settings = {name: {} for name in parts}
-    for name, part in content.items():
+    for name in content:
         if name not in parts:
             raise BadInput(f"{source}: unknown section {name!r}; there are {', '.join(parts)}")
-        known = typing.get_type_hints(parts[name])
-        for key, value in part.items():
-            if key not in known:
-                raise BadInput(f"{source}: unknown setting {name}.{key}; there are {', '.join(known)}")
-            settings[name][key] = _typed(value, known[key], f"{source}: {name}.{key}")
-    return RunConfig(**{name: cls(**settings[name]) for name, cls in parts.items()})
+    return RunConfig(**{name: _built(cls, content.get(name, {}), source, name) for name, cls in parts.items()})
 
 
-def _typed(value: object, wanted: Any, place: str) -> object:
-    """The value, or BadInput naming the place if it is not of the type wanted."""
-    if typing.get_origin(wanted) is tuple and isinstance(value, list):
-        return tuple(_typed(each, typing.get_args(wanted)[0], place) for each in value)
+def _built(cls: type, content: dict, source: Path | str, name: str) -> Any:
+    """A dataclass from the dict of its fields."""
+    known = typing.get_type_hints(cls)
+    for key in content:
+        if key not in known:
+            raise BadInput(f"{source}: unknown setting {name}.{key}; there are {', '.join(known)}")
+    try:
+        return cls(**{key: _typed(value, known[key], source, f"{name}.{key}") for key, value in content.items()})
+    except TypeError as error:
+        raise BadInput(f"{source}: {name} is incomplete: {error}") from error
+
+
+def _typed(value: object, wanted: Any, source: Path | str, name: str) -> object:
+    """The value, or BadInput naming the setting if it is not of the type wanted."""
+    if isinstance(wanted, types.UnionType):  # with None
+        return None if value is None else _typed(value, typing.get_args(wanted)[0], source, name)
+    if typing.get_origin(wanted) is tuple and isinstance(value, list | tuple):
+        return tuple(_typed(each, typing.get_args(wanted)[0], source, name) for each in value)
+    if hasattr(wanted, "__dataclass_fields__") and isinstance(value, dict):
+        return _built(wanted, value, source, name)
     if wanted is float and isinstance(value, int | str):  # YAML 1.1 takes 1e-3, without a dot, for a string
         with contextlib.suppress(ValueError, OverflowError):
             value = float(value)
     if not isinstance(value, typing.get_origin(wanted) or wanted) or isinstance(value, bool) is not (wanted is bool):
-        raise BadInput(f"{place} must be {wanted.__name__}, not {value!r}")
+        raise BadInput(f"{source}: {name} must be {wanted.__name__}, not {value!r}")
     return value
 
 
