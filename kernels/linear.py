@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from kvcascade.kernels import native
 from kvcascade.kernels.backend import Implementation, run
 
 WEIGHTS = ("float32", "bfloat16", "int8")
-FEW = 16  # rows; for more, converting the matrix costs little next to the products, and XLA's are faster
+MANY = 256  # rows of float32; from here on XLA's products are as fast as the C++ ones
 
 type Matrix = dict[str, Array]
 """`weight` [out, in] in float32, bfloat16 or int8, the last with a float32 `scale` [out]: what one output needs is read in one piece."""
@@ -38,33 +39,43 @@ def products(
 ) -> list[Float[Array, "*B _"]]:
     """x times the transpose of each stored matrix, in the dtype of x; the matrices are all kept in the same way.
 
-    `native` is C++ for a CPU and few rows, in float32, which reads weights as they are stored; `xla` converts a matrix to the dtype
-    of x first; None takes the better one, but for more than FEW rows of bfloat16 or int8 weights rounds x to bfloat16, which holds
-    such weights exactly, and sums in float32: twice as fast, and as exact as weights of so few bits are worth.
+    Where x and the weights are float32, so are their products. All others are of bfloat16 numbers: x is rounded to it, which holds
+    weights of bfloat16 and int8 exactly, and float32 weights are rounded if x comes in bfloat16. Sums are in float32. Thus nothing but
+    the order of a row's sums depends on how many rows there are. `native` is C++ for a CPU, which reads weights as they are
+    stored; `xla` converts a matrix first; None takes the better one.
     """
     flat = x.reshape(-1, x.shape[-1])
-    if implementation is None and flat.shape[0] > FEW:
-        found = [_rounded(flat, matrix) for matrix in matrices]
-    else:
-        found = run(implementation, _xla, {"native": native.kernel(_native)}, flat, list(matrices), axes="R O -> RO")
+    if implementation is None and len(flat) >= MANY and _exact(x, matrices):
+        implementation = "xla"
+    found = run(implementation, _xla, {"native": native.kernel(_native)}, flat, list(matrices), axes="R O -> RO")
     return [y.reshape(*x.shape[:-1], -1) for y in found]
 
 
+def _exact(x, matrices):
+    return x.dtype == matrices[0]["weight"].dtype == jnp.float32
+
+
 def _xla(x, matrices):
-    return [jnp.einsum("BI,OI->BO", x, rows(matrix).astype(x.dtype)) for matrix in matrices]
+    if _exact(x, matrices):
+        # On a GPU the default would be TF32.
+        return [jnp.einsum("BI,OI->BO", x, matrix["weight"], precision="highest") for matrix in matrices]
+    # XLA may leave out a conversion there and back, not a rounding.
+    rounded = lax.reduce_precision(x, 8, 7).astype(jnp.bfloat16)
 
+    def product(weight, scale=None):
+        sums = x.dtype if scale is None else jnp.float32
+        y = jnp.einsum("BI,OI->BO", rounded, weight.astype(jnp.bfloat16), preferred_element_type=sums)
+        return (y if scale is None else y * scale).astype(x.dtype)
 
-def _rounded(x, matrix):
-    if matrix["weight"].dtype == jnp.float32:
-        return _xla(x, [matrix])[0]
-    operands = (x.astype(jnp.bfloat16), matrix["weight"].astype(jnp.bfloat16))
-    y = jnp.einsum("BI,OI->BO", *operands, preferred_element_type=jnp.float32)
-    return (y * matrix["scale"] if "scale" in matrix else y).astype(x.dtype)
+    return [product(**matrix) for matrix in matrices]
 
 
 def _native(x, matrices):
+    x_dtype = jnp.float32 if _exact(x, matrices) else jnp.bfloat16
     arrays = [[matrix[name] for name in ("weight", "scale") if name in matrix] for matrix in matrices]
+    if arrays[0][0].dtype == jnp.float32:
+        arrays = [[weight.astype(x_dtype)] for [weight] in arrays]
     shapes = [jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32) for weight, *_ in arrays]
     call = jax.ffi.ffi_call("kvcascade_product", shapes)
-    found = call(x.astype(jnp.float32), *itertools.chain(*arrays), arrays=np.int64(len(arrays[0])))
+    found = call(x.astype(x_dtype), *itertools.chain(*arrays), arrays=np.int64(len(arrays[0])))
     return [y.astype(x.dtype) for y in found]

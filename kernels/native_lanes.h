@@ -123,16 +123,21 @@ inline Lanes Capped(Lanes x, float cap) {
   return x;
 }
 
+// Lanes i... of x and y, those of y counted from kLanes on.
+template <int... i>
+inline Lanes Shuffled(Lanes x, Lanes y) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, y, i...);
+#else  // GCC has the other only from 12 on
+  return __builtin_shuffle(x, y, Integers{i...});
+#endif
+}
+
 // Lane i of the result: x[i] + x[i ^ distance] where that bit of i is clear, y's where it is set. Costs a blend, a shuffle, an add.
 template <int distance, int... i>
 inline Lanes Fold(Lanes x, Lanes y, std::integer_sequence<int, i...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(x, y, (i & distance ? kLanes + i : i)...) +
-         __builtin_shufflevector(x, y, ((i ^ distance) + (i & distance ? kLanes : 0))...);
-#else  // GCC has that name since 12
-  return __builtin_shuffle(x, y, Integers{(i & distance ? kLanes + i : i)...}) +
-         __builtin_shuffle(x, y, Integers{((i ^ distance) + (i & distance ? kLanes : 0))...});
-#endif
+  return Shuffled<(i & distance ? kLanes + i : i)...>(x, y) +
+         Shuffled<((i ^ distance) + (i & distance ? kLanes : 0))...>(x, y);
 }
 
 // The sum of each of 2 * distance vectors, folded; of kLanes vectors: lane i is the sum of vector i.
@@ -160,6 +165,24 @@ inline float Least(const float* x, int64_t n) {
   }
   for (; i < n; ++i) least = std::min(least, x[i]);
   return least;
+}
+
+// Lane i of x moves to y[i ^ distance] where that bit of i is set, lane i of y to x[i ^ distance] where it is clear.
+template <int distance, int... i>
+inline void Swap(Lanes& x, Lanes& y, std::integer_sequence<int, i...>) {
+  const Lanes first = Shuffled<(i & distance ? kLanes + (i ^ distance) : i)...>(x, y);
+  y = Shuffled<(i & distance ? kLanes + i : i ^ distance)...>(x, y);
+  x = first;
+}
+
+// x, kLanes vectors, becomes its transpose.
+template <int distance = kLanes / 2>
+inline void Transpose(Lanes* x) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(i & distance)) Swap<distance>(x[i], x[i + distance], std::make_integer_sequence<int, kLanes>());
+  }
+  if constexpr (distance > 1) Transpose<distance / 2>(x);
 }
 
 }  // namespace kvcascade
