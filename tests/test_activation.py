@@ -48,7 +48,8 @@ def exact(kind: str, rate: float, inputs: Inputs, dout) -> tuple:
     scale = np.asarray(threefry.mask(threefry.key_words(KEY), rate, *up.shape)) / (1 - rate) if rate else 1.0
     up = up if bias is None else up + bias
     slope, dgate = 1.0 * (up > 0), np.zeros(0)
-    gate = gate if gate is None or gate_bias is None else gate + gate_bias
+    if gate_bias is not None:
+        gate = gate + gate_bias
     match kind:
         case "relu":
             out = np.maximum(up, 0)
