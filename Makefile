@@ -50,7 +50,7 @@ native: setup
 	  command -v $$each >/dev/null 2>&1 || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null 2>&1 \
 	    || { apt-get -qq update && apt-get -qq install -y --no-install-recommends $$each; } >/dev/null 2>&1 || true; \
 	done
-	.venv/bin/pytest -q -n 2 -rs tests/native_builds.py tests/test_native_build.py
+	.venv/bin/pytest -q -n 2 -rs tests/native_builds.py
 
 demo: setup
 	.venv/bin/kvcascade study --preset quick --dir $(STUDY)

@@ -67,7 +67,7 @@ def _product(letters: str, x: Float[Array, "B K G T _"], slots: Float[Array, "B 
     arrays.
     """
     if slots.dtype != jnp.bfloat16:
-        return jnp.einsum(letters, x, slots.astype(jnp.float32))
+        return jnp.einsum(letters, x, slots.astype(jnp.float32), precision="highest")  # on a GPU it would be TF32
     parts = jnp.concatenate(terms(x), 2)
     high, middle, low = jnp.split(jnp.einsum(letters, parts, slots, preferred_element_type=jnp.float32), 3, 2)
     return high + (middle + low)
