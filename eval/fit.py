@@ -11,7 +11,7 @@ from kvcascade.cache.spec import CacheSpec, parse
 from kvcascade.eval import child, memory, whole_step
 from kvcascade.eval.records import Record, full_bytes
 from kvcascade.kernels import aot
-from kvcascade.model.config import ModelConfig
+from kvcascade.model.config import ModelConfig, built
 
 CHILD = (sys.executable, "-m", "kvcascade.eval.fit")
 GRAIN = 256
@@ -210,8 +210,8 @@ def main(arguments: list[str]) -> None:
     """A child: for each task, given as JSON, say in a line of JSON what was found."""
     for case in arguments:
         given = json.loads(case)
-        model = given["model"] | {"rope_factors": tuple(given["model"]["rope_factors"])}
-        task = Task(**given | {"model": ModelConfig(**model), "contexts": tuple(given["contexts"])})
+        model = built(ModelConfig, given["model"], "a task", "model")
+        task = Task(**given | {"model": model, "contexts": tuple(given["contexts"])})
         try:
             found: Mapping = {"found": solve(task)}
         except Exception as error:  # whatever a compiler raises is the case's result

@@ -1,8 +1,12 @@
 """The shape of a model, as data."""
 
+import contextlib
 import dataclasses
 import math
+import types
+import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from kvcascade.cache.errors import BadInput
@@ -134,3 +138,31 @@ def by_layer(config: ModelConfig, changes: Sequence[dict[str, Any]]) -> ModelCon
     layers = [dataclasses.replace(config, **each) for each in changes]
     heads = tuple(each.layer_heads[0] for each in layers)
     return dataclasses.replace(layers[0], unlike=heads if len({*heads}) > 1 else ())
+
+
+def built(cls: type, content: dict, source: Path | str, name: str) -> Any:
+    """A dataclass from the dict of its fields, as JSON and YAML have them; BadInput naming the source and the setting that is wrong."""
+    known = typing.get_type_hints(cls)
+    for key in content:
+        if key not in known:
+            raise BadInput(f"{source}: unknown setting {name}.{key}; there are {', '.join(known)}")
+    try:
+        return cls(**{key: _typed(value, known[key], source, f"{name}.{key}") for key, value in content.items()})
+    except TypeError as error:
+        raise BadInput(f"{source}: {name} is incomplete: {error}") from error
+
+
+def _typed(value: object, wanted: Any, source: Path | str, name: str) -> object:
+    """The value, or BadInput naming the setting if it is not of the type wanted."""
+    if isinstance(wanted, types.UnionType):  # with None
+        return None if value is None else _typed(value, typing.get_args(wanted)[0], source, name)
+    if typing.get_origin(wanted) is tuple and isinstance(value, list | tuple):
+        return tuple(_typed(each, typing.get_args(wanted)[0], source, name) for each in value)
+    if hasattr(wanted, "__dataclass_fields__") and isinstance(value, dict):
+        return built(wanted, value, source, name)
+    if wanted is float and isinstance(value, int | str):  # YAML 1.1 takes 1e-3, without a dot, for a string
+        with contextlib.suppress(ValueError, OverflowError):
+            value = float(value)
+    if not isinstance(value, typing.get_origin(wanted) or wanted) or isinstance(value, bool) is not (wanted is bool):
+        raise BadInput(f"{source}: {name} must be {wanted.__name__}, not {value!r}")
+    return value

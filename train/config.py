@@ -1,18 +1,14 @@
 """What a training run is told, and the named settings that it starts from."""
 
-import contextlib
 import dataclasses
 import difflib
 import math
-import types
-import typing
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.model.config import ModelConfig
+from kvcascade.model.config import ModelConfig, built
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,35 +116,7 @@ def from_dict(content: object, source: Path | str) -> RunConfig:
     for name in content:
         if name not in parts:
             raise BadInput(f"{source}: unknown section {name!r}; there are {', '.join(parts)}")
-    return RunConfig(**{name: _built(cls, content.get(name, {}), source, name) for name, cls in parts.items()})
-
-
-def _built(cls: type, content: dict, source: Path | str, name: str) -> Any:
-    """A dataclass from the dict of its fields."""
-    known = typing.get_type_hints(cls)
-    for key in content:
-        if key not in known:
-            raise BadInput(f"{source}: unknown setting {name}.{key}; there are {', '.join(known)}")
-    try:
-        return cls(**{key: _typed(value, known[key], source, f"{name}.{key}") for key, value in content.items()})
-    except TypeError as error:
-        raise BadInput(f"{source}: {name} is incomplete: {error}") from error
-
-
-def _typed(value: object, wanted: Any, source: Path | str, name: str) -> object:
-    """The value, or BadInput naming the setting if it is not of the type wanted."""
-    if isinstance(wanted, types.UnionType):  # with None
-        return None if value is None else _typed(value, typing.get_args(wanted)[0], source, name)
-    if typing.get_origin(wanted) is tuple and isinstance(value, list | tuple):
-        return tuple(_typed(each, typing.get_args(wanted)[0], source, name) for each in value)
-    if hasattr(wanted, "__dataclass_fields__") and isinstance(value, dict):
-        return _built(wanted, value, source, name)
-    if wanted is float and isinstance(value, int | str):  # YAML 1.1 takes 1e-3, without a dot, for a string
-        with contextlib.suppress(ValueError, OverflowError):
-            value = float(value)
-    if not isinstance(value, typing.get_origin(wanted) or wanted) or isinstance(value, bool) is not (wanted is bool):
-        raise BadInput(f"{source}: {name} must be {wanted.__name__}, not {value!r}")
-    return value
+    return RunConfig(**{name: built(cls, content.get(name, {}), source, name) for name, cls in parts.items()})
 
 
 def load(name: str) -> RunConfig:
