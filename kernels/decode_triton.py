@@ -192,7 +192,7 @@ def sees(age, WINDOW: tl.constexpr):
 @no_type_check
 def capped(logits, CAP: tl.constexpr):
     """`Heads.capped`."""
-    if CAP:
+    if CAP > 0:  # a condition must not be a float
         # Of a large |x| the exponential is 0 or infinite, and the fraction 1 or 0.
         logits = CAP - 2 * CAP / (1 + tl.exp(2 * logits / CAP))
     return logits
