@@ -107,7 +107,7 @@ class LayerCache:
             cache = self._take(q_BTNH, entry, positions_BT)
             found = decode(q_BTNH[:, 0], now_B, cache.held, self.heads, self.cascade.observed)
             out_BTNW, mass = normalise([found])
-            return out_BTNW.astype(q_BTNH.dtype), cache._watch(mass, positions_BT)
+            return cache._watch(mass, positions_BT)._before(out_BTNW.astype(q_BTNH.dtype))
         if not fresh:
             look = self.look(q_BTNH, k_BTKH, v_BTKW, positions_BT)
             return look.out_BTNW, self.commit(look)
@@ -184,6 +184,17 @@ class LayerCache:
             numbers = self._watched(kept, slots.numbers, counted, slots.pos_BKS, positions_BQ.max(-1))
             tiers.append(dataclasses.replace(slots, numbers=numbers))
         return dataclasses.replace(self, slots=tuple(tiers))
+
+    def _before(self, out_BTNW) -> tuple[Float[Array, "B T N W"], "LayerCache"]:
+        """The output, which nobody has before the numbers are made that attention changes.
+
+        Left to itself XLA makes the numbers of all layers at the end of a step, and holds all layers' weights until then.
+        """
+        if not self.cascade.observed:
+            return out_BTNW, self
+        out_BTNW, numbers = lax.optimization_barrier((out_BTNW, [slots.numbers for slots in self.slots]))
+        slots = (dataclasses.replace(each, numbers=made) for each, made in zip(self.slots, numbers, strict=True))
+        return out_BTNW, dataclasses.replace(self, slots=tuple(slots))
 
     def _watched(self, statistics, numbers, mass_of, pos_BKS, now_B):
         """The numbers of tokens after attention; those of a row without a query stay as they are."""

@@ -19,6 +19,7 @@ settings.register_profile(
     phases=(Phase.explicit, Phase.generate),
     report_multiple_bugs=False,
 )
+settings.register_profile("few", settings.get_profile("quick"), max_examples=3)  # for one more build of the same
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
