@@ -143,7 +143,8 @@ void Block(const Register* x, const T* w, const float* scale, float* y, int64_t 
 template <typename T>
 void FewRows(const Register* x, const T* w, const float* scale, float* y, int64_t rows, int64_t outputs, int64_t I,
              int64_t O) {
-  for (int64_t r = 0; r < rows;) {
+  int64_t r = 0;
+  while (r < rows) {  // clang does not see that a loop's lambda changes what it counts
     auto some = [&](auto count) {
       constexpr int kRows = decltype(count)::value;
       for (int64_t n = 0; n < outputs; n += kLanes / kRows) {
@@ -270,7 +271,8 @@ void ManyRows(const Register* panels, const T* w, const float* scale, float* y, 
       to[i * kOutputs].lanes = Operand(weights + i * kInputs<T>, I - i * kInputs<T>);
     }
   }
-  for (int64_t r = 0; r < rows;) {
+  int64_t r = 0;
+  while (r < rows) {
     auto some = [&](auto count) {
       constexpr int kPanels = decltype(count)::value;
       Lanes sums[kPanels][kGroup];
