@@ -56,6 +56,16 @@ def test_a_window_needs_no_more_slots_than_it_has() -> None:
     assert sorted(held.slots[0].pos_BKS[0, 0].tolist()) == [16, 17, 18, 19]
 
 
+@pytest.mark.parametrize("spec", ["recent 2 | heavy 4", "sink 2 | recent 4", "random 4 | recent 2", "full"])
+def test_what_a_window_hides_gives_its_slot_away(spec: str) -> None:
+    """With six slots for a window of six all that is held can be seen: the last six positions, whatever the policy."""
+    held = cache(spec, 48, Heads(4, 2, 8, window=6))
+    for position in range(40):
+        _, held = step(held, *tokens([position]))
+    pos_BKS = np.concatenate([slots.pos_BKS for slots in held.slots], -1)
+    np.testing.assert_array_equal(np.sort(pos_BKS), np.broadcast_to(np.arange(34, 40), (2, 2, 6)))
+
+
 @pytest.mark.parametrize("again", [[2], [5], [5, 6], [6, 6], [7, 6, 7], [3, 9]])
 def test_a_position_that_is_not_new(again: list[int]) -> None:
     """Twice in a call, again, or earlier than what the row has seen, though it is not held any more."""
