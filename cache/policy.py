@@ -5,6 +5,7 @@ The laws (tests/test_laws.py) draw from `POLICIES`, so they test it with no test
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -138,9 +139,15 @@ def _matching(pattern: str, value: str) -> str:
     return value
 
 
+def _finite(value: str) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError
+    return number
+
+
 ARGUMENTS = {
     int: Argument("a whole number", int, repr),
-    float: Argument("a finite number", lambda value: float(_matching(r"(?!.*(nan|inf)).*", value.lower())), repr),
+    float: Argument("a finite number", _finite, repr),
     bool: Argument(
         "true or false", lambda value: _matching("true|false", value) == "true", lambda value: str(value).lower()
     ),

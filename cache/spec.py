@@ -60,21 +60,23 @@ class CacheSpec:
             )
         return tuple(cascade for cascade in chosen if cascade is not None)
 
+    def layers(self, heads: Sequence[Heads]) -> list[tuple[Cascade, Heads]]:
+        """Each layer's cascade with its heads; BadInput as for `cascades`."""
+        return list(zip(self.cascades(len(heads)), heads, strict=True))
+
     def init(self, batch: int, heads: Sequence[Heads], context: int) -> Cache:
         """An empty cache for rows of up to `context` tokens and a model whose layers have these heads, one after the other."""
-        layers = zip(self.cascades(len(heads)), heads, strict=True)
-        made = (LayerCache.empty(cascade, batch, each, context, i) for i, (cascade, each) in enumerate(layers))
+        layers = enumerate(self.layers(heads))
+        made = (LayerCache.empty(cascade, batch, each, context, index) for index, (cascade, each) in layers)
         return Cache(tuple(made), tuple(range(len(heads))))
 
     def slots(self, heads: Sequence[Heads], context: int) -> int:
         """Tokens kept per KV head, in the layer that keeps most."""
-        layers = zip(self.cascades(len(heads)), heads, strict=True)
-        return max(cascade.slots(context, each.window) for cascade, each in layers)
+        return max(cascade.slots(context, each.window) for cascade, each in self.layers(heads))
 
     def nbytes(self, heads: Sequence[Heads], context: int) -> int:
         """Predicted bytes of one row: codes, scales, positions and numbers of every layer, and what layers remember."""
-        layers = zip(self.cascades(len(heads)), heads, strict=True)
-        return sum(cascade.nbytes(context, each) for cascade, each in layers)
+        return sum(cascade.nbytes(context, each) for cascade, each in self.layers(heads))
 
     def __str__(self) -> str:
         if len(self.parts) == 1 and self.parts[0][:2] == (0, None):

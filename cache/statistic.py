@@ -48,11 +48,8 @@ class Memory:
 
     def nbytes(self, heads: Heads) -> int:
         """Bytes per row and layer."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.shapes(1, heads)))
-
-    def shapes(self, batch: int, heads: Heads) -> Any:
-        """The shapes of what is remembered."""
-        return jax.eval_shape(lambda: self.init(batch, heads, 0))
+        shapes = jax.eval_shape(lambda: self.init(1, heads, 0))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,7 +105,7 @@ def occupied(spec, config, batch: int, context: int, tokens: int):
     from kvcascade.kernels.slots import Slots
 
     layers = []
-    for cascade, heads in zip(spec.cascades(config.layers), config.layer_heads, strict=True):
+    for cascade, heads in spec.layers(config.layer_heads):
         held, first = [], 0
         for index, tier in enumerate(cascade.tiers):
             shape = (batch, heads.kv, tier.slots(context, heads.window))

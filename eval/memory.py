@@ -98,7 +98,7 @@ def workspace(config: ModelConfig, spec: CacheSpec, context: int, alone: bool = 
             the MLP, M · d + matrices · F · d with d the bytes of `dtype`; S the slots of all tiers, `matrices` 3 with a gate, else 2.
             K and V go to their slots in float32, as attention's output comes from them; the logits of all slots make the mass.
     """
-    layers = list(zip(spec.cascades(config.layers), config.layer_heads, strict=True))
+    layers = spec.layers(config.layer_heads)
     number = jnp.dtype(config.dtype).itemsize
     ranks = [4 * heads.kv * (each.tiers[0].slots(context, heads.window) + 1) for each, heads in layers]
 

@@ -58,6 +58,7 @@ def told(text: str) -> str:
         ("random[seed=1.5] 4", "seed must be a whole number, not '1.5'", "random[→seed=1.5←] 4"),
         ("position-aware[mass=nan] 4", "mass must be", "position-aware[→mass=nan←] 4"),
         ("position-aware[mass=inf] 4", "mass must be", "position-aware[→mass=inf←] 4"),
+        ("position-aware[mass=1e999] 4", "mass must be a finite number", "position-aware[→mass=1e999←] 4"),
         ("layers[2:2]: full", "layers[2:2] has no layers", "→layers[2:2]:← full"),
         (
             "layers[0:1]: full ; layers[3:2]: full",
