@@ -4,7 +4,7 @@ import dataclasses
 import functools
 
 import jax.numpy as jnp
-import scipy.linalg
+import numpy as np
 from jax import lax
 
 from kvcascade.cache.errors import BadInput
@@ -169,7 +169,10 @@ def _block(head_dim: int) -> int:
 
 @functools.lru_cache
 def _hadamard(head_dim: int):
-    return (scipy.linalg.hadamard(head_dim) / head_dim**0.5).astype("float32")
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < head_dim:
+        matrix = np.kron([[1, 1], [1, -1]], matrix)
+    return (matrix / head_dim**0.5).astype("float32")
 
 
 f32 = Plain("f32", "float32")

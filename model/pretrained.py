@@ -9,12 +9,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import huggingface_hub
-import huggingface_hub.errors
-
 from kvcascade.cache.errors import BadInput
 from kvcascade.kernels.files import cache_dir
-from kvcascade.model import shapes, tokenizer
+from kvcascade.model import kept, shapes, tokenizer
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
 from kvcascade.model.tokenizer import Tokenizer
@@ -58,9 +55,11 @@ def load(name: str, report: Report = lambda done, of: None, weights: str = "floa
 
     Architectures: llama (SmolLM2, Llama 2 and 3), mistral, qwen2, qwen3, gemma2, gemma3 (text), gpt2. `weights` says what matrices are kept in: float32,
     bfloat16 or int8. Raises BadInput where there is no such model, or its files are incomplete, damaged or of another architecture.
+    What had to be converted is kept in the user's cache, up to 8 GiB, and mapped from there the next time.
     """
     path = locate(name)
-    return (_load_directory if path.is_dir() else _load_gguf)(name, path, weights, report)
+    read = _load_directory if path.is_dir() else _load_gguf
+    return dataclasses.replace(kept.load(path, weights, report, lambda: read(name, path, weights, report)), name=name)
 
 
 def shape(name: str) -> ModelConfig:
@@ -173,6 +172,8 @@ def _fetch(name: str) -> Path:
     """A repository of the hub as a folder; BadInput if it cannot be had."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise BadInput(f"no model {name}: it is no run, no gguf:FILE, no directory and no name on the Hugging Face hub")
+    import huggingface_hub.errors  # half a second, which only a name on the hub needs
+
     patterns = ["*.json", "*.safetensors", "*.jinja"]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, etag_timeout=3))

@@ -166,6 +166,10 @@ class Encoding(tiktoken.Encoding):
         ranks = ranks | {bytes([byte]): vocab + index for index, byte in enumerate(missing)}
         super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self._vocab = vocab
+        self._made_of = name, pattern, ranks, special, vocab
+
+    def __reduce__(self):
+        return Encoding, self._made_of
 
     @property
     def n_vocab(self) -> int:

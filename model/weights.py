@@ -158,7 +158,7 @@ def load_params(
 
     `paired_rope`: queries and keys are laid out for RoPE that turns neighbours (h, h + 1), as GGUF's llama does, and are put back.
     """
-    wanted = _leaves(gpt.graph(dataclasses.replace(config, weights="float32"))[1])
+    wanted = leaves(gpt.graph(dataclasses.replace(config, weights="float32"))[1])
     where = _find(wanted, source.shapes(), names, config.tied, name)
     params = {}
     for index, (path, leaf) in enumerate(wanted.items()):
@@ -180,7 +180,7 @@ def load_params(
         if path.endswith(".weight"):
             stored = {f"{folder}.{part}": each for part, each in linear.store(stored[path], config.weights).items()}
         for each, value in stored.items():
-            _put(params, each, value)
+            put(params, each, value)
         report(index + 1, len(wanted))
     return params
 
@@ -204,15 +204,15 @@ def _find(
     return where
 
 
-def _leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
+def leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
     """The leaves of nested dicts by their dotted path."""
     found = {}
     for key, value in tree.items():
-        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 
 
-def _put(tree: dict, path: str, value: jax.Array) -> None:
+def put(tree: dict, path: str, value: jax.Array) -> None:
     *folders, last = path.split(".")
     for folder in folders:
         tree = tree.setdefault(int(folder) if folder.isdigit() else folder, {})

@@ -56,7 +56,7 @@ def _run(arguments: list[str]) -> None:
         keep_programs()
     script = importlib.import_module(f"kvcascade.scripts.{command}")
     from kvcascade.cache.errors import BadInput
-    from kvcascade.train.loop import Diverged, Interrupted
+    from kvcascade.train.errors import Diverged, Interrupted
 
     try:
         script.main(arguments[1:])

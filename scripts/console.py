@@ -15,7 +15,6 @@ from rich.table import Table
 from kvcascade.cache.errors import BadInput
 from kvcascade.model import pretrained
 from kvcascade.model.pretrained import Model
-from kvcascade.train import run
 
 err = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
 
@@ -56,9 +55,11 @@ def open_model(name: str, weights: str = "float32") -> Model:
     if not pretrained.is_pretrained(name):
         if weights != "float32":
             raise BadInput(f"{name} is a run, whose weights are float32; --weights {weights} is for pretrained models")
+        from kvcascade.train import run  # a second of imports, which a pretrained model does not need
+
         return run.open_model(name)
     with progress(f"load {name}", None) as show:
-        model = run.open_model(name, lambda done, of: show(done, f"of {of} tensors"), weights)
+        model = pretrained.load(name, lambda done, of: show(done, f"of {of} tensors"), weights)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         show(None, f"{size / 2**20:,.0f} MiB of parameters; the process took {peak / 2**20:,.0f} MiB at most")

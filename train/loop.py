@@ -23,18 +23,7 @@ from kvcascade.model import gpt
 from kvcascade.train import data
 from kvcascade.train.checkpoint import Saver, State, read_log
 from kvcascade.train.config import RunConfig, TrainConfig
-
-
-class Interrupted(Exception):
-    """Training was asked to stop and did, with everything saved; `signal` says by what."""
-
-    def __init__(self, number: int, step: int, path: Path):
-        super().__init__(f"stopped at step {step} and saved; go on with: kvcascade train --run {path} --resume")
-        self.signal = number
-
-
-class Diverged(Exception):
-    """The loss stopped being a number."""
+from kvcascade.train.errors import Diverged, Interrupted
 
 
 @dataclasses.dataclass(frozen=True)
