@@ -1,9 +1,12 @@
 """Chat templates: the text that a model was taught to read as a conversation."""
 
 import datetime
+import json
 from collections.abc import Mapping
 
 import jinja2
+import jinja2.ext
+import jinja2.nodes
 import jinja2.sandbox
 
 from kvcascade.cache.errors import BadInput
@@ -25,16 +28,37 @@ def render(template: str, messages: list[Message], special: Mapping[str, str] = 
 
     `special` are the texts of `bos_token` and `eos_token`; one that the model has not is empty.
     """
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
     environment.globals |= {
         "raise_exception": _refuse,
         "strftime_now": lambda form: datetime.datetime.now().strftime(form),
     }
     try:
         known = {"bos_token": "", "eos_token": "", **special}
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **known)
-    except jinja2.TemplateError as error:
-        raise BadInput(f"the chat template does not work: {error}") from error
+        return environment.from_string(template).render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=True, **known
+        )
+    except BadInput:
+        raise
+    except Exception as error:  # a template may raise whatever Python code can
+        raise BadInput(f"the chat template does not work: {error or type(error).__name__}") from error
+
+
+class _Generation(jinja2.ext.Extension):
+    """The block `generation`, which marks in templates what a model is trained to say: it is written as it stands."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> None:
