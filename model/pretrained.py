@@ -39,10 +39,10 @@ class Model:
     config: ModelConfig
     params: Params
     encoding: Tokenizer
-    chat_template: str | None = None
-    """jinja2 source of the text that a list of messages becomes."""
-    special: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Texts of `bos_token` and `eos_token`, by these names, where the model has them: a template may write them."""
+    chat_template: str | dict[str, str] | None = None
+    """jinja2 source of the text that a list of messages becomes, or several by their names."""
+    special: dict[str, str | list[str]] = dataclasses.field(default_factory=dict)
+    """Texts of `bos_token`, `eos_token` and so on, by these names, where the model has them: a template may write them."""
     end: frozenset[int] = frozenset()
     """Tokens that end a text or an answer."""
     data: str = "stdlib"
