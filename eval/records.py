@@ -23,9 +23,9 @@ type Table = tuple[list[str], list[list[str]]]
 
 
 def evaluation(
-    model: Model, spec: CacheSpec, data: str, rows, prefix: int, lengths, scores: Scores, batch: int
+    model: Model, spec: CacheSpec, data: str, rows, prefix: int, lengths, scores: Scores, batch: int, bos: bool = False
 ) -> Record:
-    """The record of one cache on one text; `nll_windows` lets two records of the same text be compared window by window."""
+    """The record of one cache on one text, whose windows begin with BOS if `bos`; `nll_windows` lets two records be compared window by window."""
     config = model.config
     first = max(prefix, 1)
     windows, context = rows.shape
@@ -42,6 +42,7 @@ def evaluation(
         "sequences": windows,
         "batch": min(batch, windows),
         "prefix": prefix,
+        "bos": bos,
         "tokens": int(scores.nll_BT.size),
         "nll": nll,
         "nll_stderr": float(per_window.std(ddof=1) / math.sqrt(windows)) if windows > 1 else None,
@@ -180,6 +181,7 @@ def evaluation_table(found: list[Record]) -> tuple[str, list[str], list[list[str
     baseline = next((r for r in found if r["cache"] == "full"), found[0])
     first = found[0]
     title = f"{first['model']} on {first['data']}: {first['sequences']} windows of {first['context']} tokens"
+    title += ", with BOS" if first.get("bos") else ", without BOS"
     columns = [
         "cache",
         "kept",

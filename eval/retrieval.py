@@ -20,7 +20,7 @@ from kvcascade.model import generate
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
 from kvcascade.model.sampling import NOT_A_NUMBER
-from kvcascade.model.tokenizer import Tokenizer
+from kvcascade.model.tokenizer import Tokenizer, encode_within
 
 NOISE = (
     "The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.", "A door closed in the hall.",
@@ -143,8 +143,8 @@ TASKS: dict[str, Callable[[random.Random, float], Puzzle]] = {
 }
 
 
-def sample(task: str, encoding: Tokenizer, length: int, depth: float, seed: int) -> Sample:
-    """Make a context of exactly `length` tokens with a puzzle in it; the same arguments give the same sample.
+def sample(task: str, encoding: Tokenizer, length: int, depth: float, seed: int, before: Sequence[int] = ()) -> Sample:
+    """Make a context of exactly `length` tokens with a puzzle in it, `before` at its begin; the same arguments give the same sample.
 
     What has no depth of its own is hidden after the rest, in equal steps to the end. Raises BadInput where the context is too short.
     """
@@ -154,9 +154,9 @@ def sample(task: str, encoding: Tokenizer, length: int, depth: float, seed: int)
         raise BadInput(f"a depth of {depth}; it must be between 0 and 1")
     rng = random.Random(f"{task} {seed}")  # of a text: the same on every machine
     puzzle = TASKS[task](rng, depth)
-    tokens = lambda text: list(encoding.encode(text, disallowed_special=()))
+    tokens = lambda text: encode_within(encoding, text)
     hidden = [tokens(" " + text) for _, text in puzzle.hidden]
-    room = length - sum(map(len, hidden))
+    room = length - sum(map(len, hidden)) - len(before)
     if room < 0:
         raise BadInput(f"{length} tokens are too few for the task {task}, which hides {length - room}")
     noise: list[list[int]] = []
@@ -169,7 +169,7 @@ def sample(task: str, encoding: Tokenizer, length: int, depth: float, seed: int)
         seen += where is None
         share = depth + (1 - depth) * seen / (later + 1) if where is None else where
         places.append(round(share * max(len(noise) - 1, 0)))  # before the last, which may be cut short
-    context: list[int] = []
+    context = list(before)
     for index, sentence in enumerate([*noise, []]):
         context += [token for place, each in zip(places, hidden, strict=True) if place == index for token in each]
         context += sentence

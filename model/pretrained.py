@@ -8,12 +8,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.kernels.files import cache_dir
-from kvcascade.model import kept, shapes, tokenizer
+from kvcascade.model import kept, shapes, texts
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
+from kvcascade.model.metadata import Metadata
 from kvcascade.model.tokenizer import Tokenizer
 from kvcascade.model.weights import (
     GGUF,
@@ -43,11 +45,27 @@ class Model:
     """jinja2 source of the text that a list of messages becomes, or several by their names."""
     special: dict[str, str | list[str]] = dataclasses.field(default_factory=dict)
     """Texts of `bos_token`, `eos_token` and so on, by these names, where the model has them: a template may write them."""
+    before: tuple[int, ...] = ()
+    """Tokens that a text begins with, as its tokeniser says: BOS, or none."""
+    after: tuple[int, ...] = ()
+    """Tokens that a whole text ends with, as its tokeniser says: mostly none."""
+    bos: int | None = None
+    """The token that a text may begin with, also where the tokeniser puts none."""
     end: frozenset[int] = frozenset()
     """Tokens that end a text or an answer."""
     data: str = "stdlib"
     """The text that it is evaluated on where none is named."""
     seed: int = 0
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a whole text, with what its tokeniser puts before and after one."""
+        return [*self.before, *self.encoding.encode(text, disallowed_special=()), *self.after]
+
+    def begins_with_bos(self, wanted: Literal["auto", "yes", "no"]) -> bool:
+        """Whether windows of a text begin with BOS: as the tokeniser says, or as is wanted; BadInput where there is none."""
+        if wanted == "yes" and self.bos is None:
+            raise BadInput(f"{self.name} has no BOS token that a text could begin with")
+        return wanted == "yes" or (wanted == "auto" and self.bos in self.before)
 
 
 def load(name: str, report: Report = lambda done, of: None, weights: str = "float32") -> Model:
@@ -101,43 +119,18 @@ def _of_directory(name: str, folder: Path) -> ModelConfig:
 def _load_gguf(name: str, path: Path, weights: str, report: Report) -> Model:
     file = GGUFFile(path)
     config = dataclasses.replace(_of_gguf(file, path), weights=weights)
-    encoding = tokenizer.from_gguf(file.fields, str(path))
-    _check_vocabulary(config, encoding, str(path))
+    about_text = texts.from_gguf(file.fields, str(path), config.vocab)
     names = GGUF_GPT2 if config.positions == "learned" else GGUF
     params = load_params(config, file, names, str(path), file.fields["general.architecture"] == "llama", report)
-    ends = (file.fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot"))
-    end = frozenset(token for token in ends if token is not None)
-    template, tokens = file.fields.get("tokenizer.chat_template"), file.fields["tokenizer.ggml.tokens"]
-    ids = {f"{kind}_token": file.fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos")}
-    special = {kind: tokens[index] for kind, index in ids.items() if index is not None and index < len(tokens)}
-    return Model(name, config, params, encoding, template, special, end)
+    return Model(name, config, params, **vars(about_text))
 
 
 def _load_directory(name: str, folder: Path, weights: str, report: Report) -> Model:
     config = dataclasses.replace(_of_directory(name, folder), weights=weights)
-    encoding = tokenizer.from_json(folder / "tokenizer.json")
-    _check_vocabulary(config, encoding, name)
+    about_text = texts.from_directory(folder, Metadata.read(folder / "config.json"), config.vocab)
     names = HUB_GPT2 if config.positions == "learned" else HUB_GEMMA if config.post_norms else HUB_LLAMA
     params = load_params(config, Safetensors(folder), names, name, False, report)
-    settings = read_json(folder / "tokenizer_config.json", missing={})
-    template = settings.get("chat_template")
-    file = folder / "chat_template.jinja"
-    template = file.read_text() if file.is_file() else template
-    end = read_json(folder / "generation_config.json", missing={}).get("eos_token_id") or []
-    end = frozenset([end] if isinstance(end, int) else end)
-    return Model(name, config, params, encoding, template, _special(settings), end)
-
-
-def _special(settings: dict) -> dict[str, str]:
-    """The texts of a tokenizer_config.json's special tokens, each there as text or with more about it."""
-    found = {kind: settings.get(kind) for kind in ("bos_token", "eos_token")}
-    texts = {kind: token.get("content") if isinstance(token, dict) else token for kind, token in found.items()}
-    return {kind: text for kind, text in texts.items() if isinstance(text, str)}
-
-
-def _check_vocabulary(config: ModelConfig, encoding: Tokenizer, name: str) -> None:
-    if encoding.n_vocab > config.vocab:
-        raise BadInput(f"{name}: the tokenizer has {encoding.n_vocab} tokens, but the model only {config.vocab}")
+    return Model(name, config, params, **vars(about_text))
 
 
 def _smollm2() -> Path:

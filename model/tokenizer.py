@@ -1,18 +1,14 @@
-"""Tokenisers: bytes, a byte-level BPE trained on the corpus, or GPT-2's; each one is a `tiktoken.Encoding`."""
+"""Tokenisers: bytes, a byte-level BPE trained on the corpus, or GPT-2's, each one a `tiktoken.Encoding`; and those that come with a model."""
 
 import base64
-import contextlib
 import difflib
 import functools
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
-import gguf
 import numpy as np
 import tiktoken
 import tokenizers
@@ -21,6 +17,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.kernels.files import write_whole
+from kvcascade.model.vocabulary import BYTES, FileTokenizer
+from kvcascade.model.vocabulary import HubTokenizer as HubTokenizer
+from kvcascade.model.vocabulary import from_gguf as from_gguf
 
 NAMES = ("bytes", "bpe", "gpt2")
 
@@ -121,133 +120,30 @@ def load(path: Path) -> tiktoken.Encoding:
         raise BadInput(f"{path} is not a tokenizer, or is damaged: {type(error).__name__}: {error}") from error
 
 
-# GPT-2's way of cutting text, and those of Llama 3 and of Qwen 2, which cut numbers into three digits and one.
-GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# SmolLM's takes every digit by itself first, so spaces before a digit stay together.
-SMOLLM = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-PRE_TOKENIZERS = {
-    "gpt-2": GPT2,
-    "default": GPT2,
-    "smollm": SMOLLM,
-    "llama-bpe": LLAMA3,
-    "qwen2": LLAMA3.replace("{1,3}", ""),
-}
-
-
-def from_gguf(fields: dict[str, Any], source: str) -> tiktoken.Encoding:
-    """Make the tokeniser of a GGUF's vocabulary and merges; BadInput for a kind that is not a byte-level BPE."""
-    kind, cut = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or cut not in PRE_TOKENIZERS:
-        known = ", ".join(PRE_TOKENIZERS)
-        raise BadInput(f"{source} has a tokenizer of the kind {kind}/{cut}; there are gpt2/ with {known}")
-    names, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    normal = {
-        name: rank for rank, (name, kind) in enumerate(zip(names, kinds, strict=True)) if kind == gguf.TokenType.NORMAL
-    }
-    special = {name: rank for rank, name in enumerate(names) if name not in normal}
-    # tiktoken merges the pair whose token has the lowest number first: only right where tokens are numbered as they were merged.
-    merged = [normal.get(merge.replace(" ", "", 1), -1) for merge in fields["tokenizer.ggml.merges"]]
-    if merged != sorted(merged) or -1 in merged:
-        raise BadInput(f"{source}: the tokens are not numbered in the order of the merges")
-    try:
-        ranks = {_token(name): rank for name, rank in normal.items()}
-    except KeyError as error:
-        raise BadInput(f"{source}: the token with the character {error} is not one of a byte-level BPE") from error
-    return Encoding(Path(source).stem, PRE_TOKENIZERS[cut], ranks, special, len(names))
-
-
-class Encoding(tiktoken.Encoding):
-    """A byte-level BPE whose vocabulary may lack some bytes, which are left out of the text, as `tokenizers` and llama.cpp do."""
-
-    def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int], vocab: int):
-        # tiktoken wants every byte: those that are missing get numbers past the vocabulary, and are taken out again.
-        missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-        ranks = ranks | {bytes([byte]): vocab + index for index, byte in enumerate(missing)}
-        super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        self._vocab = vocab
-        self._made_of = name, pattern, ranks, special, vocab
-
-    def __reduce__(self):
-        return Encoding, self._made_of
-
-    @property
-    def n_vocab(self) -> int:
-        return self._vocab
-
-    def encode(self, text: str, **options) -> list[int]:
-        return [token for token in super().encode(text, **options) if token < self._vocab]
-
-    def encode_to_numpy(self, text: str, **options):
-        tokens = super().encode_to_numpy(text, **options)
-        return tokens[tokens < self._vocab]
-
-
-class HubTokenizer:
-    """A tokenizer.json behind the calls of a `tiktoken.Encoding` that are used here; text never becomes special tokens by accident."""
-
-    def __init__(self, path: Path):
-        self.name = path.parent.name
-        try:
-            content = path.read_text()
-            self._tokenizer = tokenizers.Tokenizer.from_str(content)
-        except OSError as error:
-            raise BadInput(f"{path.parent} lacks {path.name}") from error
-        except Exception as error:  # the library raises nothing narrower
-            raise BadInput(f"{path} is not a tokenizer, or is damaged: {error}") from error
-        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
-        self.n_vocab = self._tokenizer.get_vocab_size()
-
-    def encode(
-        self, text: str, *, allowed_special: Literal["all"] | frozenset[str] = frozenset(), disallowed_special=()
-    ):
-        self._tokenizer.encode_special_tokens = allowed_special != "all"
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_to_numpy(self, text: str, *, disallowed_special=()):
-        return np.asarray(self.encode(text), np.uint32)
-
-    def decode_single_token_bytes(self, token: int) -> bytes:
-        name = self._tokenizer.id_to_token(token)
-        if name is None:
-            raise KeyError(token)
-        if re.fullmatch("<0x[0-9A-F]{2}>", name):
-            return bytes([int(name[3:5], 16)])
-        if all(character in _BYTE for character in name):
-            return _token(name)
-        return name.replace("\u2581", " ").encode()
-
-    @property
-    def special_tokens(self) -> set[int]:
-        return {token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special}
-
-
-type Tokenizer = tiktoken.Encoding | HubTokenizer
-
-
-def from_json(path: Path) -> HubTokenizer:
-    """Read a tokenizer.json of Hugging Face; BadInput if it is missing or damaged."""
-    return HubTokenizer(path)
+type Tokenizer = tiktoken.Encoding | FileTokenizer
 
 
 def fingerprint(encoding: Tokenizer) -> str:
     """Return 16 hexadecimal digits that differ between tokenisers that differ in pattern, tokens or special tokens."""
-    if isinstance(encoding, HubTokenizer):
+    if isinstance(encoding, FileTokenizer):
         return encoding.fingerprint
     return _digest(encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens)
 
 
+def encode_within(encoding: Tokenizer, text: str) -> list[int]:
+    """Return the tokens of a text that other text precedes."""
+    if isinstance(encoding, FileTokenizer):
+        return encoding.encode_within(text)
+    return encoding.encode(text, disallowed_special=())
+
+
 def token_bytes(encoding: Tokenizer) -> Int32[np.ndarray, " V"]:
     """Return how many bytes of UTF-8 each token stands for; 0 for special tokens and unused numbers."""
+    if isinstance(encoding, FileTokenizer):
+        return encoding.token_bytes()
     lengths = np.zeros(encoding.n_vocab, np.int32)
-    if isinstance(encoding, HubTokenizer):
-        for token in set(range(encoding.n_vocab)) - encoding.special_tokens:
-            with contextlib.suppress(KeyError):
-                lengths[token] = len(encoding.decode_single_token_bytes(token))
-        return lengths
     for token, rank in encoding._mergeable_ranks.items():
-        if rank < encoding.n_vocab:
-            lengths[rank] = len(token)
+        lengths[rank] = len(token)
     return lengths
 
 
@@ -285,15 +181,5 @@ def _digest(pattern: str, ranks: dict[bytes, int], special: dict[str, int]) -> s
     return hashlib.sha256(json.dumps([pattern, by_rank, sorted(special.items())]).encode()).hexdigest()[:16]
 
 
-def _byte_characters() -> dict[str, int]:
-    # `tokenizers` writes a byte as a character: printable Latin-1 as itself, the others in order from U+0100 on.
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE = _byte_characters()
-
-
 def _token(text: str) -> bytes:
-    return bytes(_BYTE[character] for character in text)
+    return bytes(BYTES[character] for character in text)

@@ -12,7 +12,7 @@ from kvcascade.cache.spec import parse
 from kvcascade.eval import latency, perplexity, records
 from kvcascade.model import tokenizer
 from kvcascade.scripts import console
-from kvcascade.train import data, run
+from kvcascade.train import run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,8 @@ def main(arguments: list[str]) -> None:
     for model in loaded:
         perplexity.check(model.config, specs, context, 0)
     records.check_writable(args.out)
-    rows = data.windows(run.evaluation_tokens(first, None), context, args.sequences)
+    bos = first.begins_with_bos("auto")
+    rows = run.evaluation_windows(first, None, context, args.sequences, bos)
     lengths = tokenizer.token_bytes(first.encoding)
     found, shown = [], []
     with console.progress("compare", len(loaded) * len(specs)) as show:
@@ -61,7 +62,7 @@ def main(arguments: list[str]) -> None:
                 start = time.monotonic()
                 scores = perplexity.score(model.config, model.params, spec, rows, args.batch)
                 timed = latency.decode_step(model.config, model.params, [spec], args.batch)[0]
-                record = records.evaluation(model, spec, first.data, rows, 0, lengths, scores, args.batch)
+                record = records.evaluation(model, spec, first.data, rows, 0, lengths, scores, args.batch, bos)
                 record |= {key: timed[key] for key in ("step_ms", "products_ms")}
                 found.append(records.stamp(record, time.monotonic() - start))
                 shown.append([

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -11,7 +11,7 @@ from kvcascade.cache.spec import parse
 from kvcascade.eval import fidelity, perplexity, records
 from kvcascade.model import tokenizer
 from kvcascade.scripts import console
-from kvcascade.train import data, run
+from kvcascade.train import run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Args:
     """Also compare every next-token distribution with the full cache's: KL divergence and the same likeliest token; doubles the time."""
     weights: str = "float32"
     """What a pretrained model's matrices are kept in: float32, bfloat16 or int8."""
+    bos: Literal["auto", "yes", "no"] = "auto"
+    """Whether each window begins with BOS, which is not scored: auto as the model's tokenizer does with a text."""
     out: Path | None = None
     """File that one JSON object per cache is appended to."""
 
@@ -47,7 +49,8 @@ def main(arguments: list[str]) -> None:
     model = console.open_model(args.model, args.weights)
     perplexity.check(model.config, specs, args.context, args.prefix)
     records.check_writable(args.out)
-    rows = data.windows(run.evaluation_tokens(model, args.data), args.context, args.sequences)
+    bos = model.begins_with_bos(args.bos)
+    rows = run.evaluation_windows(model, args.data, args.context, args.sequences, bos)
     lengths = tokenizer.token_bytes(model.encoding)
     found = []
     with console.progress("evaluate", len(specs)) as show:
@@ -55,7 +58,7 @@ def main(arguments: list[str]) -> None:
             start = time.monotonic()
             scores = perplexity.score(model.config, model.params, spec, rows, args.batch, args.prefix)
             data_name = args.data or model.data
-            record = records.evaluation(model, spec, data_name, rows, args.prefix, lengths, scores, args.batch)
+            record = records.evaluation(model, spec, data_name, rows, args.prefix, lengths, scores, args.batch, bos)
             found.append(records.stamp(record, time.monotonic() - start))
             show(index + 1, str(spec))
     if args.fidelity:

@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
     if args.chat:
         prompts = [chat.encode(model, [{"role": "user", "content": text}]) for text in args.prompt]
     else:
-        prompts = [list(model.encoding.encode(text, disallowed_special=())) for text in args.prompt]
+        prompts = [model.encode(text) for text in args.prompt]
     longest = max(map(len, prompts))
     context = longest + args.tokens
     if context > model.config.context:

@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
     fewest = min(slots, default=max(args.length) // 4)
     specs = list(dict.fromkeys([parse("full"), *specs, parse(f"random {fewest}")]))
     make = lambda task, length, depth: [
-        retrieval.sample(task, model.encoding, length, depth, args.seed + i) for i in range(args.samples)
+        retrieval.sample(task, model.encoding, length, depth, args.seed + i, model.before) for i in range(args.samples)
     ]
     made = {(task, length): [make(task, length, d) for d in args.depth] for task in args.task for length in args.length}
     room = retrieval.asked(each for by_depth in made.values() for samples in by_depth for each in samples)

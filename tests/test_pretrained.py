@@ -210,9 +210,10 @@ def test_wrong_models_are_refused_in_one_line(tmp_path):
     refuse(
         f"gguf:{write_gguf('llama', tmp_path / 'b.gguf', without='blk.1.attn_v.weight')}", "lacks blk.1.attn_v.weight"
     )
-    refuse(f"gguf:{write_gguf('llama', tmp_path / 'c.gguf', tokenizer='llama')}", "llama/smollm")
+    refuse(f"gguf:{write_gguf('llama', tmp_path / 'c.gguf', tokenizer='t5')}", "t5/smollm")
+    refuse(f"gguf:{write_gguf('llama', tmp_path / 'c.gguf', tokenizer='llama')}", "lacks tokenizer.ggml.scores")
     many = [f"t{i}" for i in range(300)]
-    refuse(f"gguf:{write_gguf('llama', tmp_path / 'd.gguf', tokens=many)}", "order of the merges")
+    refuse(f"gguf:{write_gguf('llama', tmp_path / 'd.gguf', tokens=many)}", "tokenizer.ggml.merges[0]", "'h e'")
     folder = tiny_models.write("llama", tmp_path / "m", shards=2)
     (folder / "model-00002-of-00002.safetensors").unlink()
     refuse(folder, "lacks model-00002-of-00002.safetensors")
@@ -225,7 +226,7 @@ def test_wrong_models_are_refused_in_one_line(tmp_path):
         ({"num_hidden_layers": 3}, "lacks model.layers.2"),
         ({"num_hidden_layers": 1}, "has unexpected model.layers.1"),
         ({"num_hidden_layers": None}, "'num_hidden_layers'"),
-        ({"vocab_size": 100}, "has 257 tokens, but the model only 100"),
+        ({"vocab_size": 100}, "has tokens up to 256, but the model only 100 rows"),
     ):
         folder = tiny_models.write("llama", tmp_path / "w")
         (folder / "config.json").write_text(json.dumps(tiny_models.CONFIGS["llama"] | changes))

@@ -23,6 +23,7 @@ from jaxtyping import Int32, Integer
 from kvcascade.cache.errors import BadInput
 from kvcascade.kernels.files import cache_dir
 from kvcascade.model import tokenizer
+from kvcascade.model.vocabulary import FileTokenizer
 
 HUB = {
     "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
@@ -90,7 +91,8 @@ def tokenize(dataset: datasets.Dataset, encoding: tokenizer.Tokenizer) -> Intege
     raw = _read(path)
     if raw is None:
         lines = (text if text.endswith("\n") else text + "\n" for text in texts)
-        parts = (part for line in lines for part in _parts(line))
+        whole = isinstance(encoding, FileTokenizer) and encoding.whole
+        parts = lines if whole else (part for line in lines for part in _parts(line))
         pieces = [encoding.encode_to_numpy(part, disallowed_special=()).astype(dtype) for part in parts]
         raw = np.concatenate([np.empty(0, dtype), *pieces]).tobytes()
         tokenizer.keep(path, hashlib.sha256(raw).digest() + raw)

@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import tiktoken
+from jaxtyping import Int32
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.model import convert as pooling
@@ -79,6 +81,15 @@ def evaluation_tokens(model: Model, source: str | None):
     if source is None or source == model.data:
         return data.tokenize(data.load(model.data).validation, model.encoding)
     return data.tokenize(data.unseen(source), model.encoding)
+
+
+def evaluation_windows(
+    model: Model, source: str | None, context: int, count: int, bos: bool
+) -> Int32[np.ndarray, "B T"]:
+    """The first windows of the text to evaluate a model on, so many, of so many tokens, of which BOS is the first if `bos`."""
+    begin = [model.bos] if bos else []
+    rows = data.windows(evaluation_tokens(model, source), context - len(begin), count)
+    return np.concatenate([np.full((count, len(begin)), begin, np.int32), rows], 1)
 
 
 def convert(source: Path, path: Path, kv_heads: int, method: str, share: float) -> int:
