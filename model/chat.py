@@ -18,7 +18,7 @@ from kvcascade.model.pretrained import Model
 type Message = dict[str, str]
 """`role` (system, user, assistant) and `content`."""
 
-STEPS = 1_000_000  # lines of a template that may run: a long conversation takes some thousand
+STEPS = 300_000  # lines of a template that may run: a long conversation takes some thousand
 LARGEST = 10_000_000  # characters or items that a product in a template may have
 
 

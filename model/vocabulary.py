@@ -206,7 +206,7 @@ def from_gguf(fields: dict, source: str) -> FileTokenizer:
         before = pre_tokenizers.Sequence([*words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     else:
         scores = table.numbers("scores", count=len(names))
-        pieces = {name: scores[index] for name, index in vocab.items() if kinds[index] == gguf.TokenType.NORMAL}
+        pieces = {name: float(scores[index]) for name, index in vocab.items() if kinds[index] == gguf.TokenType.NORMAL}
         unknown = next((name for name, each in zip(names, kinds, strict=True) if each == gguf.TokenType.UNKNOWN), None)
         merges = _merges(pieces)
         model = lambda: models.BPE(vocab, merges, unk_token=unknown, byte_fallback=True, fuse_unk=True)

@@ -81,10 +81,14 @@ def write_gguf(name: str, file: Path, quantised: bool = False, **changes) -> Pat
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = [*alphabet, "he", "<|end|>"]
     writer.add_tokenizer_model(changes.get("tokenizer", "gpt2"))
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(changes.get("tokens", names))
-    writer.add_token_types([gguf.TokenType.NORMAL] * (len(changes.get("tokens", names)) - 1) + [gguf.TokenType.CONTROL])
-    writer.add_token_merges(["h e"])
+    writer.add_tokenizer_pre(changes.get("pre", "smollm"))
+    tokens = changes.get("tokens", names)
+    writer.add_token_list(tokens)
+    writer.add_token_types(changes.get("kinds", [gguf.TokenType.NORMAL] * (len(tokens) - 1) + [gguf.TokenType.CONTROL]))
+    if "scores" in changes:
+        writer.add_token_scores(changes["scores"])
+    writer.add_token_merges(changes.get("merges", ["h e"]))
+    changes.get("extra", lambda writer: None)(writer)
     if "template" in changes:
         writer.add_chat_template(changes["template"])
         writer.add_bos_token_id(names.index("<|end|>"))
