@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import io
 import logging
 import os
 import sys
@@ -30,6 +31,9 @@ COLD = ("bench", "compare", "study")
 
 def main(arguments: list[str] | None = None) -> None:
     """Run `kvcascade COMMAND …`; exits with 0, with 2 for bad input, 1 for diverged training, 128 + n when stopped by signal n."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a locale may have no letter for what is said
     try:
         _run(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:
@@ -69,6 +73,12 @@ def _run(arguments: list[str]) -> None:
         _fail(str(error), 1)
     except Interrupted as error:
         _fail(str(error), 128 + error.signal)
+    except MemoryError:
+        _fail("there is not enough memory")
+    except Exception as error:
+        if type(error).__name__ != "JaxRuntimeError" or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _fail(f"there is not enough memory: {str(error).splitlines()[0]}")
 
 
 def keep_programs() -> None:

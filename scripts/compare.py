@@ -12,6 +12,7 @@ from kvcascade.cache.spec import parse
 from kvcascade.eval import latency, perplexity, records
 from kvcascade.model import tokenizer
 from kvcascade.scripts import console
+from kvcascade.scripts.arguments import Count, Window, arguments_of
 from kvcascade.train import data, run
 
 
@@ -23,11 +24,11 @@ class Args:
     """Folders of runs, or pretrained models as `evaluate` takes them, that share a tokenizer."""
     cache: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """A cache in one line, or a preset's name; may be given several times."""
-    context: int | None = None
+    context: Window | None = None
     """Tokens per window; by default 512, or what the shortest model takes."""
-    sequences: int = 8
+    sequences: Count = 8
     """Windows to score."""
-    batch: int = 8
+    batch: Count = 8
     """Windows at once, and rows of the timed decode step."""
     out: Path | None = None
     """File that one JSON object per run and cache is appended to."""
@@ -35,7 +36,7 @@ class Args:
 
 def main(arguments: list[str]) -> None:
     """Score and time each run behind each cache; print one table."""
-    args = tyro.cli(Args, prog="kvcascade compare", args=arguments)
+    args = arguments_of(Args, "compare", arguments)
     if not args.runs:
         raise BadInput("name at least one run to compare")
     loaded = [console.open_model(name) for name in args.runs]
@@ -49,7 +50,7 @@ def main(arguments: list[str]) -> None:
     texts = list(dict.fromkeys(["full", *args.cache, f"random {context // 4}"]))
     specs = [parse(text) for text in texts]
     for model in loaded:
-        perplexity.check(model.config, specs, context, 0)
+        perplexity.check(model.config, specs, context, 0, args.batch)
     records.check_writable(args.out)
     rows = data.windows(run.evaluation_tokens(first, None), context, args.sequences)
     lengths = tokenizer.token_bytes(first.encoding)

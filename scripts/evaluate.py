@@ -11,6 +11,7 @@ from kvcascade.cache.spec import parse
 from kvcascade.eval import fidelity, perplexity, records
 from kvcascade.model import tokenizer
 from kvcascade.scripts import console
+from kvcascade.scripts.arguments import Count, CountOrNone, Window, arguments_of
 from kvcascade.train import data, run
 
 
@@ -24,13 +25,13 @@ class Args:
     """A cache in one line, or a preset's name: streaming, h2o, neurokv. Give it several times to compare."""
     data: str | None = None
     """stdlib, file:PATH or a hub data set; by default the text that a run was validated on, and stdlib for others."""
-    context: int = 512
+    context: Window = 512
     """Tokens per window."""
-    sequences: int = 8
+    sequences: Count = 8
     """Windows, the first ones of the text."""
-    batch: int = 8
+    batch: Count = 8
     """Windows at once."""
-    prefix: int = 0
+    prefix: CountOrNone = 0
     """Tokens of each window that enter in one prefill and are not scored."""
     fidelity: bool = False
     """Also compare every next-token distribution with the full cache's: KL divergence and the same likeliest token; doubles the time."""
@@ -42,10 +43,10 @@ class Args:
 
 def main(arguments: list[str]) -> None:
     """Evaluate each cache, print a table, append the records."""
-    args = tyro.cli(Args, prog="kvcascade evaluate", args=arguments)
+    args = arguments_of(Args, "evaluate", arguments)
     specs = [parse(text) for text in args.cache or ("full",)]
     model = console.open_model(args.model, args.weights)
-    perplexity.check(model.config, specs, args.context, args.prefix)
+    perplexity.check(model.config, specs, args.context, args.prefix, min(args.batch, args.sequences))
     records.check_writable(args.out)
     rows = data.windows(run.evaluation_tokens(model, args.data), args.context, args.sequences)
     lengths = tokenizer.token_bytes(model.encoding)

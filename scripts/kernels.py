@@ -13,6 +13,7 @@ from kvcascade.eval import kernel_bench, kernel_cases, kernel_check, kernel_repo
 from kvcascade.eval.kernel_cases import Case
 from kvcascade.kernels import aot
 from kvcascade.scripts import console
+from kvcascade.scripts.arguments import parse_command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Bench:
 def main(arguments: list[str]) -> None:
     """Check or time the kernels, print a table, append the records."""
     commands = {"check": Check, "bench": Bench}
-    args = tyro.extras.subcommand_cli_from_dict(commands, prog="kvcascade kernels", args=arguments)
+    args = parse_command(commands, "kernels", arguments)
     try:
         chosen = [one for name, one in kernel_cases.cases().items() if all(words in name for words in args.case)]
         cards = [] if isinstance(args, Bench) else kernel_check.cards(args.gpu or ("h100", "a100"))

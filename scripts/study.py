@@ -10,10 +10,9 @@ import time
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from kvcascade.eval import buffers, latency, perplexity, records, report, suite
 from kvcascade.scripts import console
+from kvcascade.scripts.arguments import arguments_of
 from kvcascade.train import checkpoint, config, data, run
 
 
@@ -52,7 +51,7 @@ class Args:
 
 def main(arguments: list[str]) -> None:
     """Run what is not done yet, then measure everything and write the page."""
-    args = tyro.cli(Args, prog="kvcascade study", args=arguments)
+    args = arguments_of(Args, "study", arguments)
     scale = SCALES[args.preset]
     base = config.PRESETS[scale.preset]
     train = dataclasses.replace(base.train, steps=scale.steps, evaluate_every=max(1, scale.steps // 18))

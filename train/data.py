@@ -113,8 +113,10 @@ def _parts(text: str) -> Iterator[str]:
 def windows(tokens: Integer[np.ndarray, " T"], context: int, count: int) -> Int32[np.ndarray, "{count} {context}"]:
     """Return the first `count` windows of `context` consecutive tokens, one after the other without overlap.
 
-    Raises BadInput if the tokens are too few.
+    Raises BadInput if the tokens are too few, or nothing is asked for.
     """
+    if count < 1 or context < 1:
+        raise BadInput(f"{count} windows of {context} tokens are none")
     there = len(tokens) // context
     if there < count:
         raise BadInput(f"{count} windows of {context} tokens were asked for, but the text has {there}")
