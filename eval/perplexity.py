@@ -102,7 +102,7 @@ def score(
         for t in range(prefix + 1, T - 1, DISPATCH):
             cache, nll_BT = step.run(params, rows_BT, cache, t, min(t + DISPATCH, T - 1), nll_BT)
         scored.append(np.asarray(nll_BT)[: windows - first, max(prefix, 1) - 1 : T - 1])
-        generate.check_numbers(np.isnan(scored[-1]), np.full(len(scored[-1]), max(prefix, 1)), first)
+        generate.check_numbers(~np.isfinite(scored[-1]), np.full(len(scored[-1]), max(prefix, 1)), first)
         seconds += time.perf_counter() - start
         steps += T - 2 - prefix + bool(first)
         kv_bytes = nbytes(cache) // batch

@@ -45,7 +45,7 @@ def _groups(controller: str) -> Iterator[Path]:
             yield from (own, *own.parents)
 
 
-def available() -> float:
+def available() -> int | float:
     """Return how many bytes this process may still take: of the system's memory and swap, and of each control group's; infinite where nobody says."""
     known = dict(re.findall(r"^(\w+):\s+(\d+) kB", _text(ROOT / "proc/meminfo"), re.MULTILINE))
     system = (
@@ -54,7 +54,7 @@ def available() -> float:
     return min([system, *map(_free, _groups("memory"))])
 
 
-def _free(folder: Path) -> float:
+def _free(folder: Path) -> int | float:
     """Bytes that a control group has left; what it holds of files can be taken back."""
     for limit, used, files in (("max", "current", "file"), ("limit_in_bytes", "usage_in_bytes", "total_cache")):
         numbers = [_text(folder / f"memory.{name}").strip() for name in (limit, used)]

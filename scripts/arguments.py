@@ -6,7 +6,7 @@ import io
 import os
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import tyro
@@ -18,12 +18,12 @@ from kvcascade.cache.errors import BadInput
 class Bounds:
     """What a number may be; NaN is never within them."""
 
-    least: float
-    most: float
+    least: int | float
+    most: int | float
     above: bool = False
     """Whether `least` itself is too little."""
 
-    def check(self, flag: str, value: float) -> None:
+    def check(self, flag: str, value: int | float) -> None:
         """BadInput that names the flag if a value is out of bounds."""
         if not (self.least < value if self.above else self.least <= value) or not value <= self.most:
             low = f"{'above' if self.above else 'at least'} {self.least}"
@@ -34,26 +34,29 @@ class Bounds:
 INT32 = 2**31 - 1  # tokens, rows and positions are counted in int32
 LONG = 1e9  # seconds, thirty years: what a clock can wait for
 
-type Count = Annotated[int, Bounds(1, INT32)]
-type CountOrNone = Annotated[int, Bounds(0, INT32)]
-type Window = Annotated[int, Bounds(2, INT32)]
+Count = Annotated[int, Bounds(1, INT32)]
+CountOrNone = Annotated[int, Bounds(0, INT32)]
+Window = Annotated[int, Bounds(2, INT32)]
 """Tokens of which at least one is scored."""
-type Seed = Annotated[int, Bounds(0, 2**32 - 1)]
-type Share = Annotated[float, Bounds(0, 1)]
-type Part = Annotated[float, Bounds(0, 1, above=True)]
-type Seconds = Annotated[float, Bounds(0, LONG, above=True)]
+Seed = Annotated[int, Bounds(0, 2**32 - 1)]
+Share = Annotated[float, Bounds(0, 1)]
+Part = Annotated[float, Bounds(0, 1, above=True)]
+Seconds = Annotated[float, Bounds(0, LONG, above=True)]
 
 
 def arguments_of[T](cls: type[T], command: str, arguments: list[str], default: T | None = None) -> T:
     """Read a subcommand's arguments into its dataclass; BadInput for a flag that is not there and a value that cannot be."""
-    more = {} if default is None else {"default": default}
     with _one_line():
-        args = tyro.cli(cls, prog=f"kvcascade {command}", args=arguments, **more)
+        program = f"kvcascade {command}"
+        if default is None:
+            args = tyro.cli(cls, prog=program, args=arguments)
+        else:
+            args = tyro.cli(cls, prog=program, args=arguments, default=default)
     check(args)
     return args
 
 
-def parse_command[T](classes: dict[str, type[T]], command: str, arguments: list[str]) -> T:
+def parse_command(classes: dict[str, Callable[..., Any]], command: str, arguments: list[str]) -> Any:
     """The same for a subcommand that has subcommands of its own."""
     with _one_line():
         args = tyro.extras.subcommand_cli_from_dict(classes, prog=f"kvcascade {command}", args=arguments)
@@ -77,8 +80,6 @@ def text(typed: str) -> str:
 
 
 def _bounds(wanted: Any) -> Iterator[Bounds]:
-    if isinstance(wanted, typing.TypeAliasType):
-        wanted = wanted.__value__
     yield from (each for each in getattr(wanted, "__metadata__", ()) if isinstance(each, Bounds))
     for part in typing.get_args(wanted):
         yield from _bounds(part)

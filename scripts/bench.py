@@ -9,7 +9,7 @@ import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import bench, peers, records
+from kvcascade.eval import bench, peers, record_files, records
 from kvcascade.model import generate, pretrained
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, arguments_of
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
     contexts = args.context or (64, min(1024, config.context - after))
     for context in contexts:
         generate.check_context(config, context + after)
-    records.check_writable(args.out)
+    record_files.check_writable(args.out)
     others = peers.find(args.peer, pretrained.locate(args.model), args.variant) if known else []
     found = []
     try:
@@ -72,5 +72,5 @@ def main(arguments: list[str]) -> None:
         for other in others:
             other.close()
     if args.out:
-        records.append(args.out, found)
+        record_files.append(args.out, found)
     console.table(*bench.table(found))

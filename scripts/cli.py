@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 
 COMMANDS = {
     "study": "train MHA, retrain GQA, evaluate the caches, write a report",
@@ -55,6 +56,8 @@ def _run(arguments: list[str]) -> None:
     sys.unraisablehook = _unraisable
     logging.basicConfig(format="kvcascade: %(message)s", level=logging.ERROR)
     logging.getLogger("kvcascade").setLevel(logging.INFO)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of libraries, to developers
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's notes about this machine are not about the user's work
     if command not in COLD:
         keep_programs()

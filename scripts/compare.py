@@ -9,7 +9,7 @@ import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import latency, perplexity, records
+from kvcascade.eval import latency, perplexity, record_files, records
 from kvcascade.model import tokenizer
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, Window, arguments_of
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
     specs = [parse(text) for text in texts]
     for model in loaded:
         perplexity.check(model.config, specs, context, 0, args.batch)
-    records.check_writable(args.out)
+    record_files.check_writable(args.out)
     rows = data.windows(run.evaluation_tokens(first, None), context, args.sequences)
     lengths = tokenizer.token_bytes(first.encoding)
     found, shown = [], []
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> None:
                 ])  # fmt: skip
                 show(len(found), f"{model.name}: {spec}")
     if args.out:
-        records.append(args.out, found)
+        record_files.append(args.out, found)
     title = f"{args.sequences} windows of {context} tokens of {first.data}; a decode step of {args.batch} rows"
     columns = ["run", "KV heads", "cache", "loss", "PPL", "bits/byte", "KV bytes", "step, ms", "its products, ms"]
     console.table(title, columns, shown)

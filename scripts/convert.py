@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from kvcascade.scripts.arguments import Part, arguments_of
+from kvcascade.scripts.arguments import Count, Part, arguments_of
 from kvcascade.train import run
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from kvcascade.cache.spec import parse
-from kvcascade.eval import crash, limits, records
+from kvcascade.eval import crash, limits, record_files, records
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, CountOrNone, Seconds, Share, arguments_of
 
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
     """Test every cache, print a table and the sentence that it comes to, append the records."""
     args = arguments_of(Args, "crash", arguments)
     specs, limit = [parse(text) for text in args.cache or ("full",)], limits.parse_bytes(args.limit)
-    records.check_writable(args.out)
+    record_files.check_writable(args.out)
     # Ctrl-C unwinds as it is; SIGTERM would leave the child's cgroup.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     found = []
@@ -55,6 +55,6 @@ def main(arguments: list[str]) -> None:
     # Only now: naming the device opens it, and an open GPU's memory is taken from the children.
     found = [records.stamp(one, one["seconds"]) for one in found]
     if args.out:
-        records.append(args.out, found)
+        record_files.append(args.out, found)
     console.table(*crash.table(found))
     print("\n".join(crash.sentences(found)))

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from kvcascade.cache.spec import parse
-from kvcascade.eval import fidelity, perplexity, records
+from kvcascade.eval import fidelity, perplexity, record_files, records
 from kvcascade.model import tokenizer
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, CountOrNone, Window, arguments_of
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     specs = [parse(text) for text in args.cache or ("full",)]
     model = console.open_model(args.model, args.weights)
     perplexity.check(model.config, specs, args.context, args.prefix, min(args.batch, args.sequences))
-    records.check_writable(args.out)
+    record_files.check_writable(args.out)
     rows = data.windows(run.evaluation_tokens(model, args.data), args.context, args.sequences)
     lengths = tokenizer.token_bytes(model.encoding)
     found = []
@@ -65,5 +65,5 @@ def main(arguments: list[str]) -> None:
             compared = fidelity.fidelity(model.config, model.params, specs, rows, args.batch, tell)
         found = [record | records.fidelity(each) for record, each in zip(found, compared, strict=True)]
     if args.out:
-        records.append(args.out, found)
+        record_files.append(args.out, found)
     console.table(*records.evaluation_table(found))

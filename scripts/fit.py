@@ -10,7 +10,7 @@ import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import fit, kernel_check, memory, records
+from kvcascade.eval import fit, kernel_check, memory, record_files, records
 from kvcascade.kernels import aot
 from kvcascade.model import known
 from kvcascade.scripts import console
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
         (card,) = kernel_check.cards([args.gpu])
     except aot.NotInstalled as error:
         raise BadInput(str(error)) from error
-    records.check_writable(args.out)
+    record_files.check_writable(args.out)
     start = time.monotonic()
     with console.progress("fit", len(specs)) as show:
         done = iter(range(1, len(specs) + 1))
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> None:
         found = fit.fit(args.model, config, card, specs, contexts, args.share, tell)
     found = [records.stamp(one, time.monotonic() - start) for one in found]
     if args.out:
-        records.append(args.out, found)
+        record_files.append(args.out, found)
     console.table(*fit.table(found))
     print(*fit.notes(found), sep="\n")
     if any("failed" in one for one in found):

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from kvcascade.cache.spec import parse
-from kvcascade.eval import bench, buffers, profile, profile_report, records
+from kvcascade.eval import bench, buffers, profile, profile_report, record_files, records
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, arguments_of
 
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
     model = console.open_model(args.model, args.weights)
     context = min(1024, model.config.context) if args.context is None else args.context
     profile.check(model.config, specs, context)
-    records.check_writable(args.out)
+    record_files.check_writable(args.out)
     found = []
     with console.progress("profile", 2 * len(specs)) as show:
         bandwidth = 0.0
@@ -61,6 +61,6 @@ def main(arguments: list[str]) -> None:
     for some in (profile_report.summary, profile_report.memory_table):
         console.table(*some(found), file=text)
     if args.out:
-        records.append(args.out, found)
+        record_files.append(args.out, found)
     profile_report.write(args.dir, found, text.getvalue())
     print(text.getvalue() + f"{args.dir}: profile.txt, step.csv, memory.csv, step.svg, memory.svg")

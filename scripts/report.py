@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import records, report
+from kvcascade.eval import record_files, report
 from kvcascade.scripts.arguments import arguments_of
 
 
@@ -27,6 +27,6 @@ def main(arguments: list[str]) -> None:
     args = arguments_of(Args, "report", arguments)
     if not args.files:
         raise BadInput("name at least one file of records")
-    found = [record for file in args.files for record in records.read(file)]
-    report.write(args.page, found, shlex.join(["kvcascade", "report", *arguments]))
+    found, left_out = record_files.gather([*args.files])
+    report.write(args.page, found, shlex.join(["kvcascade", "report", *arguments]), left_out)
     print(args.page)

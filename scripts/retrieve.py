@@ -9,7 +9,7 @@ import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import records, retrieval
+from kvcascade.eval import record_files, records, retrieval
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, Seed, Share, arguments_of
 
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
     ]
     made = {(task, length): [make(task, length, d) for d in args.depth] for task in args.task for length in args.length}
     room = retrieval.asked(each for by_depth in made.values() for samples in by_depth for each in samples)
-    records.check_writable(args.out)
+    record_files.check_writable(args.out)
     found: list[records.Record] = []
     with console.progress("retrieve", len(specs) * len(made)) as show:
         for spec in specs:
@@ -69,5 +69,5 @@ def main(arguments: list[str]) -> None:
                     found.append(records.stamp(one, seconds))
                 show(len(found) // len(args.depth), f"{spec}: {task} in {length}")
     if args.out:
-        records.append(args.out, found)
+        record_files.append(args.out, found)
     console.table(*records.retrieval_table(found))

@@ -9,7 +9,7 @@ import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import records, stream
+from kvcascade.eval import record_files, records, stream
 from kvcascade.model.known import stretch
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, arguments_of
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
         raise BadInput(f"--tokens is {args.tokens}; it must be at least {stream.STRETCH}")
     model = console.open_model(args.model, args.weights)
     stretch(model.config, args.tokens)
-    records.check_writable(args.out)
+    record_files.check_writable(args.out)
     found = []
     for spec in specs:
         start = time.monotonic()
@@ -49,5 +49,5 @@ def main(arguments: list[str]) -> None:
             one = stream.stream(model, spec, args.batch, args.tokens, lambda done, show=show: show(done, ""))
         found.append(records.stamp(one, time.monotonic() - start))
         if args.out:
-            records.append(args.out, found[-1:])
+            record_files.append(args.out, found[-1:])
     console.table(*stream.table(found))

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from kvcascade.eval import buffers, latency, perplexity, records, report, suite
+from kvcascade.eval import buffers, latency, perplexity, record_files, records, report, suite
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import arguments_of
 from kvcascade.train import checkpoint, config, data, run
@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> None:
     found = _measure(args.dir, list(wanted), scale)
     file = args.dir / "records.jsonl"
     file.unlink(missing_ok=True)
-    records.append(file, found)
+    record_files.append(file, found)
     command = f"kvcascade study --preset {args.preset}" + ("" if args.data == "stdlib" else f" --data {args.data}")
     report.write(args.dir / "report.html", found, command)
     tables = report.readme_tables(found)
