@@ -71,7 +71,7 @@ def test_what_cannot_be_is_one_line(typed: str, said: str) -> None:
 
 
 def test_what_can_be_is_taken() -> None:
-    typed = "--count 2147483647 --several 1 2 --maybe 0 --part 1 --seed 4294967295"
+    typed: str = "--count 2147483647 --several 1 2 --maybe 0 --part 1 --seed 4294967295"
     assert arguments.arguments_of(Args, "x", typed.split()) == Args(2**31 - 1, (1, 2), 0.0, 1.0, 2**32 - 1)
     assert arguments.arguments_of(Args, "x", []) == Args()
 

@@ -152,13 +152,13 @@ BAD = {
     f"{EVALUATE} full --context 1": "--context is 1; it must be at least 2",
     f"{EVALUATE} full --context two": "Error parsing --context: invalid literal for int() with base 10: 'two'",
     f"{EVALUATE} full --batch 99999999999999999999": "it must be at least 1 and at most 2147483647",
-    f"{EVALUATE} 'recent 99999999999999999999'": "for 2 rows takes 83,200,000,000,000,000,000,000 bytes, and there are",
+    f"{EVALUATE} 'recent 99999999999999999999'": "for 2 rows takes 14,400,000,000,000,000,001,904 bytes, and there are",
     f"{EVALUATE} 'recent 3000000000000'": "recent 3000000000000 for 2 rows takes",
     "compare run --sequences 0": "--sequences is 0",
     "convert run --kv-heads 1 --run new --share nan": "--share is nan; it must be above 0 and at most 1",
     "generate --model run --prompt a --seed 99999999999999999999": "it must be at least 0 and below 2^32",
     "retrieve --model run --depth 0 inf": "--depth is inf; it must be at least 0 and at most 1",
-    "evaluate --modl run --cache full": "Unrecognized options: --modl",
+    "evaluate --modl run --cache full": "Missing from kvcascade evaluate: --model",
     "stream --model run --cache full --tokens 5": "--tokens is 5; it must be at least 1024",
 }
 
