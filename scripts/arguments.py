@@ -7,6 +7,7 @@ import os
 import re
 import typing
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -53,7 +54,7 @@ def arguments_of[T](cls: type[T], command: str, arguments: list[str], default: T
         else:
             args = tyro.cli(cls, prog=program, args=arguments, default=default)
     check(args)
-    return args
+    return _at_home(args)
 
 
 def parse_command(classes: dict[str, Callable[..., Any]], command: str, arguments: list[str]) -> Any:
@@ -61,7 +62,7 @@ def parse_command(classes: dict[str, Callable[..., Any]], command: str, argument
     with _one_line():
         args = tyro.extras.subcommand_cli_from_dict(classes, prog=f"kvcascade {command}", args=arguments)
     check(args)
-    return args
+    return _at_home(args)
 
 
 def check(args: Any) -> None:
@@ -72,6 +73,17 @@ def check(args: Any) -> None:
             for each in value if isinstance(value, tuple) else (value,):
                 if each is not None:
                     bounds.check(name.replace("_", "-"), each)
+
+
+def _at_home(args: Any) -> Any:
+    """The same with ~ at the start of paths replaced, which a shell leaves as it is in --out=~/x."""
+    paths: dict[str, Any] = {}
+    for name, value in vars(args).items():
+        if isinstance(value, Path):
+            paths[name] = value.expanduser()
+        elif isinstance(value, tuple) and value and all(isinstance(each, Path) for each in value):
+            paths[name] = tuple(each.expanduser() for each in value)
+    return dataclasses.replace(args, **paths)
 
 
 def text(typed: str) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import os
 import typing
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -44,6 +45,8 @@ class Args:
     count: Count = 1
     several: tuple[Count, ...] = ()
     maybe: Share | None = None
+    out: Path | None = None
+    files: tuple[Path, ...] = ()
     part: Part = 1.0
     seed: Seed = 0
 
@@ -71,9 +74,16 @@ def test_what_cannot_be_is_one_line(typed: str, said: str) -> None:
 
 
 def test_what_can_be_is_taken() -> None:
-    typed: str = "--count 2147483647 --several 1 2 --maybe 0 --part 1 --seed 4294967295"
-    assert arguments.arguments_of(Args, "x", typed.split()) == Args(2**31 - 1, (1, 2), 0.0, 1.0, 2**32 - 1)
+    typed = ["--count", "2147483647", "--several", "1", "2", "--maybe", "0", "--part", "1", "--seed", "4294967295"]
+    assert arguments.arguments_of(Args, "x", typed) == Args(2**31 - 1, (1, 2), 0.0, part=1.0, seed=2**32 - 1)
     assert arguments.arguments_of(Args, "x", []) == Args()
+
+
+def test_paths_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a shell leaves ~ as it is, as in --out=~/x."""
+    monkeypatch.setenv("HOME", "/home/x")
+    args = arguments.arguments_of(Args, "x", ["--out=~/a", "--files", "~", "b"])
+    assert (args.out, args.files) == (Path("/home/x/a"), (Path("/home/x"), Path("b")))
 
 
 @given(

@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def documents(source: str) -> list[str]:
         if (packed := Path(name).suffix) in PACKED:
             name = name.removesuffix(packed)
             content = PACKED[packed](content)
-    except (OSError, EOFError, lzma.LZMAError, ValueError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise BadInput(f"{source}: cannot be read ({reason})") from error
     if not content:
