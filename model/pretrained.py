@@ -97,7 +97,7 @@ def _load_directory(name: str, folder: Path, weights: str, report: Report) -> Mo
     settings = read_json(folder / "tokenizer_config.json", missing={})
     template = settings.get("chat_template")
     file = folder / "chat_template.jinja"
-    template = file.read_text() if file.is_file() else template
+    template = file.read_text("utf-8") if file.is_file() else template
     end = read_json(folder / "generation_config.json", missing={}).get("eos_token_id") or []
     end = frozenset([end] if isinstance(end, int) else end)
     return Model(name, config, params, encoding, template, _special(settings), end)

@@ -189,7 +189,7 @@ class HubTokenizer:
     def __init__(self, path: Path):
         self.name = path.parent.name
         try:
-            content = path.read_text()
+            content = path.read_text("utf-8")
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
         except OSError as error:
             raise BadInput(f"{path.parent} lacks {path.name}") from error

@@ -98,7 +98,7 @@ _REQUIRED = object()
 def read_json(path: Path, missing: Any = _REQUIRED) -> Any:
     """What a JSON file holds; `missing`, if given, where there is no file; BadInput if it is damaged, or not there."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         if missing is not _REQUIRED:
             return missing

@@ -15,7 +15,7 @@ PRETRAINED, KERNELS, SPEED, STREAM, FIT, CRASH = (
 def generated() -> dict[Path, str]:
     """The files that come from the records, with their content: README.md and its figure."""
     found = record_files.read(RESULTS)
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text("utf-8")
     evaluations = [r for r in records.of_kind(found, "evaluate") if r["model"] == "mha"]
     groups = {r["cache"]: suite.group_of(r["cache"], r["context"]) for r in evaluations}
     pretrained = record_files.read(PRETRAINED)

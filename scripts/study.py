@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> None:
     command = f"kvcascade study --preset {args.preset}" + ("" if args.data == "stdlib" else f" --data {args.data}")
     report.write(args.dir / "report.html", found, command)
     tables = report.readme_tables(found)
-    (args.dir / "tables.md").write_text("\n\n".join(tables.values()) + "\n")
+    (args.dir / "tables.md").write_text("\n\n".join(tables.values()) + "\n", "utf-8")
     evaluations = records.of_kind(found, "evaluate")
     for name in wanted:
         console.table(*records.evaluation_table([r for r in evaluations if r["model"] == name]))
