@@ -178,7 +178,7 @@ def generated(found: Record) -> dict[Path, str]:
     """The page, with its tables, and its figures."""
     parts = flash_tables.tables(found)
     drawn = {FOLDER / f"{name}.svg": svg for name, svg in flash_figures.drawn(found).items()}
-    return {PAGE: report.fill(PAGE.read_text(), parts), **drawn}
+    return {PAGE: report.fill(PAGE.read_text("utf-8"), parts), **drawn}
 
 
 def main() -> None:
@@ -187,7 +187,7 @@ def main() -> None:
         if not aot.ENVIRONMENT.items() <= os.environ.items():  # JAX has to find it when it starts
             os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | aot.ENVIRONMENT)
         write_whole(NUMBERS, (json.dumps(measure(), indent=1) + "\n").encode())
-    for path, content in generated(json.loads(NUMBERS.read_text())).items():
+    for path, content in generated(json.loads(NUMBERS.read_text("utf-8"))).items():
         write_whole(path, content.encode())
 
 

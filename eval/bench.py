@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.cache.whole import Cache
 from kvcascade.eval.peers import Peer, PeerFailed
@@ -71,6 +72,8 @@ class Ours:
         config, params = self._model.config, self._model.params
         read = weight_bytes(config, params)
         assert self._state is not None
+        if int(self._state.token_B.min()) < 0:
+            raise BadInput(f"{self._model.name}: the model's logits are not numbers")
         return {
             "weights": config.weights,
             "cache": str(self._spec),

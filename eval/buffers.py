@@ -157,5 +157,5 @@ def _live() -> tuple[int, int]:
 def resident() -> int:
     """Bytes of this process that are in memory; where the system does not tell, the most that there have been."""
     if (statm := Path("/proc/self/statm")).exists():
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
+        return int(statm.read_text("utf-8").split()[1]) * resource.getpagesize()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

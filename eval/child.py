@@ -19,9 +19,14 @@ def results(
     found: dict[str, Record] = {}
     while left := [case for case in cases if case not in found]:
         with (
-            tempfile.TemporaryFile("w+") as errors,
+            tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
             subprocess.Popen(
-                [*command, *left], env=os.environ | environment, stdout=subprocess.PIPE, stderr=errors, text=True
+                [*command, *left],
+                env=os.environ | environment,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                encoding="utf-8",
+                errors="replace",
             ) as child,
         ):
             assert child.stdout is not None

@@ -146,7 +146,10 @@ def _accelerated() -> bool:
     if not importlib.metadata.entry_points(group="jax_plugins"):
         return False
     asked = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
-    return subprocess.run(asked, capture_output=True, text=True).stdout.strip() not in ("", "cpu")
+    return subprocess.run(asked, capture_output=True, encoding="utf-8", errors="replace").stdout.strip() not in (
+        "",
+        "cpu",
+    )
 
 
 def _baseline(found: Sequence[Record], record: Record) -> Record:

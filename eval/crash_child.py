@@ -49,7 +49,7 @@ def main(wanted: dict) -> None:
 
     limits.say(stage="filling the cache")
     if device.platform == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew: loading and compiling are over
+        Path("/proc/self/clear_refs").write_text("5", "utf-8")  # VmHWM starts anew: loading and compiling are over
     cache = jax.block_until_ready(fill())
     held = nbytes(cache)
     limits.say(stage="decoding")
@@ -132,7 +132,7 @@ def workspace(step, sample) -> int:
 
 def in_memory() -> dict:
     """What this process has taken since VmHWM was set back: `peak` as a cgroup counts it, `reserved` what RLIMIT_DATA counts on top."""
-    lines = re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    lines = re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/self/status").read_text("utf-8"), re.MULTILINE)
     status = {name: 1024 * int(size) for name, size in lines}
     peak = status["VmHWM"] - status["RssFile"] + status["VmPTE"]
     return {"peak_rss": status["VmHWM"], "peak": peak, "reserved": status["VmData"] - status["RssAnon"]}

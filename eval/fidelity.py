@@ -59,7 +59,7 @@ def fidelity(
         for mine, (kl_BT, same_BT) in zip(found, marks, strict=True):
             kept = min(batch, windows - first)
             mine.append(Fidelity(np.asarray(kl_BT)[:kept], np.asarray(same_BT)[:kept]))
-            generate.check_numbers(np.isnan(mine[-1].kl_BT), np.ones(kept, int), first)
+            generate.check_numbers(~np.isfinite(mine[-1].kl_BT), np.ones(kept, int), first)
     return [Fidelity(*map(np.concatenate, zip(*parts, strict=True))) for parts in found]
 
 

@@ -20,7 +20,7 @@ from kvcascade.eval.records import Record
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.color": "#e6e6e6", "axes.axisbelow": True, "svg.fonttype": "none", "svg.hashsalt": "kvcascade", "legend.frameon": False,
+    "grid.color": "#e6e6e6", "axes.axisbelow": True, "svg.fonttype": "none", "text.parse_math": False, "svg.hashsalt": "kvcascade", "legend.frameon": False,
 }  # fmt: skip
 SIZE = (7.2, 4.3)
 
@@ -89,16 +89,16 @@ def quality_against_bytes(evaluations: list[Record], groups: dict[str, str]) -> 
         axes.plot(
             [], [], color="#666", marker="o", linestyle="", markerfacecolor="none", label="hollow: random eviction"
         )
-        full = next(r for r in evaluations if r["cache"] == "full")
-        axes.axhline(full["ppl"], color="#888", linewidth=1, linestyle="--")
-        axes.annotate(
-            "full cache",
-            (full["kv_bytes"], full["ppl"]),
-            (0, -14),
-            textcoords="offset points",
-            color="#555",
-            ha="right",
-        )
+        for full in [r for r in evaluations if r["cache"] == "full"][:1]:
+            axes.axhline(full["ppl"], color="#888", linewidth=1, linestyle="--")
+            axes.annotate(
+                "full cache",
+                (full["kv_bytes"], full["ppl"]),
+                (0, -14),
+                textcoords="offset points",
+                color="#555",
+                ha="right",
+            )
         perplexities = [r["ppl"] for r in evaluations]
         if max(perplexities) > 1.5 * min(perplexities):  # in a narrower range a logarithmic axis would have no ticks
             axes.set_yscale("log")
@@ -123,7 +123,7 @@ def bytes_by_kind(layers: list[Record]) -> str:
         codecs = list(dict.fromkeys(r["codec"] for r in layers))
         for index, codec in enumerate(codecs):
             sizes = [
-                next(r["bytes_per_token"] for r in layers if r["layer"] == kind and r["codec"] == codec)
+                next((r["bytes_per_token"] for r in layers if r["layer"] == kind and r["codec"] == codec), 0)
                 for kind in kinds
             ]
             places = [place + (index - (len(codecs) - 1) / 2) * 0.26 for place in range(len(kinds))]

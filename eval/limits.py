@@ -74,7 +74,7 @@ class Cgroup:
         try:
             for name, value in zip(NAMES[self.version], (limit, limit if self.version == 1 else 0), strict=False):
                 if "sw" not in name or (folder / name).exists():  # a kernel may count no swap
-                    (folder / name).write_text(str(value))
+                    (folder / name).write_text(str(value), "utf-8")
             yield folder
         finally:
             _remove(folder)
@@ -82,11 +82,11 @@ class Cgroup:
     def peak(self, folder: Path) -> int | None:
         """The most bytes that a group has had, None where the kernel does not say (version 2 before Linux 5.19)."""
         file = folder / NAMES[self.version][2]
-        return int(file.read_text()) if file.exists() else None
+        return int(file.read_text("utf-8")) if file.exists() else None
 
     def killed(self, folder: Path, limit: int) -> bool:
         """Whether the group's own limit killed something in it, and not the machine's memory that ran out."""
-        found = re.search(r"^oom_kill (\d+)", (folder / NAMES[self.version][3]).read_text(), re.MULTILINE)
+        found = re.search(r"^oom_kill (\d+)", (folder / NAMES[self.version][3]).read_text("utf-8"), re.MULTILINE)
         peak = self.peak(folder)
         return found is not None and int(found[1]) > 0 and (peak is None or peak > 0.99 * limit)
 
@@ -104,7 +104,8 @@ def cgroup(own: str | None = None, system: Path = SYSTEM) -> Cgroup | None:
     """Where this process may make memory cgroups that its children may enter: in its own group, or with version 2 beside it; None if nowhere."""
     try:
         lines = [
-            line.split(":", 2) for line in (Path("/proc/self/cgroup").read_text() if own is None else own).splitlines()
+            line.split(":", 2)
+            for line in (Path("/proc/self/cgroup").read_text("utf-8") if own is None else own).splitlines()
         ]
     except OSError:
         return None
@@ -146,7 +147,7 @@ def run(command: Sequence[str], wanted: dict, limit: int | None, place: Cgroup |
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             start_new_session=True,
         )

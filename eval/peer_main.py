@@ -21,7 +21,7 @@ LIBRARIES = ("transformers", "kvpress", "llamacpp")
 def main(arguments: list[str]) -> None:
     """Say what there is, or answer calls until the input ends."""
     sys.path.append(sys.path.pop(0))  # what a library imports is not what happens to lie beside this file
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is no answer
 
     def say(answer) -> None:

@@ -27,9 +27,11 @@ class Peer:
     def prepare(self, batch: int, context: int, room: int) -> None:
         """Warm up for prompts of a length, with room for so many tokens per row; PeerFailed if this cannot be had, like all that follow."""
         if self._process is None:
-            self._errors = tempfile.TemporaryFile("w+")
+            self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
             pipe = subprocess.PIPE
-            self._process = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True)
+            self._process = subprocess.Popen(
+                self._command, stdin=pipe, stdout=pipe, stderr=self._errors, encoding="utf-8", errors="replace"
+            )
             self._known |= self._read()
         self._ask("prepare", batch, context, room)
 
@@ -104,7 +106,7 @@ def find(pythons: tuple[Path, ...], model: Path, variants: tuple[str, ...] = ())
 
 def _offered(python: Path) -> dict[str, list[str]]:
     try:
-        found = subprocess.run([str(python), str(SCRIPT)], capture_output=True, text=True)
+        found = subprocess.run([str(python), str(SCRIPT)], capture_output=True, encoding="utf-8", errors="replace")
         return json.loads(found.stdout)["value"]
     except OSError as error:
         raise BadInput(f"cannot run the peer's Python {python}: {error.strerror}") from error

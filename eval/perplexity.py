@@ -34,13 +34,15 @@ class Scores:
     compile_seconds: float
 
 
-def check(config: ModelConfig, specs: list[CacheSpec], context: int, prefix: int) -> None:
-    """BadInput for what `score` could not do, told before anything is loaded or compiled."""
+def check(config: ModelConfig, specs: list[CacheSpec], context: int, prefix: int, batch: int = 1) -> None:
+    """BadInput for what `score` could not do, told before anything is compiled or taken from memory."""
+    if batch < 1 or context < 2:
+        raise BadInput(f"{batch} windows of {context} tokens at once have nothing to score")
     if not 0 <= prefix < context:
         raise BadInput(f"a prefix of {prefix} tokens leaves nothing to score in a context of {context}")
     generate.check_context(config, context)
     for spec in specs:
-        spec.nbytes(config.layer_heads, context)
+        generate.check_memory(config, spec, batch, context)
 
 
 class _Step:
@@ -79,7 +81,7 @@ def score(
     Rows go through in batches, the last one filled up with repeats that are not counted. BadInput where logits are not numbers.
     """
     windows, T = rows.shape
-    check(config, [spec], T, prefix)
+    check(config, [spec], T, prefix, min(batch, windows))
     batch = min(batch, windows)
     step = _compiled(config, spec, batch, T)
     scored, seconds, steps, compile_seconds, kv_bytes = [], 0.0, 0, 0.0, 0
@@ -100,7 +102,7 @@ def score(
         for t in range(prefix + 1, T - 1, DISPATCH):
             cache, nll_BT = step.run(params, rows_BT, cache, t, min(t + DISPATCH, T - 1), nll_BT)
         scored.append(np.asarray(nll_BT)[: windows - first, max(prefix, 1) - 1 : T - 1])
-        generate.check_numbers(np.isnan(scored[-1]), np.full(len(scored[-1]), max(prefix, 1)), first)
+        generate.check_numbers(~np.isfinite(scored[-1]), np.full(len(scored[-1]), max(prefix, 1)), first)
         seconds += time.perf_counter() - start
         steps += T - 2 - prefix + bool(first)
         kv_bytes = nbytes(cache) // batch

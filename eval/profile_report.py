@@ -20,7 +20,7 @@ def table(record: Record) -> tuple[str, list[str], list[list[str]]]:
     for each in _parts(record):
         speed = each["bytes"] / each["ms"] / 1e6
         rows.append([
-            f"{each['name']}: {COMPONENTS[each['name']]}", str(each["calls"]), f"{each['ms']:.3f}", f"{each['ms'] / record['profiled_ms']:.1%}",
+            f"{each['name']}: {COMPONENTS.get(each['name'], '')}", str(each["calls"]), f"{each['ms']:.3f}", f"{each['ms'] / record['profiled_ms']:.1%}",
             f"{each['bytes'] / 1e6:,.3f}", f"{speed:.1f}", f"{speed * 1e9 / record['bandwidth']:.0%}",
         ])  # fmt: skip
         if each["name"] == "attention" and len(record["tiers"]) > 1:

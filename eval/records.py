@@ -1,7 +1,6 @@
 """What was measured, one JSON object per line: a record has its protocol, its bytes, its seed and its commit."""
 
 import importlib.metadata
-import json
 import math
 import os
 import subprocess
@@ -14,6 +13,7 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.eval.fidelity import Fidelity
 from kvcascade.eval.perplexity import Scores
+from kvcascade.eval.record_keys import not_finite
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.pretrained import Model
 
@@ -47,7 +47,7 @@ def evaluation(
         "nll": nll,
         "nll_stderr": float(per_window.std(ddof=1) / math.sqrt(windows)) if windows > 1 else None,
         "nll_windows": [round(float(x), 6) for x in per_window],
-        "ppl": math.exp(nll),
+        "ppl": math.exp(nll) if nll < 700 else math.inf,
         "bits_per_byte": float(scores.nll_BT.sum() / math.log(2) / lengths[rows[:, first:]].sum()),
         "kv_bytes": scores.kv_bytes,
         "kv_bytes_predicted": spec.nbytes(config.layer_heads, context),
@@ -121,12 +121,11 @@ def retrieval_table(found: list[Record]) -> tuple[str, list[str], list[list[str]
     rows = []
     for cache in dict.fromkeys(r["cache"] for r in found):
         mine = [r for r in found if r["cache"] == cache]
-        size = next(r for r in mine if r["length"] == longest)
+        size = max(mine, key=lambda r: r["length"])
         cells = []
         for part in (*([r for r in mine if r["task"] == task] for task in tasks), mine):
             hits, of = sum(r["answered"] for r in part), sum(r["turns"] for r in part)
-            low, high = wilson(hits, of)
-            cells.append(f"{hits / of:.0%} ({low:.0%}…{high:.0%})")
+            cells.append("{:.0%} ({:.0%}…{:.0%})".format(hits / of, *wilson(hits, of)) if of else "")
         rows.append([cache, f"{size['kv_bytes']:,}", f"{size['compression']:.1%}", *cells])
     lengths, depths = sorted({r["length"] for r in found}), sorted({r["depth"] for r in found})
     title = f"{found[0]['model']}: share answered, contexts of {lengths} tokens, depths {depths}, {found[0]['samples']} samples each"
@@ -143,7 +142,10 @@ def full_bytes(config: ModelConfig, context: int) -> int:
 
 
 def stamp(record: Record, seconds: float) -> Record:
-    """Add what every record says of where it comes from: device, versions, commit, wall-clock seconds."""
+    """Add what every record says of where it comes from: device, versions, commit, wall-clock seconds. BadInput for a figure that is not finite."""
+    if key := not_finite(record):
+        what = ", ".join(str(record[name]) for name in ("model", "cache") if name in record)
+        raise BadInput(f"{what}: {key} is not finite, so nothing is recorded")
     device = jax.devices()[0]
     cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "kvcascade")}
@@ -161,7 +163,7 @@ def commit() -> str:
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
+            ["git", "-C", str(folder), *arguments], capture_output=True, encoding="utf-8", errors="replace", check=True
         ).stdout.strip()
 
     try:
@@ -208,41 +210,18 @@ def evaluation_table(found: list[Record]) -> tuple[str, list[str], list[list[str
     return title, columns, rows
 
 
-def check_writable(path: Path | None) -> None:
-    """Raise OSError now if records could not be appended to the file later; an empty file may be left."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-
-
-def append(path: Path, records: list[Record]) -> None:
-    """Add records to a file of JSON lines, all or none."""
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        before = file.tell()
-        try:
-            file.write(lines)
-            file.flush()
-        except OSError:
-            os.truncate(path, before)
-            raise
-
-
-def read(path: Path) -> list[Record]:
-    """Read a file of records; BadInput if it is missing or a line is not JSON."""
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} is not a file of records: {error}") from error
-
-
 def paired(record: Record, baseline: Record) -> tuple[float, float]:
     """95 % interval of the difference in mean nats per token between two records of the same windows.
 
-    Comparing window by window takes out the spread between windows, which is far larger than that between caches.
+    Comparing window by window takes out the spread between windows, which is far larger than that between caches. NaN for other windows.
     """
-    return interval(np.asarray(record["nll_windows"]) - np.asarray(baseline["nll_windows"]))
+    mine, theirs = (np.asarray(each["nll_windows"]) for each in (record, baseline))
+    return interval(mine - theirs) if alike(record, baseline) else (math.nan, math.nan)
+
+
+def alike(record: Record, other: Record) -> bool:
+    """Whether two evaluations are of the same windows."""
+    return all(record[key] == other[key] for key in ("data", "context", "sequences", "tokens"))
 
 
 def interval(windows, draws: int = 2000) -> tuple[float, float]:

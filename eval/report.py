@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
@@ -9,13 +10,14 @@ import markupsafe
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.eval import costs, figures, suite
-from kvcascade.eval.records import Record, Table, interval, markdown, of_kind, paired, retrieval_table, wilson
+from kvcascade.eval.record_keys import KEYS
+from kvcascade.eval.records import Record, Table, alike, interval, markdown, of_kind, paired, retrieval_table, wilson
 from kvcascade.kernels.files import write_whole
 
 
-def write(path: Path, records: list[Record], command: str) -> None:
-    """Write the study's page: self-contained, figures inline."""
-    render("report.html.j2", path, sections(records) | {"command": command})
+def write(path: Path, records: list[Record], command: str, left_out: Sequence[str] = ()) -> None:
+    """Write the study's page: self-contained, figures inline; and what was left out of it, a line for each."""
+    render("report.html.j2", path, sections(records) | {"command": command, "left_out": left_out})
 
 
 def render(template: str, path: Path, values: dict) -> None:
@@ -27,7 +29,7 @@ def render(template: str, path: Path, values: dict) -> None:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    write_whole(path, environment.get_template(template).render(values).encode())
+    write_whole(path, environment.get_template(template).render(values).encode("utf-8", "replace"))
 
 
 def sections(records: list[Record]) -> dict:
@@ -73,12 +75,12 @@ def sections(records: list[Record]) -> dict:
 def _protocol(records: list[Record]) -> dict:
     """What was measured on what, by which versions; of costs alone there is neither a text nor a seed."""
     trainings, evaluations, retrievals = (of_kind(records, kind) for kind in ("train", "evaluate", "retrieve"))
-    told = [*evaluations, *retrievals] or [r for r in records if "device" in r]
+    told = [*evaluations, *retrievals] or [r for r in records if r["kind"] in KEYS]
     first = told[0]
     own = bool(trainings) and trainings[0]["model"] == first["model"]
     seconds = sum(t["train_seconds"] for t in trainings), sum(r["seconds"] for r in told)
     return _text(evaluations, retrievals, own) | {
-        "model": ", ".join(dict.fromkeys(r["model"] for r in told)),
+        "model": ", ".join(dict.fromkeys(r["model"] for r in told if "model" in r)),
         "device": first["device"],
         "versions": ", ".join(f"{name} {version}" for name, version in first["versions"].items()),
         "commit": first["commit"],
@@ -180,7 +182,6 @@ def models_table(trainings: list[Record]) -> Table:
 
 def quality_table(evaluations: list[Record], groups: dict[str, str]) -> Table:
     """The caches of one model: tokens kept, bytes, perplexity against the full cache with a paired interval, speed."""
-    full = next((r for r in evaluations if r["cache"] == "full"), evaluations[0])
     columns = [
         "cache",
         "compared within",
@@ -195,6 +196,7 @@ def quality_table(evaluations: list[Record], groups: dict[str, str]) -> Table:
     ]
     rows = []
     for r in evaluations:
+        full = next((each for each in evaluations if each["cache"] == "full" and alike(each, r)), r)
         low, high = (math.expm1(x) for x in paired(r, full))
         change = ["", ""] if r is full else [f"{r['ppl'] / full['ppl'] - 1:+.2%}", f"{low:+.2%} … {high:+.2%}"]
         rows.append([

@@ -198,7 +198,7 @@ def score(
     generate.check_context(config, whole)
     spec.nbytes(config.layer_heads, whole)
     found: list[list[bool]] = []
-    size = 0
+    batch, size = min(batch, len(samples)), 0
     for first in range(0, len(samples), batch):
         part = samples[first : first + batch]
         rows = part + part[-1:] * (batch - len(part))

@@ -73,7 +73,7 @@ def named(like: Stored, results: Sequence[Array]) -> Stored:
 def library() -> Path:
     """The library for these sources on this processor, made by the compiler that is here; where none works, by whichever made it."""
     extra = shlex.split(os.environ.get("KVCASCADE_CXXFLAGS", ""))
-    sources = [path.read_text() for path in SOURCES]
+    sources = [path.read_text("utf-8") for path in SOURCES]
     made_of = f"native-{_digest(*sources, jax.__version__, processor.identity(), *FLAGS, *extra)}"
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     # To ask the compiler for its version would take longer than all the rest of this.
@@ -108,7 +108,7 @@ def _compile(compiler: list[str], path: Path) -> None:
         built = Path(folder, path.name)
         units = [str(source) for source in SOURCES if source.suffix == ".cc"]
         command = [*compiler, "-fPIC", "-shared", "-isystem", jax.ffi.include_dir(), *units, "-o", str(built)]
-        found = subprocess.run(command, capture_output=True, text=True)
+        found = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
         if found.returncode:
             lines = found.stderr.strip().splitlines() or [f"{compiler[0]} ended with {found.returncode}"]
             raise OSError(next((line for line in lines if "error" in line), lines[-1]))

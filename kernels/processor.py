@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path("/")
@@ -16,7 +17,7 @@ def identity() -> str:
     """Return what tells processors of different instructions apart; where the system does not say, this machine alone."""
     known = []
     if (path := ROOT / "proc/cpuinfo").exists():
-        with path.open() as lines:
+        with path.open(encoding="utf-8") as lines:
             # The first processor is enough, and on a machine of many the whole file takes long to write.
             known = [line for line in itertools.takewhile(str.strip, lines) if _NAMES.match(line)]
     return "".join([platform.machine(), "\n", *known]) if known else str(platform.uname())
@@ -30,15 +31,37 @@ def count() -> int:
 
 def _quota() -> float:
     """The processors that control groups of either version grant, those around this process's own included; infinite without a limit."""
-    limits = [math.inf]
+    return min(map(_limit, _groups("cpu")), default=math.inf)
+
+
+def _groups(controller: str) -> Iterator[Path]:
+    """The folders of the control groups of either version that this process is in, the inner ones first."""
     for line in _text(ROOT / "proc/self/cgroup").splitlines():
         _, controllers, group = line.split(":", 2)
-        mounts = ("cpu", controllers) if "cpu" in controllers.split(",") else () if controllers else ("", "unified")
-        for mount in mounts:
+        mounts = (controller, controllers) if controller in controllers.split(",") else ()
+        for mount in mounts if controllers else ("", "unified"):
             # In a container the group may be named as outside of it; then only the root of the mount is found.
             own = ROOT / "sys/fs/cgroup" / mount / group.lstrip("/")
-            limits += [_limit(folder) for folder in (own, *own.parents)]
-    return min(limits)
+            yield from (own, *own.parents)
+
+
+def available() -> int | float:
+    """Return how many bytes this process may still take: of the system's memory and swap, and of each control group's; infinite where nobody says."""
+    known = dict(re.findall(r"^(\w+):\s+(\d+) kB", _text(ROOT / "proc/meminfo"), re.MULTILINE))
+    system = (
+        1024 * (int(known["MemAvailable"]) + int(known.get("SwapFree", 0))) if "MemAvailable" in known else math.inf
+    )
+    return min([system, *map(_free, _groups("memory"))])
+
+
+def _free(folder: Path) -> int | float:
+    """Bytes that a control group has left; what it holds of files can be taken back."""
+    for limit, used, files in (("max", "current", "file"), ("limit_in_bytes", "usage_in_bytes", "total_cache")):
+        numbers = [_text(folder / f"memory.{name}").strip() for name in (limit, used)]
+        if all(map(str.isdigit, numbers)):
+            held = re.search(rf"^{files} (\d+)", _text(folder / "memory.stat"), re.MULTILINE)
+            return int(numbers[0]) - int(numbers[1]) + (int(held[1]) if held else 0)
+    return math.inf  # no limit is `max`
 
 
 def _limit(folder: Path) -> float:
@@ -49,6 +72,6 @@ def _limit(folder: Path) -> float:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text("utf-8")
     except OSError:
         return ""

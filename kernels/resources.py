@@ -122,11 +122,11 @@ def _xla(folder: Path) -> Iterator[Kernel]:
     launched = {}
     for thunks in folder.glob("*thunk_sequence.txt"):
         for name, grid, block, memory in re.findall(
-            r"(\S+) grid: \[([\d, ]+)\] threads: \[([\d, ]+)\]\s+shared_memory: (\d+)", thunks.read_text()
+            r"(\S+) grid: \[([\d, ]+)\] threads: \[([\d, ]+)\]\s+shared_memory: (\d+)", thunks.read_text("utf-8")
         ):
             launched[name] = product(grid), product(block), int(memory)
     for ptx in sorted(folder.glob("*.ptx")):
-        for kernel in assemble(ptx.read_text(), "xla"):
+        for kernel in assemble(ptx.read_text("utf-8"), "xla"):
             blocks, threads, memory = launched.get(kernel.name, (0, kernel.threads, 0))
             memory += kernel.shared_memory
             yield dataclasses.replace(kernel, blocks=blocks, threads=threads, shared_memory=memory)
@@ -134,17 +134,17 @@ def _xla(folder: Path) -> Iterator[Kernel]:
 
 def _triton(folder: Path) -> Iterator[Kernel]:
     for ptx in sorted(folder.glob("*/*.ptx")):
-        memory = int(_found(r"shared_mem_bytes: (\d+)", ptx.with_suffix(".compile_info").read_text()))
-        for kernel in assemble(ptx.read_text(), "triton"):
+        memory = int(_found(r"shared_mem_bytes: (\d+)", ptx.with_suffix(".compile_info").read_text("utf-8")))
+        for kernel in assemble(ptx.read_text("utf-8"), "triton"):
             yield dataclasses.replace(kernel, shared_memory=memory)
 
 
 def _mosaic(folder: Path) -> Iterator[Kernel]:
     for ptx in sorted(folder.glob("*.ptx")):
-        resources = ptx.with_suffix(".resources.txt").read_text()
+        resources = ptx.with_suffix(".resources.txt").read_text("utf-8")
         barriers = re.findall(r"num_barriers=(\d+)[^)]*\): (\d+)", resources)
         memory = int(_found(r"smem_scratch_bytes=(\d+)", resources)) + sum(8 * int(n) * int(m) for n, m in barriers)
-        for kernel in assemble(ptx.read_text(), "mosaic"):
+        for kernel in assemble(ptx.read_text("utf-8"), "mosaic"):
             name = kernel.name.removesuffix("_mosaic_gpu_kernel")
             yield dataclasses.replace(kernel, name=name, shared_memory=memory)
 
@@ -154,7 +154,7 @@ def assemble(ptx: str, compiler: str = "") -> list[Kernel]:
     target = _found(r"^\.target (sm_\w+)", ptx)
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        source.write_text(ptx)
+        source.write_text(ptx, "utf-8")
         # That of CUDA 12, as in the plug-in, reads up to PTX 8.8; Mosaic writes 9.0 where the machine has a newer one.
         version = tuple(map(int, _found(r"^\.version ([\d.]+)", ptx).split(".")))
         assembler = "ptxas" if version <= (8, 8) else "ptxas-blackwell"
@@ -210,7 +210,9 @@ def _found(pattern: str, text: str) -> str:
 
 
 def _tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([_folder() / name, *arguments], check=True, capture_output=True, text=True)
+    return subprocess.run(
+        [_folder() / name, *arguments], check=True, capture_output=True, encoding="utf-8", errors="replace"
+    )
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.cache.whole import Cache
+from kvcascade.kernels import processor
 from kvcascade.model import gpt
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
@@ -99,8 +100,9 @@ def _draw(logits_BV, cache, position_B, by, seen_BV):
 
 
 def empty_cache(config: ModelConfig, spec: CacheSpec, batch: int, context: int) -> Cache:
-    """An empty cache for a model; BadInput if the context is longer than the model's."""
+    """An empty cache for a model; BadInput if the context is longer than the model's, or there is no memory for so much."""
     check_context(config, context)
+    check_memory(config, spec, batch, context)
     return spec.init(batch, config.layer_heads, context)
 
 
@@ -116,6 +118,15 @@ def check_context(config: ModelConfig, context: int) -> None:
     """BadInput if a context is longer than the model's."""
     if context > config.context:
         raise BadInput(f"a context of {context} tokens is longer than the model's {config.context}")
+
+
+def check_memory(config: ModelConfig, spec: CacheSpec, batch: int, context: int) -> None:
+    """BadInput if the device has no memory for so many rows of a cache and the logits of each."""
+    wanted = batch * (spec.nbytes(config.layer_heads, context) + 4 * config.vocab)
+    known = jax.local_devices()[0].memory_stats() or {}
+    free = known["bytes_limit"] - known["bytes_in_use"] if "bytes_limit" in known else processor.available()
+    if wanted > free:
+        raise BadInput(f"{spec} for {batch} rows takes {wanted:,} bytes, and there are {free:,} left")
 
 
 def check_room(config: ModelConfig, cache: Cache, tokens: int) -> None:

@@ -16,6 +16,7 @@ import safetensors
 import safetensors.flax
 
 from kvcascade.kernels.files import cache_dir, write_whole
+from kvcascade.model import split
 from kvcascade.model.weights import Report, leaves, put
 
 SMALLEST = 2**25
@@ -57,7 +58,7 @@ def load[M: Any](path: Path, weights: str, report: Report, make: Callable[[], M]
 
 def _key(path: Path, weights: str) -> str:
     """16 hexadecimal digits that differ where the files, or the code that reads them, may differ."""
-    files = sorted(path.glob("*")) if path.is_dir() else [path]
+    files = sorted(path.glob("*")) if path.is_dir() else split.parts(path)
     there = [(str(each.resolve()), each.stat().st_size, each.stat().st_mtime_ns) for each in files if each.is_file()]
     code = [each.read_bytes() for folder in CODE for each in sorted(folder.glob("*.py"))]
     return hashlib.sha256(repr((there, weights)).encode() + b"".join(code)).hexdigest()[:16]

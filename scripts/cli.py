@@ -2,9 +2,11 @@
 
 import difflib
 import importlib
+import io
 import logging
 import os
 import sys
+import warnings
 
 COMMANDS = {
     "study": "train MHA, retrain GQA, evaluate the caches, write a report",
@@ -30,6 +32,9 @@ COLD = ("bench", "compare", "study")
 
 def main(arguments: list[str] | None = None) -> None:
     """Run `kvcascade COMMAND …`; exits with 0, with 2 for bad input, 1 for diverged training, 128 + n when stopped by signal n."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a locale may have no letter for what is said
     try:
         _run(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:
@@ -51,6 +56,8 @@ def _run(arguments: list[str]) -> None:
     sys.unraisablehook = _unraisable
     logging.basicConfig(format="kvcascade: %(message)s", level=logging.ERROR)
     logging.getLogger("kvcascade").setLevel(logging.INFO)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of libraries, to developers
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's notes about this machine are not about the user's work
     if command not in COLD:
         keep_programs()
@@ -69,6 +76,12 @@ def _run(arguments: list[str]) -> None:
         _fail(str(error), 1)
     except Interrupted as error:
         _fail(str(error), 128 + error.signal)
+    except MemoryError:
+        _fail("there is not enough memory")
+    except Exception as error:
+        if type(error).__name__ != "JaxRuntimeError" or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _fail(f"there is not enough memory: {str(error).splitlines()[0]}")
 
 
 def keep_programs() -> None:

@@ -9,9 +9,10 @@ import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import latency, perplexity, records
+from kvcascade.eval import latency, perplexity, record_files, records
 from kvcascade.model import tokenizer
 from kvcascade.scripts import console
+from kvcascade.scripts.arguments import Count, Window, arguments_of
 from kvcascade.train import run
 
 
@@ -23,11 +24,11 @@ class Args:
     """Folders of runs, or pretrained models as `evaluate` takes them, that share a tokenizer."""
     cache: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """A cache in one line, or a preset's name; may be given several times."""
-    context: int | None = None
+    context: Window | None = None
     """Tokens per window; by default 512, or what the shortest model takes."""
-    sequences: int = 8
+    sequences: Count = 8
     """Windows to score."""
-    batch: int = 8
+    batch: Count = 8
     """Windows at once, and rows of the timed decode step."""
     out: Path | None = None
     """File that one JSON object per run and cache is appended to."""
@@ -35,7 +36,7 @@ class Args:
 
 def main(arguments: list[str]) -> None:
     """Score and time each run behind each cache; print one table."""
-    args = tyro.cli(Args, prog="kvcascade compare", args=arguments)
+    args = arguments_of(Args, "compare", arguments)
     if not args.runs:
         raise BadInput("name at least one run to compare")
     loaded = [console.open_model(name) for name in args.runs]
@@ -49,8 +50,8 @@ def main(arguments: list[str]) -> None:
     texts = list(dict.fromkeys(["full", *args.cache, f"random {context // 4}"]))
     specs = [parse(text) for text in texts]
     for model in loaded:
-        perplexity.check(model.config, specs, context, 0)
-    records.check_writable(args.out)
+        perplexity.check(model.config, specs, context, 0, args.batch)
+    record_files.check_writable(args.out)
     bos = first.begins_with_bos("auto")
     rows = run.evaluation_windows(first, None, context, args.sequences, bos)
     lengths = tokenizer.token_bytes(first.encoding)
@@ -71,7 +72,7 @@ def main(arguments: list[str]) -> None:
                 ])  # fmt: skip
                 show(len(found), f"{model.name}: {spec}")
     if args.out:
-        records.append(args.out, found)
+        record_files.append(args.out, found)
     title = f"{args.sequences} windows of {context} tokens of {first.data}; a decode step of {args.batch} rows"
     columns = ["run", "KV heads", "cache", "loss", "PPL", "bits/byte", "KV bytes", "step, ms", "its products, ms"]
     console.table(title, columns, shown)

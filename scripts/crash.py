@@ -8,10 +8,10 @@ from typing import Annotated
 
 import tyro
 
-from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import crash, limits, records
+from kvcascade.eval import crash, limits, record_files, records
 from kvcascade.scripts import console
+from kvcascade.scripts.arguments import Count, CountOrNone, Seconds, Share, arguments_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,17 +22,17 @@ class Args:
     """A run's folder, smollm2, gguf:FILE, a Hugging Face directory or name, or a model known by its shape, such as llama3-8b."""
     cache: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
     """A cache in one line, or a preset's name; give it several times: the first is what the others are compared with."""
-    context: int = 0
+    context: CountOrNone = 0
     """Tokens in each user's cache; 0: the model's context, at most 2,048."""
     limit: str = "6GB"
     """Memory of a child, such as 6GB or 700MiB. On a GPU it is what JAX may take of the card's (XLA_PYTHON_CLIENT_MEM_FRACTION, by default 75 %)."""
-    resolution: float = 0.01
+    resolution: Share = 0.01
     """How far apart the last that lived and the first that died may be, as a share of the users; 0: neighbours."""
-    steps: int = 3
+    steps: Count = 3
     """Decode steps at full occupancy that a child must live through."""
     weights: str | None = None
     """What matrices are kept in: float32, bfloat16 or int8; by default float32, and bfloat16 for a model known by its shape."""
-    seconds: float = 300.0
+    seconds: Seconds = 300.0
     """How long a child may take."""
     out: Path | None = None
     """File that one JSON object per cache is appended to."""
@@ -40,11 +40,9 @@ class Args:
 
 def main(arguments: list[str]) -> None:
     """Test every cache, print a table and the sentence that it comes to, append the records."""
-    args = tyro.cli(Args, prog="kvcascade crash", args=arguments)
+    args = arguments_of(Args, "crash", arguments)
     specs, limit = [parse(text) for text in args.cache or ("full",)], limits.parse_bytes(args.limit)
-    if args.steps < 1 or args.context < 0 or not 0 <= args.resolution < 1:
-        raise BadInput("steps must be at least 1, context at least 0, resolution at least 0 and below 1")
-    records.check_writable(args.out)
+    record_files.check_writable(args.out)
     # Ctrl-C unwinds as it is; SIGTERM would leave the child's cgroup.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     found = []
@@ -57,6 +55,6 @@ def main(arguments: list[str]) -> None:
     # Only now: naming the device opens it, and an open GPU's memory is taken from the children.
     found = [records.stamp(one, one["seconds"]) for one in found]
     if args.out:
-        records.append(args.out, found)
+        record_files.append(args.out, found)
     console.table(*crash.table(found))
     print("\n".join(crash.sentences(found)))

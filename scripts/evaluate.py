@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 import tyro
 
 from kvcascade.cache.spec import parse
-from kvcascade.eval import fidelity, perplexity, records
+from kvcascade.eval import fidelity, perplexity, record_files, records
 from kvcascade.model import tokenizer
 from kvcascade.scripts import console
+from kvcascade.scripts.arguments import Count, CountOrNone, Window, arguments_of
 from kvcascade.train import run
 
 
@@ -24,13 +25,13 @@ class Args:
     """A cache in one line, or a preset's name: streaming, h2o, neurokv. Give it several times to compare."""
     data: str | None = None
     """stdlib, file:PATH or a hub data set; by default the text that a run was validated on, and stdlib for others."""
-    context: int = 512
+    context: Window = 512
     """Tokens per window."""
-    sequences: int = 8
+    sequences: Count = 8
     """Windows, the first ones of the text."""
-    batch: int = 8
+    batch: Count = 8
     """Windows at once."""
-    prefix: int = 0
+    prefix: CountOrNone = 0
     """Tokens of each window that enter in one prefill and are not scored."""
     fidelity: bool = False
     """Also compare every next-token distribution with the full cache's: KL divergence and the same likeliest token; doubles the time."""
@@ -44,11 +45,11 @@ class Args:
 
 def main(arguments: list[str]) -> None:
     """Evaluate each cache, print a table, append the records."""
-    args = tyro.cli(Args, prog="kvcascade evaluate", args=arguments)
+    args = arguments_of(Args, "evaluate", arguments)
     specs = [parse(text) for text in args.cache or ("full",)]
     model = console.open_model(args.model, args.weights)
-    perplexity.check(model.config, specs, args.context, args.prefix)
-    records.check_writable(args.out)
+    perplexity.check(model.config, specs, args.context, args.prefix, min(args.batch, args.sequences))
+    record_files.check_writable(args.out)
     bos = model.begins_with_bos(args.bos)
     rows = run.evaluation_windows(model, args.data, args.context, args.sequences, bos)
     lengths = tokenizer.token_bytes(model.encoding)
@@ -67,5 +68,5 @@ def main(arguments: list[str]) -> None:
             compared = fidelity.fidelity(model.config, model.params, specs, rows, args.batch, tell)
         found = [record | records.fidelity(each) for record, each in zip(found, compared, strict=True)]
     if args.out:
-        records.append(args.out, found)
+        record_files.append(args.out, found)
     console.table(*records.evaluation_table(found))

@@ -10,10 +10,11 @@ import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import fit, kernel_check, memory, records
+from kvcascade.eval import fit, kernel_check, memory, record_files, records
 from kvcascade.kernels import aot
 from kvcascade.model import known
 from kvcascade.scripts import console
+from kvcascade.scripts.arguments import Count, Part, arguments_of
 from kvcascade.train import run
 
 
@@ -27,11 +28,11 @@ class Args:
     """A model's shape: gpt2, llama3-8b, …, a run's folder, smollm2, gguf:FILE, or a Hugging Face directory or name."""
     cache: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
     """A cache in one line, or a preset's name. The others are compared with the first."""
-    context: tuple[int, ...] = ()
+    context: tuple[Count, ...] = ()
     """Tokens per user; several are fitted in turn. By default the model's own context."""
     weights: str | None = None
     """What matrices are kept in: float32, bfloat16 or int8; by default bfloat16 for a model that is known by its shape, float32 for others."""
-    share: float = memory.SHARE
+    share: Part = memory.SHARE
     """Of the card's memory, what the program may have; the rest is for CUDA, the libraries and the allocator's gaps."""
     out: Path | None = None
     """File that one JSON object per cache and context is appended to."""
@@ -39,9 +40,7 @@ class Args:
 
 def main(arguments: list[str]) -> None:
     """Fit each cache, print a table, append the records."""
-    args = tyro.cli(Args, prog="kvcascade fit", args=arguments)
-    if min(args.context, default=1) < 1:
-        raise BadInput("context must be at least 1")
+    args = arguments_of(Args, "fit", arguments)
     memory.budget(args.gpu, args.share)
     specs = [parse(text) for text in args.cache or ("full",)]
     config = run.shape(args.model, args.weights)
@@ -53,7 +52,7 @@ def main(arguments: list[str]) -> None:
         (card,) = kernel_check.cards([args.gpu])
     except aot.NotInstalled as error:
         raise BadInput(str(error)) from error
-    records.check_writable(args.out)
+    record_files.check_writable(args.out)
     start = time.monotonic()
     with console.progress("fit", len(specs)) as show:
         done = iter(range(1, len(specs) + 1))
@@ -61,7 +60,7 @@ def main(arguments: list[str]) -> None:
         found = fit.fit(args.model, config, card, specs, contexts, args.share, tell)
     found = [records.stamp(one, time.monotonic() - start) for one in found]
     if args.out:
-        records.append(args.out, found)
+        record_files.append(args.out, found)
     console.table(*fit.table(found))
     print(*fit.notes(found), sep="\n")
     if any("failed" in one for one in found):

@@ -13,6 +13,7 @@ from kvcascade.eval.records import full_bytes
 from kvcascade.model import chat, generate
 from kvcascade.model.sampling import Sampling
 from kvcascade.scripts import console
+from kvcascade.scripts.arguments import Count, arguments_of, text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Args:
     """What a pretrained model's matrices are kept in: float32, bfloat16 or int8."""
     cache: str = "full"
     """A cache in one line, or a preset's name."""
-    tokens: int = 64
+    tokens: Count = 64
     """The most tokens to generate."""
     chat: bool = False
     """Take the prompt as a user's message to a model that was taught to chat."""
@@ -38,15 +39,16 @@ class Args:
 
 def main(arguments: list[str]) -> None:
     """Generate to stdout, then one line about the cache on stderr."""
-    args = tyro.cli(Args, prog="kvcascade generate", args=arguments)
+    args = arguments_of(Args, "generate", arguments)
     spec = parse(args.cache)
-    if args.tokens < 1 or not args.prompt:
-        raise BadInput("--tokens must be at least 1, and there must be a --prompt")
+    if not args.prompt:
+        raise BadInput("there must be a --prompt")
+    typed, stops = ([*map(text, some)] for some in (args.prompt, args.stop))
     model = console.open_model(args.model, args.weights)
     if args.chat:
-        prompts = [chat.encode(model, [{"role": "user", "content": text}]) for text in args.prompt]
+        prompts = [chat.encode(model, [{"role": "user", "content": prompt}]) for prompt in typed]
     else:
-        prompts = [model.encode(text) for text in args.prompt]
+        prompts = [model.encode(prompt) for prompt in typed]
     longest = max(map(len, prompts))
     context = longest + args.tokens
     if context > model.config.context:
@@ -55,10 +57,10 @@ def main(arguments: list[str]) -> None:
         )
     cache = generate.empty_cache(model.config, spec, len(prompts), context)
     size = nbytes(cache) // len(prompts)
-    rows = [console.Answer(model.encoding.decode_single_token_bytes, model.end, args.stop) for _ in prompts]
+    rows = [console.Answer(model.encoding.decode_single_token_bytes, model.end, tuple(stops)) for _ in prompts]
     alone = len(prompts) == 1
     if alone and not args.chat:
-        print(args.prompt[0], end="", flush=True)
+        print(typed[0], end="", flush=True)
     steps = generate.generate(model.config, model.params, cache, prompts, args.tokens, args.sampling)
     drawn = 0
     for tokens_nB, seen in steps:
@@ -69,7 +71,7 @@ def main(arguments: list[str]) -> None:
                 print(texts[0], end="", flush=True)
         if all(row.done for row in rows):
             break
-    print() if alone else console.answers(args.prompt, [row.text for row in rows])
+    print() if alone else console.answers(typed, [row.text for row in rows])
     held = max(
         sum(int((slots.pos_BKS[row, 0] >= 0).sum()) for slots in layer.slots)
         for layer in cache.layers

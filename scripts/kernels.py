@@ -9,10 +9,11 @@ from pathlib import Path
 import tyro
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import kernel_bench, kernel_cases, kernel_check, kernel_report, records, whole_step
+from kvcascade.eval import kernel_bench, kernel_cases, kernel_check, kernel_report, record_files, records, whole_step
 from kvcascade.eval.kernel_cases import Case
 from kvcascade.kernels import aot
 from kvcascade.scripts import console
+from kvcascade.scripts.arguments import parse_command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Bench:
 def main(arguments: list[str]) -> None:
     """Check or time the kernels, print a table, append the records."""
     commands = {"check": Check, "bench": Bench}
-    args = tyro.extras.subcommand_cli_from_dict(commands, prog="kvcascade kernels", args=arguments)
+    args = parse_command(commands, "kernels", arguments)
     try:
         chosen = [one for name, one in kernel_cases.cases().items() if all(words in name for words in args.case)]
         cards = [] if isinstance(args, Bench) else kernel_check.cards(args.gpu or ("h100", "a100"))
@@ -53,14 +54,14 @@ def main(arguments: list[str]) -> None:
     steps = [one for name, one in whole_step.STEPS.items() if all(words in name for words in args.case)]
     if not chosen and (isinstance(args, Bench) or not steps):
         raise BadInput(f"no kernel has {', '.join(map(repr, args.case))} in its name")
-    records.check_writable(args.out)
+    record_files.check_writable(args.out)
     if isinstance(args, Bench):
         found, wrong = kernel_bench.bench(chosen), []
         console.table(*kernel_bench.table(found))
     else:
         found, wrong = _check(args, chosen, steps, cards, shlex.join(["kvcascade", "kernels", *arguments]))
     if args.out:
-        records.append(args.out, found)
+        record_files.append(args.out, found)
     if wrong:
         sys.exit(1)
 
@@ -70,7 +71,7 @@ def _check(args: Check, chosen: list[Case], steps: list[whole_step.Step], cards:
     with console.progress("check", len(chosen) + len(names) * len(cards)) as show:
         found = kernel_check.check(chosen, cards, lambda count: show(count, ""), steps)
     found = [records.stamp(one, time.monotonic() - start) for one in found]
-    before = records.read(args.baseline) if args.baseline.exists() else []
+    before = record_files.read(args.baseline) if args.baseline.exists() else []
     wrong = kernel_report.regressions(found, [one for one in before if one["case"] in names or not args.case])
     if args.page:
         kernel_report.write(args.page, found, wrong, command)

@@ -5,11 +5,11 @@ from typing import Annotated
 
 import tyro
 
-from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.eval import memory
 from kvcascade.model import known
 from kvcascade.scripts import console
+from kvcascade.scripts.arguments import Count, arguments_of
 from kvcascade.train import run
 
 
@@ -21,7 +21,7 @@ class Args:
     """A model's shape: gpt2, llama3-8b, … (all by default), a run's folder, smollm2, gguf:FILE, or a Hugging Face directory or name."""
     cache: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
     """A cache in one line, or a preset's name; by default full, full@int8 and full@int4h."""
-    context: tuple[int, ...] = ()
+    context: tuple[Count, ...] = ()
     """Tokens per user; by default each model's own context."""
     weights: str | None = None
     """What matrices are kept in: float32, bfloat16 or int8; by default bfloat16 for a model that is known by its shape, float32 for others."""
@@ -31,9 +31,7 @@ class Args:
 
 def main(arguments: list[str]) -> None:
     """Print a row for every model, context and cache."""
-    args = tyro.cli(Args, prog="kvcascade memory", args=arguments)
-    if min(args.context, default=1) < 1:
-        raise BadInput("context must be at least 1")
+    args = arguments_of(Args, "memory", arguments)
     specs = [parse(text) for text in args.cache or ("full", "full@int8", "full@int4h")]
     shapes = {name: run.shape(name, args.weights) for name in args.model or known.KNOWN}
     for shape in shapes.values() if args.model else ():

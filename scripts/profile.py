@@ -8,10 +8,10 @@ from typing import Annotated
 
 import tyro
 
-from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import bench, buffers, profile, profile_report, records
+from kvcascade.eval import bench, buffers, profile, profile_report, record_files, records
 from kvcascade.scripts import console
+from kvcascade.scripts.arguments import Count, arguments_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Args:
     """A run's folder, smollm2, gguf:FILE, or a Hugging Face directory or name."""
     cache: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
     """A cache in one line, or a preset's name; give it several times to compare."""
-    context: int | None = None
+    context: Count | None = None
     """Tokens up to which is decoded, and the longest context of the memory; by default 1,024, or what the model has room for."""
-    batch: int = 1
+    batch: Count = 1
     """Rows at once."""
     weights: str = "float32"
     """What a pretrained model's matrices are kept in: float32, bfloat16 or int8."""
@@ -36,14 +36,12 @@ class Args:
 
 def main(arguments: list[str]) -> None:
     """Profile a step behind every cache, print what it says, write the files, append the records."""
-    args = tyro.cli(Args, prog="kvcascade profile", args=arguments)
+    args = arguments_of(Args, "profile", arguments)
     specs = [parse(text) for text in args.cache or ("full",)]
-    if args.batch < 1:
-        raise BadInput("batch must be at least 1")
     model = console.open_model(args.model, args.weights)
     context = min(1024, model.config.context) if args.context is None else args.context
     profile.check(model.config, specs, context)
-    records.check_writable(args.out)
+    record_files.check_writable(args.out)
     found = []
     with console.progress("profile", 2 * len(specs)) as show:
         bandwidth = 0.0
@@ -63,6 +61,6 @@ def main(arguments: list[str]) -> None:
     for some in (profile_report.summary, profile_report.memory_table):
         console.table(*some(found), file=text)
     if args.out:
-        records.append(args.out, found)
+        record_files.append(args.out, found)
     profile_report.write(args.dir, found, text.getvalue())
     print(text.getvalue() + f"{args.dir}: profile.txt, step.csv, memory.csv, step.svg, memory.svg")

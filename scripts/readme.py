@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from kvcascade.eval import costs, figures, kernel_report, records, report, suite
+from kvcascade.eval import costs, figures, kernel_report, record_files, records, report, suite
 from kvcascade.kernels.files import write_whole
 
 ROOT = Path(__file__).parent.parent
@@ -14,15 +14,15 @@ PRETRAINED, KERNELS, SPEED, STREAM, FIT, CRASH = (
 
 def generated() -> dict[Path, str]:
     """The files that come from the records, with their content: README.md and its figure."""
-    found = records.read(RESULTS)
-    readme = (ROOT / "README.md").read_text()
+    found = record_files.read(RESULTS)
+    readme = (ROOT / "README.md").read_text("utf-8")
     evaluations = [r for r in records.of_kind(found, "evaluate") if r["model"] == "mha"]
     groups = {r["cache"]: suite.group_of(r["cache"], r["context"]) for r in evaluations}
-    pretrained = records.read(PRETRAINED)
-    parts = {"pretrained": report.pretrained_table(pretrained), "speed": costs.speed_table(records.read(SPEED))}
-    parts |= {"stream": costs.stream_table(records.read(STREAM)), "fit": costs.fits_table(records.read(FIT))}
-    parts["crash"] = costs.crash_table(records.read(CRASH))
-    parts |= kernel_report.readme_tables(records.read(KERNELS))
+    pretrained = record_files.read(PRETRAINED)
+    parts = {"pretrained": report.pretrained_table(pretrained), "speed": costs.speed_table(record_files.read(SPEED))}
+    parts |= {"stream": costs.stream_table(record_files.read(STREAM)), "fit": costs.fits_table(record_files.read(FIT))}
+    parts["crash"] = costs.crash_table(record_files.read(CRASH))
+    parts |= kernel_report.readme_tables(record_files.read(KERNELS))
     return {
         ROOT / "README.md": report.fill(readme, report.readme_tables(found) | parts),
         RESULTS.with_suffix(".svg"): figures.quality_against_bytes(evaluations, groups),

@@ -8,7 +8,8 @@ from typing import Annotated
 import tyro
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import records, report
+from kvcascade.eval import record_files, report
+from kvcascade.scripts.arguments import arguments_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +24,9 @@ class Args:
 
 def main(arguments: list[str]) -> None:
     """Read the records, write the page, say where it is."""
-    args = tyro.cli(Args, prog="kvcascade report", args=arguments)
+    args = arguments_of(Args, "report", arguments)
     if not args.files:
         raise BadInput("name at least one file of records")
-    found = [record for file in args.files for record in records.read(file)]
-    report.write(args.page, found, shlex.join(["kvcascade", "report", *arguments]))
+    found, left_out = record_files.gather([*args.files])
+    report.write(args.page, found, shlex.join(["kvcascade", "report", *arguments]), left_out)
     print(args.page)

@@ -9,8 +9,9 @@ import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import records, retrieval
+from kvcascade.eval import record_files, records, retrieval
 from kvcascade.scripts import console
+from kvcascade.scripts.arguments import Count, Seed, Share, arguments_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,15 +24,15 @@ class Args:
     """A cache in one line, or a preset's name; may be given several times."""
     task: tuple[str, ...] = ("passkey", "single", "multikey", "copying", "arithmetic", "multiturn")
     """Of passkey, single, multikey, multivalue, tracking, common, copying, arithmetic, multiturn."""
-    length: tuple[int, ...] = (256, 512)
+    length: tuple[Count, ...] = (256, 512)
     """Tokens of a context."""
-    depth: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    depth: tuple[Share, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Where in the context the answer is hidden: 0 at the start, 1 at the end."""
-    samples: int = 4
+    samples: Count = 4
     """Samples per task, length and depth."""
-    batch: int = 8
+    batch: Count = 8
     """Rows at once."""
-    seed: int = 0
+    seed: Seed = 0
     weights: str = "float32"
     """What a pretrained model's matrices are kept in: float32, bfloat16 or int8."""
     out: Path | None = None
@@ -40,9 +41,9 @@ class Args:
 
 def main(arguments: list[str]) -> None:
     """Ask each model behind each cache, print a table of the shares answered, append the records."""
-    args = tyro.cli(Args, prog="kvcascade retrieve", args=arguments)
-    if args.samples < 1 or args.batch < 1 or not (args.task and args.length and args.depth):
-        raise BadInput("retrieve needs at least one sample, row, task, length and depth")
+    args = arguments_of(Args, "retrieve", arguments)
+    if not (args.task and args.length and args.depth):
+        raise BadInput("retrieve needs at least one task, length and depth")
     specs = [parse(text) for text in args.cache]
     model = console.open_model(args.model, args.weights)
     slots = [spec.slots(model.config.layer_heads, max(args.length)) for spec in specs]
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> None:
     ]
     made = {(task, length): [make(task, length, d) for d in args.depth] for task in args.task for length in args.length}
     room = retrieval.asked(each for by_depth in made.values() for samples in by_depth for each in samples)
-    records.check_writable(args.out)
+    record_files.check_writable(args.out)
     found: list[records.Record] = []
     with console.progress("retrieve", len(specs) * len(made)) as show:
         for spec in specs:
@@ -68,5 +69,5 @@ def main(arguments: list[str]) -> None:
                     found.append(records.stamp(one, seconds))
                 show(len(found) // len(args.depth), f"{spec}: {task} in {length}")
     if args.out:
-        records.append(args.out, found)
+        record_files.append(args.out, found)
     console.table(*records.retrieval_table(found))

@@ -9,9 +9,10 @@ import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import records, stream
+from kvcascade.eval import record_files, records, stream
 from kvcascade.model.known import stretch
 from kvcascade.scripts import console
+from kvcascade.scripts.arguments import Count, arguments_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +23,9 @@ class Args:
     """A run's folder, smollm2, gguf:FILE, or a Hugging Face directory or name."""
     cache: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
     """A cache in one line, or a preset's name; give it several times to compare."""
-    tokens: int = 32_768
+    tokens: Count = 32_768
     """Tokens to decode, also past the model's own context."""
-    batch: int = 1
+    batch: Count = 1
     """Rows at once."""
     weights: str = "float32"
     """What a pretrained model's matrices are kept in: float32, bfloat16 or int8."""
@@ -34,13 +35,13 @@ class Args:
 
 def main(arguments: list[str]) -> None:
     """Decode through every cache, print the table, append the records."""
-    args = tyro.cli(Args, prog="kvcascade stream", args=arguments)
+    args = arguments_of(Args, "stream", arguments)
     specs = [parse(text) for text in args.cache]
-    if args.batch < 1 or args.tokens < stream.STRETCH:
-        raise BadInput(f"batch must be at least 1, tokens at least {stream.STRETCH}")
+    if args.tokens < stream.STRETCH:
+        raise BadInput(f"--tokens is {args.tokens}; it must be at least {stream.STRETCH}")
     model = console.open_model(args.model, args.weights)
     stretch(model.config, args.tokens)
-    records.check_writable(args.out)
+    record_files.check_writable(args.out)
     found = []
     for spec in specs:
         start = time.monotonic()
@@ -48,5 +49,5 @@ def main(arguments: list[str]) -> None:
             one = stream.stream(model, spec, args.batch, args.tokens, lambda done, show=show: show(done, ""))
         found.append(records.stamp(one, time.monotonic() - start))
         if args.out:
-            records.append(args.out, found[-1:])
+            record_files.append(args.out, found[-1:])
     console.table(*stream.table(found))

@@ -10,10 +10,9 @@ import time
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
-from kvcascade.eval import buffers, latency, perplexity, records, report, suite
+from kvcascade.eval import buffers, latency, perplexity, record_files, records, report, suite
 from kvcascade.scripts import console
+from kvcascade.scripts.arguments import arguments_of
 from kvcascade.train import checkpoint, config, data, run
 
 
@@ -52,7 +51,7 @@ class Args:
 
 def main(arguments: list[str]) -> None:
     """Run what is not done yet, then measure everything and write the page."""
-    args = tyro.cli(Args, prog="kvcascade study", args=arguments)
+    args = arguments_of(Args, "study", arguments)
     scale = SCALES[args.preset]
     base = config.PRESETS[scale.preset]
     train = dataclasses.replace(base.train, steps=scale.steps, evaluate_every=max(1, scale.steps // 18))
@@ -73,11 +72,11 @@ def main(arguments: list[str]) -> None:
     found = _measure(args.dir, list(wanted), scale)
     file = args.dir / "records.jsonl"
     file.unlink(missing_ok=True)
-    records.append(file, found)
+    record_files.append(file, found)
     command = f"kvcascade study --preset {args.preset}" + ("" if args.data == "stdlib" else f" --data {args.data}")
     report.write(args.dir / "report.html", found, command)
     tables = report.readme_tables(found)
-    (args.dir / "tables.md").write_text("\n\n".join(tables.values()) + "\n")
+    (args.dir / "tables.md").write_text("\n\n".join(tables.values()) + "\n", "utf-8")
     evaluations = records.of_kind(found, "evaluate")
     for name in wanted:
         console.table(*records.evaluation_table([r for r in evaluations if r["model"] == name]))

@@ -9,6 +9,7 @@ import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.scripts import console
+from kvcascade.scripts.arguments import arguments_of
 from kvcascade.train import checkpoint, config, run
 from kvcascade.train.config import RunConfig
 
@@ -50,4 +51,4 @@ def _parse(arguments: list[str]) -> Args:
     if known.resume and not (path / "config.json").exists():
         raise BadInput(f"{path} holds no run to resume; start one without --resume")
     base = checkpoint.open_run(path)[0] if known.resume and not known.config else config.load(known.config or "toy")
-    return tyro.cli(Args, prog="kvcascade train", default=Args(base, known.config or "toy"), args=arguments)
+    return arguments_of(Args, "train", arguments, Args(base, known.config or "toy"))

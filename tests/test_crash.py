@@ -18,7 +18,7 @@ import tiny_models
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.cache.whole import nbytes
-from kvcascade.eval import crash, crash_child, limits, records, report
+from kvcascade.eval import crash, crash_child, limits, record_files, report
 from kvcascade.scripts import cli, readme
 
 PLACE = limits.cgroup() if sys.platform == "linux" else None
@@ -101,7 +101,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         cli.main([*arguments, "--resolution", "0.2", "--out", str(out)])
     finally:
         signal.signal(signal.SIGTERM, before)
-    first, second = records.read(out)
+    first, second = record_files.read(out)
     assert (first["cache"], second["cache"]) == ("full", "recent 8") and first["commit"] and first["limit"] == 300 * MB
     shown = capsys.readouterr().out
     assert f"`full` {first['users']} users, `recent 8` {second['users']} users, +0%" in shown
@@ -265,7 +265,7 @@ def test_a_real_child_fills_its_cache_or_is_killed(tmp_path: Path, place: limits
 
 def test_the_recorded_tests_agree_with_the_arithmetic(tmp_path: Path) -> None:
     """Within 5 %, the bytes of a user and their number; and the page and the sentences show each of them."""
-    found = records.read(readme.CRASH)
+    found = record_files.read(readme.CRASH)
     for one in found:
         assert one["user_bytes_predicted"] == pytest.approx(one["user_bytes"], rel=0.05)
         assert one["users_predicted"] == pytest.approx(one["users"], rel=0.05)

@@ -15,7 +15,7 @@ import tiny_models
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import buffers, profile, profile_report, records, report, whole_step
+from kvcascade.eval import buffers, profile, profile_report, record_files, records, report, whole_step
 from kvcascade.eval.trace import Event, divide, trace
 from kvcascade.kernels import native, traffic
 from kvcascade.model import generate, gpt, pretrained
@@ -208,7 +208,7 @@ def test_what_is_written_is_made_from_the_records(profiled: list[dict], tmp_path
     }
     told = " ".join(profile_report.sentences(faulty))
     assert "3 INSTRUCTIONS WRITE A WHOLE" in told and "NOT within" in told
-    recorded = records.read(readme.RESULTS)
+    recorded = record_files.read(readme.RESULTS)
     stamped = [records.stamp(record, 1.0) for record in profiled]
     report.write(tmp_path / "report.html", recorded + stamped, "kvcascade report")
     page = (tmp_path / "report.html").read_text()

@@ -46,22 +46,23 @@ def test_the_table_has_a_column_for_each_cell():
     assert {len(row) for row in rows} == {len(columns)}
 
 
-def test_append_adds_whole_lines(tmp_path):
-    """Two appends give all lines, in order."""
-    path = tmp_path / "deep" / "records.jsonl"
-    records.append(path, [record()])
-    records.append(path, [record("recent 4"), record("random 4")])
-    assert [one["cache"] for one in records.read(path)] == ["full", "recent 4", "random 4"]
-
-
-def test_a_damaged_file_of_records_is_told(tmp_path):
-    """A line that is not JSON is bad input."""
-    (tmp_path / "x.jsonl").write_text('{"kind": 1}\n{"ki')
-    with pytest.raises(BadInput, match="not a file of records"):
-        records.read(tmp_path / "x.jsonl")
+def test_a_figure_that_is_not_finite_is_no_record():
+    """Neither NaN nor infinity is stamped, wherever in the record it is."""
+    for bad in ({"nll": float("nan")}, {"points": [[1, float("inf")]]}):
+        with pytest.raises(BadInput, match=f"x, full: {next(iter(bad))} is not finite"):
+            records.stamp({"model": "x", "cache": "full"} | bad, 1.0)
+    with pytest.raises(BadInput, match="ppl is not finite"):
+        record(shift=1000)  # e^1000
 
 
 def test_the_paired_interval_takes_out_the_spread_between_windows():
     """A constant shift of every window has an interval of no width, however much the windows differ."""
     low, high = records.paired(record("recent 4", 0.25), record())
     assert low == pytest.approx(0.25, abs=1e-5) and high == pytest.approx(0.25, abs=1e-5)
+
+
+def test_windows_of_another_text_have_no_paired_interval():
+    """Records of one model on other windows stand in one table."""
+    other = record("recent 4") | {"data": "file:x"}
+    assert np.isnan(records.paired(other, record())).all()
+    assert records.paired(record("recent 4"), record()) == (0, 0)

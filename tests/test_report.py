@@ -6,13 +6,13 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import records, report, suite
+from kvcascade.eval import record_files, records, report, suite
 from kvcascade.scripts import readme
 
 
 @pytest.fixture(scope="module")
 def recorded():
-    return records.read(readme.RESULTS)
+    return record_files.read(readme.RESULTS)
 
 
 def test_the_page_is_self_contained_and_complete(recorded, tmp_path):
@@ -31,7 +31,7 @@ def test_the_page_is_self_contained_and_complete(recorded, tmp_path):
 
 def test_the_page_of_a_pretrained_model(tmp_path):
     """Without a training the page shows what there is: quality, fidelity, retrieval with its heat map, each cache by name."""
-    recorded = records.read(readme.PRETRAINED)
+    recorded = record_files.read(readme.PRETRAINED)
     report.write(tmp_path / "report.html", recorded, "kvcascade report")
     page = (tmp_path / "report.html").read_text()
     drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)

@@ -77,7 +77,7 @@ def open_run(path: Path) -> tuple[RunConfig, tiktoken.Encoding]:
     """Read a run's configuration and tokeniser; BadInput if the folder holds no run, or its tokeniser is not the one it was trained with."""
     file = path / "config.json"
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text("utf-8"))
         trained_with = content.pop("tokenizer")
     except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"{path} holds no run: there is no config.json in it") from None
@@ -95,7 +95,7 @@ def read_log(path: Path) -> list[dict]:
     """The lines of a run's log.jsonl, oldest first; a line cut short by a crash is left out."""
     lines = []
     with contextlib.suppress(FileNotFoundError):
-        for line in (path / "log.jsonl").read_text(errors="replace").splitlines():
+        for line in (path / "log.jsonl").read_text("utf-8", "replace").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 lines.append(json.loads(line))
     return [line for line in lines if isinstance(line, dict) and "step" in line]
@@ -138,7 +138,7 @@ class Checkpoints:
             return None
         self._check(step, "metrics/metrics")
         try:
-            return float(json.loads(file.read_text())[METRIC])
+            return float(json.loads(file.read_text("utf-8"))[METRIC])
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise self._unreadable(step, "metrics/metrics is damaged") from error
 
@@ -149,7 +149,7 @@ class Checkpoints:
         """
         folder = self.path / str(step)
         try:
-            sums = dict(json.loads((folder / SUMS).read_text()))
+            sums = dict(json.loads((folder / SUMS).read_text("utf-8")))
         except FileNotFoundError:
             return  # then orbax has to see for itself
         except (OSError, ValueError, TypeError) as error:
@@ -234,7 +234,7 @@ class Saver(Checkpoints):
         for folder in self._half_written():
             files = (file for part in folder.iterdir() if part.is_dir() for file in part.rglob("*") if file.is_file())
             sums = {file.relative_to(folder).as_posix(): _sum(file) for file in files}
-            (folder / SUMS).write_text(json.dumps(sums, indent=0))
+            (folder / SUMS).write_text(json.dumps(sums, indent=0), "utf-8")
 
     def _half_written(self) -> list[Path]:
         return list(self.path.glob("*.orbax-checkpoint-tmp"))

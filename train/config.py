@@ -126,7 +126,7 @@ def load(name: str) -> RunConfig:
     file = Path(name)
     if file.suffix in (".yaml", ".yml"):
         try:
-            content = yaml.safe_load(file.read_text())
+            content = yaml.safe_load(file.read_text("utf-8"))
             return from_dict({} if content is None else content, file)
         except OSError as error:
             raise BadInput(f"{name}: {error.strerror}") from error

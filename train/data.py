@@ -7,14 +7,12 @@ import hashlib
 import logging
 import re
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import datasets.config
-import datasets.exceptions
 import huggingface_hub
 import numpy as np
 import tiktoken
@@ -24,13 +22,12 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.kernels.files import cache_dir
 from kvcascade.model import tokenizer
 from kvcascade.model.vocabulary import FileTokenizer
+from kvcascade.train import text_files
 
 HUB = {
     "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
     "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
 }
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-DOCUMENT = 20_000  # characters: a text file is cut at the first blank line after so many
 LONGEST = 200_000  # characters for tiktoken at once: it aborts on a million spaces in a row
 HUB_SECONDS = 3.0  # for each address of the hub, of which there are a few
 
@@ -61,7 +58,7 @@ def load(source: str) -> Text:
     if source == "stdlib":
         return _load_stdlib()
     if source.startswith("file:"):
-        return _split(source, _file_rows(source))
+        return _split(source, datasets.Dataset.from_dict({"text": text_files.documents(source)}))
     return _load_hub(source)
 
 
@@ -69,9 +66,8 @@ def unseen(source: str) -> datasets.Dataset:
     """Load text to evaluate on that nothing was trained on: all of a file as one document, else the validation split."""
     if not source.startswith("file:"):
         return load(source).validation
-    return datasets.Dataset.from_dict(
-        {"text": ["\n".join(text.removesuffix("\n") for text in _file_rows(source)["text"][:])]}
-    )
+    whole = "\n".join(text.removesuffix("\n") for text in text_files.documents(source))
+    return datasets.Dataset.from_dict({"text": [whole]})
 
 
 def encoding_for(text: Text, name: str, vocab: int) -> tiktoken.Encoding:
@@ -115,8 +111,10 @@ def _parts(text: str) -> Iterator[str]:
 def windows(tokens: Integer[np.ndarray, " T"], context: int, count: int) -> Int32[np.ndarray, "{count} {context}"]:
     """Return the first `count` windows of `context` consecutive tokens, one after the other without overlap.
 
-    Raises BadInput if the tokens are too few.
+    Raises BadInput if the tokens are too few, or nothing is asked for.
     """
+    if count < 1 or context < 1:
+        raise BadInput(f"{count} windows of {context} tokens are none")
     there = len(tokens) // context
     if there < count:
         raise BadInput(f"{count} windows of {context} tokens were asked for, but the text has {there}")
@@ -207,35 +205,6 @@ def _language_reference() -> dict[str, str]:
     return kept
 
 
-def _file_rows(source: str) -> datasets.Dataset:
-    path = Path(source.removeprefix("file:")).expanduser()
-    if not path.is_file():
-        raise BadInput(f"{source}: there is no such file")
-    if not path.stat().st_size:
-        raise BadInput(f"{source}: the file is empty")
-    try:
-        if builder := BUILDERS.get(path.suffix.lower()):
-            # datasets leaves a converted copy in its cache; ours goes with the folder, as the rows are in memory.
-            with tempfile.TemporaryDirectory() as folder:
-                files = {"train": str(path)}
-                rows = datasets.load_dataset(builder, data_files=files, cache_dir=folder, keep_in_memory=True)["train"]
-            return _texts(source, rows)
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{source}: not a text in UTF-8 (byte {error.start})") from error
-    except OSError as error:
-        raise BadInput(f"{source}: {error.strerror or _first_line(error)}") from error
-    except (datasets.exceptions.DatasetsError, ValueError) as error:
-        reason = _first_line(error.__cause__ or error)
-        raise BadInput(f"{source}: not a readable {path.suffix} file ({reason})") from error
-    documents = [""]
-    for paragraph in re.split(r"(?<=\n\n)(?=[^\n])", text):
-        if len(documents[-1]) >= DOCUMENT:
-            documents.append("")
-        documents[-1] += paragraph
-    return datasets.Dataset.from_dict({"text": documents})
-
-
 def _load_hub(source: str) -> Text:
     name, _, config = source.partition(":")
     repository, config = HUB.get(source, (name, config or None))
@@ -269,7 +238,7 @@ def _load_hub(source: str) -> Text:
 def _texts(source: str, rows: datasets.Dataset) -> datasets.Dataset:
     if "text" not in rows.column_names:
         raise BadInput(f"{source}: there is no column called text, only {', '.join(rows.column_names)}")
-    if (dtype := getattr(rows.features["text"], "dtype", "nested")) not in {"string", "large_string"}:
+    if (dtype := getattr(rows.features["text"], "dtype", "nested")) not in {"string", "large_string", "string_view"}:
         raise BadInput(f"{source}: the column called text holds {dtype}, not strings")
     rows = rows.select_columns("text")
     if rows.data.column("text").null_count:

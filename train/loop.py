@@ -218,7 +218,7 @@ class _Log:
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one line and report it."""
         line = {"step": step, **values, "seconds": round(time.monotonic() - self.start, 2)}
-        with self.file.open("a") as file:
+        with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.report(step, line)
 

@@ -58,7 +58,7 @@ def open_model(name: str, report: pretrained.Report = lambda done, of: None, wei
     """A model by its name: a run's folder, or what `pretrained.load` takes; BadInput where there is none."""
     if pretrained.is_pretrained(name):
         return pretrained.load(name, report, weights)
-    trained = checkpoint.load_run(Path(name))
+    trained = checkpoint.load_run(Path(name).expanduser())
     settings = trained.config
     return Model(
         name, settings.model, trained.params, trained.encoding, data=settings.data.source, seed=settings.train.seed
@@ -72,7 +72,7 @@ def shape(name: str, weights: str | None = None) -> ModelConfig:
     elif pretrained.is_pretrained(name):
         found = pretrained.shape(name)
     else:
-        found = checkpoint.open_run(Path(name))[0].model
+        found = checkpoint.open_run(Path(name).expanduser())[0].model
     return found if weights is None else dataclasses.replace(found, weights=weights)
 
 
