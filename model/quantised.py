@@ -165,7 +165,7 @@ class Quantised:
         codes = unpack(weight, self.bits, awq) if awq else unpack(weight.T, self.bits)
         zero_GO = unpack(zeros, self.bits, awq)
         if not awq and self.said.get("checkpoint_format", "gptq") == "gptq":
-            zero_GO = zero_GO + 1 & 2**self.bits - 1  # kept less by one
+            zero_GO = zero_GO + np.uint8(1)  # kept less by one
         scale_OG = scales.T
         low_OG = -zero_GO.T.astype(np.float32) * scale_OG.astype(np.float32)
         return Grouped(codes.T if awq else codes, scale_OG, low_OG, group_I)
