@@ -9,14 +9,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from kvcascade.cache.whole import Cache, Draft
-from kvcascade.kernels import linear
 from kvcascade.kernels.activation import activate
 from kvcascade.kernels.heads import capped
 from kvcascade.kernels.loss import token_nll
 from kvcascade.kernels.nonlinear import GATED
 from kvcascade.model.attention import Attention, rotation
 from kvcascade.model.config import ModelConfig
-from kvcascade.model.linear import Embedding, Linear, products
+from kvcascade.model.linear import Embedding, Linear, head_weights, products
 
 type Params = dict[str, Any]
 
@@ -81,7 +80,7 @@ class GPT(nnx.Module):
         self.norm = make_norm(config, rngs)
         if not config.tied:
             init = nnx.initializers.normal(0.02)
-            self.head = Linear(config.width, config.vocab, config, False, init, rngs)
+            self.head = Linear(config.width, config.vocab, config, False, init, rngs, head_weights(config))
         self.config = config
 
     def hidden(self, tokens_BT, positions_BT, cache, dropout_key=None, fresh=False) -> tuple[Any, Any]:
@@ -141,7 +140,7 @@ def nll(
     model = nnx.merge(graph(config)[0], params)
     inputs_BT, targets_BT = rows_BT[:, :-1], rows_BT[:, 1:]
     x_BTM, _ = model.hidden(inputs_BT, _from_zero(inputs_BT), None, dropout_key)
-    head_VM = linear.rows(model.head_matrix.matrix).astype(config.dtype)
+    head_VM = model.head_matrix.rows().astype(config.dtype)
     x = x_BTM.reshape(-1, config.width).astype(config.dtype)
     return token_nll(x, head_VM, targets_BT.reshape(-1), config.final_soft_cap).reshape(targets_BT.shape)
 

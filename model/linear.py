@@ -8,31 +8,49 @@ from kvcascade.model.config import ModelConfig
 
 
 class Stored(nnx.Module):
-    """A matrix [out, in], kept by `kernels.linear` as `weight` and, in int8, `scale`."""
+    """A matrix [out, in], kept by `kernels.linear`: its `weight`, and what else belongs to it. In a model of int4 all have `low` and `order`.
 
-    def __init__(self, outputs: int, inputs: int, config: ModelConfig, init, rngs: nnx.Rngs):
-        matrix = linear.store(init(rngs.params(), (outputs, inputs), jnp.float32), config.weights)
-        self.weight = nnx.Param(matrix["weight"])
-        if "scale" in matrix:
-            self.scale = nnx.Param(matrix["scale"])
-        self.dtype = jnp.dtype(config.dtype)
+    Those are empty where nothing is to be said. What is not to lose as much as four bits lose is kept in int8 there.
+    """
+
+    def __init__(self, outputs: int, inputs: int, weights: str, config: ModelConfig, init, rngs: nnx.Rngs):
+        matrix = linear.store(init(rngs.params(), (outputs, inputs), jnp.float32), weights)
+        for name, array in (filled(matrix) if weights == "int4" else matrix).items():
+            setattr(self, name, nnx.Param(array))
+        self.dtype, self.inputs = jnp.dtype(config.dtype), inputs
 
     @property
     def matrix(self) -> linear.Matrix:
         """The arrays as `kernels.linear` takes them."""
-        scale = {"scale": self.scale[...]} if hasattr(self, "scale") else {}
-        return {"weight": self.weight[...]} | scale
+        arrays = {name: getattr(self, name)[...] for name in ("weight", "scale", *EMPTY) if hasattr(self, name)}
+        return {name: array for name, array in arrays.items() if array.size}
+
+    def rows(self, index=...):
+        """Rows of the matrix in float32."""
+        return linear.rows(self.matrix, index, self.inputs)
 
     def product(self, x):
         """Products of x with each row of the matrix."""
         return linear.products(x.astype(self.dtype), [self.matrix])[0]
 
 
+EMPTY = {"low": (0, 0), "order": (0,)}
+
+
+def filled(matrix: linear.Matrix) -> linear.Matrix:
+    """A matrix as a model of int4 has it, with empty arrays in the place of those that it lacks."""
+    return {
+        name: jnp.zeros(shape, jnp.int32 if name == "order" else jnp.float16) for name, shape in EMPTY.items()
+    } | matrix
+
+
 class Linear(Stored):
     """Products with a matrix, and a bias added."""
 
-    def __init__(self, inputs: int, outputs: int, config: ModelConfig, use_bias: bool, init, rngs: nnx.Rngs):
-        super().__init__(outputs, inputs, config, init, rngs)
+    def __init__(
+        self, inputs: int, outputs: int, config: ModelConfig, use_bias: bool, init, rngs: nnx.Rngs, weights: str = ""
+    ):
+        super().__init__(outputs, inputs, weights or config.weights, config, init, rngs)
         if use_bias:
             self.bias = nnx.Param(jnp.zeros(outputs))
 
@@ -56,11 +74,16 @@ def together(x, *linears: Linear) -> list:
     return [y if bias is None else y + bias.astype(y.dtype) for y, bias in found]
 
 
+def head_weights(config: ModelConfig) -> str:
+    """What embeddings and the head are kept in: int8 where the others are int4."""
+    return "int8" if config.weights == "int4" else config.weights
+
+
 class Embedding(Stored):
     """A vector per token; where the head is tied to it, `product` gives the logits."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        super().__init__(config.vocab, config.width, config, nnx.initializers.normal(0.02), rngs)
+        super().__init__(config.vocab, config.width, head_weights(config), config, nnx.initializers.normal(0.02), rngs)
 
     def __call__(self, tokens):
-        return linear.rows(self.matrix, tokens).astype(self.dtype)
+        return self.rows(tokens).astype(self.dtype)

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Literal
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.model import kept, shapes, texts
+from kvcascade.model import kept, quantised, shapes, texts
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
 from kvcascade.model.metadata import Metadata
 from kvcascade.model.places import is_pretrained as is_pretrained
 from kvcascade.model.places import locate
+from kvcascade.model.tensors import GGUFFile
 from kvcascade.model.tokenizer import Tokenizer
 from kvcascade.model.weights import (
     GGUF,
@@ -18,11 +19,8 @@ from kvcascade.model.weights import (
     HUB_GEMMA,
     HUB_GPT2,
     HUB_LLAMA,
-    GGUFFile,
     Report,
-    Safetensors,
     load_params,
-    read_json,
 )
 
 
@@ -65,7 +63,7 @@ def load(name: str, report: Report = lambda done, of: None, weights: str = "floa
     """Load a model by any name that `locate` takes: GGUF, or config.json and *.safetensors.
 
     Architectures: llama (SmolLM2, Llama 2 and 3), mistral, qwen2, qwen3, gemma2, gemma3 (text), gpt2. `weights` says what matrices are kept in: float32,
-    bfloat16 or int8. Raises BadInput where there is no such model, or its files are incomplete, damaged or of another architecture.
+    bfloat16, int8 or int4. Raises BadInput where there is no such model, or its files are incomplete, damaged or of another architecture.
     What had to be converted is kept in the user's cache, up to 8 GiB, and mapped from there the next time.
     """
     path = locate(name)
@@ -88,7 +86,7 @@ def _of_gguf(file: GGUFFile, path: Path) -> ModelConfig:
 
 
 def _of_directory(name: str, folder: Path) -> ModelConfig:
-    return shapes.from_hub(read_json(folder / "config.json"), name)
+    return shapes.from_hub(Metadata.read(folder / "config.json").content, name)
 
 
 def _load_gguf(name: str, path: Path, weights: str, report: Report) -> Model:
@@ -104,5 +102,6 @@ def _load_directory(name: str, folder: Path, weights: str, report: Report) -> Mo
     config = dataclasses.replace(_of_directory(name, folder), weights=weights)
     about_text = texts.from_directory(folder, Metadata.read(folder / "config.json"), config.vocab)
     names = HUB_GPT2 if config.positions == "learned" else HUB_GEMMA if config.post_norms else HUB_LLAMA
-    params = load_params(config, Safetensors(folder), names, name, False, report)
+    tensors = quantised.opened(folder, Metadata.read(folder / "config.json").content)
+    params = load_params(config, tensors, names, name, False, report)
     return Model(name, config, params, **vars(about_text))

@@ -1,110 +1,26 @@
 """The weights of pretrained models: where each parameter is found in GGUF files and in Hugging Face directories."""
 
 import dataclasses
-import json
+import functools
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.kernels import linear
-from kvcascade.model import gpt, split
+from kvcascade.model import gpt
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
+from kvcascade.model.linear import filled, head_weights
+from kvcascade.model.quantised import Quantised
+from kvcascade.model.tensors import GGUFFile, Safetensors
 
 type Report = Callable[[int, int], None]
 """Called with the number of tensors loaded and how many there are."""
-
-
-class GGUFFile:
-    """The tensors and the metadata of a GGUF; BadInput if it is truncated or not one."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        there = split.parts(path)
-        if missing := [each.name for each in there if not each.exists()]:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise BadInput(f"{path}: there is no {', '.join(missing[:3])}{more}")
-        self.fields, self.tensors = {}, {}
-        for index, each in enumerate(there):
-            fields, tensors = self._read(each)
-            split.check(each, index, fields.get("split.no", 0), fields.get("split.count", 1))
-            self.fields = fields | self.fields
-            if twice := sorted({*self.tensors} & {*tensors}):
-                raise BadInput(f"{each}: {twice[0]} is in a part before as well")
-            self.tensors |= tensors
-
-    def _read(self, path: Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
-        """The metadata and the tensors of one file."""
-        try:
-            reader = gguf.GGUFReader(path)
-            fields = {key: field.contents() for key, field in reader.fields.items()}
-        except OSError as error:
-            raise BadInput(f"{path}: {error.strerror or error}") from error
-        except Exception as error:  # whatever the library meets in a damaged file
-            raise BadInput(f"{path} is not a GGUF file, or is damaged: {error}") from error
-        return fields, {tensor.name: tensor for tensor in reader.tensors}
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor by its name."""
-        return {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self.tensors.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        """A tensor in float32."""
-        tensor = self.tensors[name]
-        try:
-            return gguf.dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes()[name])
-        except (NotImplementedError, ValueError) as error:
-            raise BadInput(f"{self.path}: {name} is of the type {tensor.tensor_type.name}: {error}") from error
-
-
-class Safetensors:
-    """The tensors of a directory's *.safetensors; BadInput if a shard is missing or damaged."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        index = read_json(folder / "model.safetensors.index.json", missing=None)
-        files = sorted({*index["weight_map"].values()}) if index else ["model.safetensors"]
-        self.files = {}
-        for file in files:
-            try:
-                with safetensors.safe_open(folder / file, framework="flax") as tensors:
-                    self.files |= {name: (file, tuple(tensors.get_slice(name).get_shape())) for name in tensors.keys()}
-            except FileNotFoundError as error:
-                raise BadInput(f"{folder} lacks {file}") from error
-            except (OSError, safetensors.SafetensorError) as error:
-                raise BadInput(f"{folder / file} is damaged: {error}") from error
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor by its name."""
-        return {name: shape for name, (_, shape) in self.files.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        """A tensor in float32."""
-        with safetensors.safe_open(self.folder / self.files[name][0], framework="flax") as tensors:
-            return np.asarray(tensors.get_tensor(name).astype(jnp.float32))
-
-
-_REQUIRED = object()
-
-
-def read_json(path: Path, missing: Any = _REQUIRED) -> Any:
-    """What a JSON file holds; `missing`, if given, where there is no file; BadInput if it is damaged, or not there."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        if missing is not _REQUIRED:
-            return missing
-        raise BadInput(f"{path.parent} lacks {path.name}") from error
-    except (OSError, ValueError) as error:
-        raise BadInput(f"cannot read {path}: {error}") from error
 
 
 # Weights: our path with * for the layer, and where it is found
@@ -163,7 +79,7 @@ IGNORED = re.compile(r"rope_freqs\.weight|.*\.rotary_emb\.inv_freq|.*\.attn\.(ma
 
 def load_params(
     config: ModelConfig,
-    source: GGUFFile | Safetensors,
+    source: GGUFFile | Safetensors | Quantised,
     names: dict[str, str],
     name: str,
     paired_rope: bool,
@@ -172,32 +88,51 @@ def load_params(
     """Read every parameter of a model, one tensor at a time; BadInput that names what is missing, unexpected or of another shape.
 
     `paired_rope`: queries and keys are laid out for RoPE that turns neighbours (h, h + 1), as GGUF's llama does, and are put back.
+    For int4 a matrix that is there in four bits is kept as it is, what else such a file has in int8.
     """
     wanted = leaves(gpt.graph(dataclasses.replace(config, weights="float32"))[1])
     where = _find(wanted, source.shapes(), names, config.tied, name)
     params = {}
     for index, (path, leaf) in enumerate(wanted.items()):
         theirs, folder = where[path], path.rpartition(".")[0]
-        array = source.read(theirs)
-        if names is HUB_GPT2 and re.search(r"\.c_\w+\.weight", theirs):
-            array = array.T  # Conv1D multiplies from the left
-        if names is HUB_GEMMA and path.endswith(".scale"):
-            array = array + 1  # stored as the difference from 1
-        projection = folder.split(".")[-1]
-        if re.search(r"c_attn|attn_qkv", theirs) and len(array) % 3 == 0:
-            array = np.split(array, 3)["qkv".index(projection)]
-        if array.shape != leaf.shape:
-            raise BadInput(f"{name}: {theirs} has the shape {array.shape}, not {leaf.shape}")
-        if paired_rope and projection in ("q", "k"):
-            pairs = array.reshape(-1, config.head_dim // 2, 2, *array.shape[1:])
-            array = pairs.swapaxes(1, 2).reshape(array.shape)
-        stored = {path: jnp.asarray(array, leaf.dtype)}
-        if path.endswith(".weight"):
-            stored = {f"{folder}.{part}": each for part, each in linear.store(stored[path], config.weights).items()}
-        for each, value in stored.items():
-            put(params, each, value)
+        weights = head_weights(config) if folder in ("embed", "head") else config.weights
+        take = functools.partial(_rows, theirs, folder.split(".")[-1], config.head_dim if paired_rope else 0)
+        matrix = source.packed(theirs) if weights == "int4" and path.endswith(".weight") else None
+        array = None
+        if matrix is not None:
+            rows = take(len(matrix["weight"]))
+            matrix = {part: each if part == "order" else each[rows] for part, each in matrix.items()}
+            shape = len(matrix["weight"]), source.shapes()[theirs][1]
+        else:
+            array = source.read(theirs)
+            if names is HUB_GPT2 and re.search(r"\.c_\w+\.weight", theirs):
+                array = array.T  # Conv1D multiplies from the left
+            if names is HUB_GEMMA and path.endswith(".scale"):
+                array = array + 1  # stored as the difference from 1
+            array = array[take(len(array))]
+            shape = array.shape
+        if shape != leaf.shape:
+            raise BadInput(f"{name}: {theirs} has the shape {shape}, not {leaf.shape}")
+        if not path.endswith(".weight"):
+            put(params, path, jnp.asarray(array, leaf.dtype))
+        else:
+            kind = "int8" if weights == "int4" and source.has_int4 else weights
+            matrix = matrix or linear.store(jnp.asarray(array, leaf.dtype), kind)
+            for part, each in (filled(matrix) if weights == "int4" else matrix).items():
+                put(params, f"{folder}.{part}", each)
         report(index + 1, len(wanted))
     return params
+
+
+def _rows(theirs: str, projection: str, paired: int, count: int) -> slice | np.ndarray:
+    """Which rows of a tensor are ours, in which order: a third of q, k and v in one, and halves of heads of a `paired` width."""
+    first = 0
+    if re.search(r"c_attn|attn_qkv", theirs) and count % 3 == 0:
+        count //= 3
+        first = count * "qkv".index(projection)
+    if paired and projection in ("q", "k") and count % paired == 0:
+        return first + np.arange(count).reshape(-1, paired // 2, 2).swapaxes(1, 2).reshape(-1)
+    return slice(first, first + count)
 
 
 def _find(
