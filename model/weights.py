@@ -1,7 +1,6 @@
 """The weights of pretrained models: where each parameter is found in GGUF files and in Hugging Face directories."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from kvcascade.kernels import linear
 from kvcascade.model import gpt
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
+from kvcascade.model.metadata import Metadata
 
 type Report = Callable[[int, int], None]
 """Called with the number of tensors loaded and how many there are."""
@@ -55,8 +55,7 @@ class Safetensors:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        index = read_json(folder / "model.safetensors.index.json", missing=None)
-        files = sorted({*index["weight_map"].values()}) if index else ["model.safetensors"]
+        files = _shards(folder / "model.safetensors.index.json")
         self.files = {}
         for file in files:
             try:
@@ -77,19 +76,18 @@ class Safetensors:
             return np.asarray(tensors.get_tensor(name).astype(jnp.float32))
 
 
-_REQUIRED = object()
-
-
-def read_json(path: Path, missing: Any = _REQUIRED) -> Any:
-    """What a JSON file holds; `missing`, if given, where there is no file; BadInput if it is damaged, or not there."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        if missing is not _REQUIRED:
-            return missing
-        raise BadInput(f"{path.parent} lacks {path.name}") from error
-    except (OSError, ValueError) as error:
-        raise BadInput(f"cannot read {path}: {error}") from error
+def _shards(index: Path) -> list[str]:
+    """The files that an index names, or the only one where there is no index; BadInput for one that is not beside it."""
+    if not index.exists():
+        return ["model.safetensors"]
+    where = Metadata.read(index).table("weight_map")
+    files = sorted({where.text(tensor) for tensor in where})
+    if not files:
+        raise BadInput(f"{index} lacks weight_map, or it is empty")
+    for file in files:
+        if Path(file).name != file:
+            raise where.bad("", f"names {file!r}, which is no file's name")
+    return files
 
 
 # Weights: our path with * for the layer, and where it is found

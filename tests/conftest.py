@@ -20,6 +20,7 @@ settings.register_profile(
     report_multiple_bugs=False,
 )
 settings.register_profile("few", settings.get_profile("quick"), max_examples=3)  # for one more build of the same
+settings.register_profile("fuzz", settings.get_profile("thorough"), max_examples=20_000, derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
