@@ -9,7 +9,8 @@ import numpy as np
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.kernels import int4, linear
-from kvcascade.model.tensors import Safetensors, read_json
+from kvcascade.model.metadata import read_json
+from kvcascade.model.tensors import Safetensors
 
 METHODS = ("gptq", "awq", "fp8", "fbgemm_fp8", "compressed-tensors", "bitsandbytes")
 PARTS = (

@@ -81,7 +81,7 @@ def from_hub(content: dict[str, Any], source: str) -> ModelConfig:
         value = content.get(key)
         value = default if value is None else value
         if value is None:
-            raise BadInput(f"{source}/config.json lacks {key!r}")
+            raise BadInput(f"{source}/config.json lacks {key}")
         return value
 
     if kind == "gpt2":

@@ -201,6 +201,21 @@ def test_damaged_files_are_refused_in_one_line(tmp_path):
     refuse(folder, "model.safetensors", "damaged")
     (folder / "model.safetensors").unlink()
     refuse(folder, "lacks model.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001.safetensors"}}')
+    refuse(folder, "lacks model-00001.safetensors")
+    for index, *words in (
+        ('{"metadata": {}}', "weight_map"),
+        ('{"weight_map": {}}', "weight_map"),
+        ('{"weight_map": ["a"]}', "weight_map must be a table", "['a']"),
+        ('{"weight_map": {"a": null}}', "lacks weight_map.a"),
+        ('{"weight_map": {"a": 3}}', "weight_map.a must be a text, not 3"),
+        ('{"weight_map": {"a": "../secret"}}', "weight_map", "'../secret'"),
+        ("null", "must be a table"),
+        ("[1]", "must be a table"),
+        ("{", "cannot read"),
+    ):
+        (folder / "model.safetensors.index.json").write_text(index)
+        refuse(folder, "model.safetensors.index.json", *words)
     (folder / "tokenizer.json").write_text("{}")
     refuse(folder, "tokenizer.json", "damaged")
     (folder / "tokenizer.json").unlink()
@@ -229,7 +244,7 @@ def test_wrong_models_are_refused_in_one_line(tmp_path):
         ({"intermediate_size": 50}, "has the shape"),
         ({"num_hidden_layers": 3}, "lacks model.layers.2"),
         ({"num_hidden_layers": 1}, "has unexpected model.layers.1"),
-        ({"num_hidden_layers": None}, "'num_hidden_layers'"),
+        ({"num_hidden_layers": None}, "config.json lacks num_hidden_layers"),
         ({"vocab_size": 100}, "has tokens up to 256, but the model only 100 rows"),
     ):
         folder = tiny_models.write("llama", tmp_path / "w")
