@@ -107,7 +107,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert f"`full` {first['users']} users, `recent 8` {second['users']} users, +0%" in shown
     for more, told in (
         ("--limit 6", "'6' is not an amount"),
-        ("--steps 0", "steps must be"),
+        ("--steps 0", "--steps is 0; it must be at least 1"),
         ("--cache ful", "no policy"),
     ):
         with pytest.raises(SystemExit, match="2"):

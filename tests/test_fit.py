@@ -166,8 +166,8 @@ def test_a_child_answers_each_task_and_a_compiler_that_raises_fails_one(monkeypa
     ("arguments", "line"),
     [
         (["--gpu", "h101"], "no GPU 'h101'; there are h100"),
-        (["--share", "1.5"], "the share of the card's memory is 1.5"),
-        (["--context", "0"], "context must be at least 1"),
+        (["--share", "1.5"], "--share is 1.5; it must be above 0 and at most 1"),
+        (["--context", "0"], "--context is 0; it must be at least 1"),
         (["--context", "2000"], "1024 learned positions"),
         (["--cache", "layers[0:99]: full"], "the model has 12 layers"),
     ],

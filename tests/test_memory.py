@@ -123,7 +123,7 @@ def test_the_table_has_a_row_for_every_model_context_and_cache(capsys):
         (["--gpu", "h101"], "no GPU 'h101'; there are h100"),
         (["--model", "gpt2", "--context", "2000"], "longer than the model's 1024 learned positions"),
         (["--model", "gpt9"], "no run"),
-        (["--context", "0"], "context must be at least 1"),
+        (["--context", "0"], "--context is 0; it must be at least 1"),
         (["--cache", "heavy"], "needs a number of slots"),
     ],
 )
