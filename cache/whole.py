@@ -53,6 +53,11 @@ class Draft:
     cache: Cache
     looks: tuple[Look | None, ...]
 
+    @property
+    def context(self) -> int:
+        """The context that the cache was made for."""
+        return self.cache.context
+
     def step(
         self,
         index: int,

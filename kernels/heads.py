@@ -18,6 +18,14 @@ class Rope:
     base: float = 10_000.0
     factors: tuple[float, ...] = ()
     """H / 2 numbers (Llama 3's way to longer contexts); empty: all 1."""
+    long_factors: tuple[float, ...] = ()
+    """In their place in contexts of more than `short_context` tokens (LongRoPE, Ding et al. 2024, §3.2); empty: the same."""
+    short_context: int = 0
+
+    def at(self, context: int) -> "Rope":
+        """How positions turn in a context of so many tokens, of which a cache keeps to the one that it was made for."""
+        long = self.long_factors and context > self.short_context
+        return Rope(self.base, self.long_factors if long else self.factors)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,6 +50,9 @@ class ModelConfig:
     rope_base: float = 10_000.0
     rope_factors: tuple[float, ...] = ()
     """What each pair's frequency is divided by, head_dim / 2 numbers (Llama 3's way to longer contexts); empty: 1."""
+    rope_long_factors: tuple[float, ...] = ()
+    """In place of `rope_factors` in contexts of more than `rope_short_context` tokens (LongRoPE); empty: the same."""
+    rope_short_context: int = 0
     head_width: int = 0
     """Width of a head; 0: width / heads."""
     norm: str = "rms"
@@ -84,7 +87,7 @@ class ModelConfig:
         for name in ("layers", "width", "heads", "kv_heads", "mlp", "vocab", "context"):
             if getattr(self, name) < 1:
                 raise BadInput(f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("window", "head_width"):
+        for name in ("window", "head_width", "rope_short_context"):
             if getattr(self, name) < 0:
                 raise BadInput(f"model.{name} is {getattr(self, name)}; it must be at least 0")
         if not self.head_width and self.width % self.heads or self.head_dim % 2:
@@ -98,8 +101,9 @@ class ModelConfig:
                 raise BadInput(f"model.{name} {getattr(self, name)!r} is not one of {', '.join(values)}")
         if not 0 < self.rope_base < math.inf:
             raise BadInput(f"model.rope_base is {self.rope_base}; it must be above 0 and finite")
-        if len(self.rope_factors) not in (0, self.head_dim // 2):
-            raise BadInput(f"model.rope_factors has {len(self.rope_factors)} numbers, not {self.head_dim // 2}")
+        for name in ("rope_factors", "rope_long_factors"):
+            if len(factors := getattr(self, name)) not in (0, self.head_dim // 2):
+                raise BadInput(f"model.{name} has {len(factors)} numbers, not {self.head_dim // 2}")
         if self.unlike and (len(self.unlike) != self.layers or self.unlike[0] != self._alike):
             raise BadInput(f"model.unlike has to have {self.layers} heads, of which the first are {self._alike}")
         for heads in self.unlike:
@@ -121,6 +125,10 @@ class ModelConfig:
         return self.unlike or (self._alike,) * self.layers
 
     @property
+    def _rope(self) -> Rope:
+        return Rope(self.rope_base, self.rope_factors, self.rope_long_factors, self.rope_short_context)
+
+    @property
     def _alike(self) -> Heads:
         return Heads(
             queries=self.heads,
@@ -129,7 +137,7 @@ class ModelConfig:
             scale=self.attention_scale,
             soft_cap=self.soft_cap,
             window=self.window,
-            rope=Rope(self.rope_base, self.rope_factors) if self.positions == "rope" else None,
+            rope=self._rope if self.positions == "rope" else None,
         )
 
 

@@ -95,7 +95,8 @@ class GPT(nnx.Module):
                 x_BTM = x_BTM + self.position(jnp.maximum(positions_BT, 0)).astype(x_BTM.dtype)
         # Layers that turn alike share what they turn by.
         turns = {(each.width, each.rope): each.rope for each in config.layer_heads}
-        by = {each: rope and rotation(positions_BT, each[0], rope) for each, rope in turns.items()}
+        context = tokens_BT.shape[1] if cache is None else cache.context
+        by = {each: rope and rotation(positions_BT, each[0], rope.at(context)) for each, rope in turns.items()}
         for index, (block, heads) in enumerate(zip(self.layers, config.layer_heads, strict=True)):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             x_BTM, cache = block(x_BTM, positions_BT, by[heads.width, heads.rope], cache, key, fresh)

@@ -39,7 +39,8 @@ class Metadata:
     """A table of a file: config.json and its like, or the fields of a GGUF.
 
     `source` is the file's name in messages, `prefix` what stands before a key in them (`rope_scaling.`, `llama.`). A key whose value is null
-    is not there. Each method gives `default` where the key is not there, without one BadInput, as for every value of another kind.
+    is not there. Each method gives `default` where the key is not there, without one BadInput, as for every value of another kind; `asked`
+    are the keys that it was called for.
     """
 
     def __init__(self, content: object, source: str | Path, prefix: str = ""):
@@ -48,6 +49,7 @@ class Metadata:
             where = f": {prefix.removesuffix('.')}" if prefix else ""
             raise BadInput(f"{source}{where} must be a table of keys and values, not {shown(content)}")
         self.content: dict[str, Any] = content
+        self.asked: set[str] = set()
 
     @classmethod
     def read(cls, path: Path, *, optional: bool = False) -> "Metadata":
@@ -66,6 +68,7 @@ class Metadata:
 
     def take(self, key: str, default: Any, wanted: str, right: Callable[[Any], bool]) -> Any:
         """The value as it is; BadInput where it is not right, and then it says what was wanted."""
+        self.asked.add(key)
         value = self.content.get(key)
         if value is None:
             if default is REQUIRED:

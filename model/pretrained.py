@@ -79,9 +79,10 @@ def shape(name: str) -> ModelConfig:
 
 def _of_gguf(file: GGUFFile, path: Path) -> ModelConfig:
     config = shapes.from_gguf(file.fields, file.shapes(), str(path))
-    if "rope_freqs.weight" in file.tensors:
-        factors = tuple(float(x) for x in file.read("rope_freqs.weight").ravel())
-        config = dataclasses.replace(config, rope_factors=factors)
+    tensors = {"freqs": "rope_factors", "factors_short": "rope_factors", "factors_long": "rope_long_factors"}
+    for theirs, ours in tensors.items():
+        if (tensor := f"rope_{theirs}.weight") in file.tensors:
+            config = dataclasses.replace(config, **{ours: tuple(float(x) for x in file.read(tensor).ravel())})
     return config
 
 

@@ -74,7 +74,9 @@ GGUF = (
 GGUF_GPT2 = GGUF | _from_projections("blk.*.attn_{}", {f"attention.{x}": "qkv" for x in "qkv"})
 
 # Tensors that say nothing that the shape does not say already.
-IGNORED = re.compile(r"rope_freqs\.weight|.*\.rotary_emb\.inv_freq|.*\.attn\.(masked_)?bias")
+IGNORED = re.compile(
+    r"rope_(freqs|factors_long|factors_short)\.weight|.*\.rotary_emb\.inv_freq|.*\.attn\.(masked_)?bias"
+)
 
 
 def load_params(

@@ -235,9 +235,9 @@ def test_newer_and_older_configurations_tell_the_same_shape() -> None:
         first = shapes.from_hub(new | {"layer_types": ["full_attention", *new["layer_types"][1:]]}, name)
         assert first.window == 0 and first.layer_heads[1].window == (6 if period == 3 else 0)
         for change, word in (
-            ({"layer_types": ["full_attention"]}, "1 layer_types for 4 layers"),
+            ({"layer_types": ["full_attention"]}, "layer_types has 1 texts, not 4"),
             ({"layer_types": ["chunked_attention"] * 4}, "chunked_attention"),
-            ({"use_bidirectional_attention": True}, "both directions"),
+            ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
             ({"hidden_activation": "gelu"}, "the activation gelu"),
             ({"model_type": "gemma3"}, "'gemma3'"),
         ):

@@ -16,6 +16,10 @@ COMMON = {
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
 }  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 100.0}
+LONGROPE = {
+    "rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 3.0, 4.0, 5.0], "rope_theta": 100.0,
+}  # fmt: skip
 GEMMA = {
     "num_hidden_layers": 4, "head_dim": 16, "query_pre_attn_scalar": 4, "sliding_window": 6, "final_logit_softcapping": 4.0,
     "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True,
@@ -24,6 +28,18 @@ CONFIGS = {
     "llama": COMMON | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rope_theta": 500.0, "tie_word_embeddings": True},
     "llama3": COMMON
     | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rope_theta": 10000.0, "rope_scaling": LLAMA3, "tie_word_embeddings": False},
+    "yarn": COMMON | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rope_parameters": YARN, "tie_word_embeddings": True},
+    # The prompts are longer than 16 tokens, and shorter than 32.
+    "longrope": COMMON
+    | {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True,
+        "rope_parameters": LONGROPE | {"original_max_position_embeddings": 16},
+    },
+    "longrope_short": COMMON
+    | {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True,
+        "rope_parameters": LONGROPE | {"original_max_position_embeddings": 32},
+    },
     "mistral": COMMON
     | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "rope_theta": 10000.0, "sliding_window": 6, "tie_word_embeddings": False},
     "qwen2": COMMON
@@ -43,6 +59,9 @@ CONFIGS = {
     },
 }  # fmt: skip
 
+CONFIGS["gpt2_by_layer"] = CONFIGS["gpt2"] | {"scale_attn_by_inverse_layer_idx": True}
+CONFIGS["gpt2_unscaled"] = CONFIGS["gpt2"] | {"scale_attn_weights": False}
+
 POSITIONS = [0, 5, 7, 15, 23]  # whose logits are kept: before and after mistral's window of 6
 PROMPTS = np.random.default_rng(7).integers(0, VOCAB, (2, 24))
 
@@ -58,7 +77,7 @@ def weights(name: str) -> dict[str, np.ndarray]:
         start = norm and "bias" not in tensor and not gemma
         found[tensor] = (rng.normal(size=shape) * (0.3 if norm else 0.25) + start).astype(np.float32)
 
-    if name == "gpt2":
+    if config["model_type"] == "gpt2":
         put("transformer.wte.weight", VOCAB, WIDTH)
         put("transformer.wpe.weight", 64, WIDTH)
         for layer in range(LAYERS):
