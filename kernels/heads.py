@@ -17,15 +17,19 @@ class Rope:
 
     base: float = 10_000.0
     factors: tuple[float, ...] = ()
-    """H / 2 numbers (Llama 3's way to longer contexts); empty: all 1."""
+    """A number per pair (Llama 3's way to longer contexts); empty: all 1."""
     long_factors: tuple[float, ...] = ()
     """In their place in contexts of more than `short_context` tokens (LongRoPE, Ding et al. 2024, §3.2); empty: the same."""
     short_context: int = 0
+    scale: float = 1.0
+    """What turned channels are multiplied by (YaRN, Peng et al. 2023, §3.3: the square of it is a temperature)."""
+    width: int = 0
+    """Channels that are turned, W, half of them the first of each half of a head, with W in place of H above; 0: all."""
 
     def at(self, context: int) -> "Rope":
         """How positions turn in a context of so many tokens, of which a cache keeps to the one that it was made for."""
-        long = self.long_factors and context > self.short_context
-        return Rope(self.base, self.long_factors if long else self.factors)
+        factors = self.long_factors if self.long_factors and context > self.short_context else self.factors
+        return dataclasses.replace(self, factors=factors, long_factors=(), short_context=0)
 
 
 @dataclasses.dataclass(frozen=True)

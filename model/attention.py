@@ -24,7 +24,9 @@ def rotation(positions_BT: Int[Array, "B T"], H: int, rope: Rope) -> Rotation:
     """What RoPE turns each pair of a head of width H by, to 10⁻⁶ radians at every position."""
     # A product of a position and a frequency in float32 is off by 0.04 radians at position 10⁶. Parts of a turn, counted in units of
     # 2⁻³², wrap where a turn does: 32-bit integers multiply without an error, and what a frequency has besides is small enough for float32.
-    frequency = rope.base ** (-np.arange(0, H, 2) / H) / np.asarray(rope.factors or 1.0)
+    width = rope.width or H
+    frequency = rope.base ** (-np.arange(0, width, 2) / width) / np.asarray(rope.factors or 1.0)
+    frequency = np.pad(frequency, (0, (H - width) // 2))
     units = frequency / (2 * np.pi) * 2**32
     whole, rest = jnp.asarray(units, jnp.uint32), jnp.asarray(units % 1.0, jnp.float32)
     position_BT111 = positions_BT[:, :, None, None, None]
@@ -33,7 +35,11 @@ def rotation(positions_BT: Int[Array, "B T"], H: int, rope: Rope) -> Rotation:
     angle = lax.bitcast_convert_type(part, jnp.int32).astype(jnp.float32) * jnp.float32(2 * np.pi / 2**32)
     # Without the barrier XLA would compute them again in every layer, for queries and for keys.
     sign = jnp.asarray([[-1.0], [1.0]], jnp.float32)
-    return lax.optimization_barrier((jnp.cos(angle), sign * jnp.sin(angle)))
+    cos, sin = jnp.cos(angle), sign * jnp.sin(angle)
+    if rope.scale != 1:
+        scale = np.where(np.arange(H // 2) < width // 2, rope.scale, 1.0).astype(np.float32)
+        cos, sin = cos * scale, sin * scale
+    return lax.optimization_barrier((cos, sin))
 
 
 @jax.named_scope("rope")

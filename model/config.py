@@ -17,7 +17,7 @@ from kvcascade.kernels.nonlinear import ACTIVATIONS
 CHOICES = {
     "weights": WEIGHTS,
     "dtype": ("float32", "bfloat16"),
-    "positions": ("rope", "learned"),
+    "positions": ("rope", "learned", "none"),
     "norm": ("rms", "layer"),
     "biases": ("none", "qkv", "all"),
 }
@@ -46,13 +46,17 @@ class ModelConfig:
     dropout: float = 0.0
     """Share of MLP activations dropped in training."""
     positions: str = "rope"
-    """rope, or learned: an embedding of each position is added to the token's."""
+    """rope; learned: an embedding of each position is added to the token's; none (SmolLM3's NoPE layers)."""
     rope_base: float = 10_000.0
     rope_factors: tuple[float, ...] = ()
     """What each pair's frequency is divided by, head_dim / 2 numbers (Llama 3's way to longer contexts); empty: 1."""
     rope_long_factors: tuple[float, ...] = ()
     """In place of `rope_factors` in contexts of more than `rope_short_context` tokens (LongRoPE); empty: the same."""
     rope_short_context: int = 0
+    rope_scale: float = 1.0
+    """What RoPE multiplies queries and keys by besides (YaRN)."""
+    rope_width: int = 0
+    """Channels of a head that RoPE turns (Phi-3), a half of them the first of each half; 0: all."""
     head_width: int = 0
     """Width of a head; 0: width / heads."""
     norm: str = "rms"
@@ -102,14 +106,16 @@ class ModelConfig:
         if not 0 < self.rope_base < math.inf:
             raise BadInput(f"model.rope_base is {self.rope_base}; it must be above 0 and finite")
         for name in ("rope_factors", "rope_long_factors"):
-            if len(factors := getattr(self, name)) not in (0, self.head_dim // 2):
-                raise BadInput(f"model.{name} has {len(factors)} numbers, not {self.head_dim // 2}")
+            if len(factors := getattr(self, name)) not in (0, self.rope_pairs):
+                raise BadInput(f"model.{name} has {len(factors)} numbers, not {self.rope_pairs}")
+        if not 0 <= self.rope_width <= self.head_dim or self.rope_width % 2:
+            raise BadInput(f"model.rope_width is {self.rope_width}; it must be even and at most {self.head_dim}")
         if self.unlike and (len(self.unlike) != self.layers or self.unlike[0] != self._alike):
             raise BadInput(f"model.unlike has to have {self.layers} heads, of which the first are {self._alike}")
         for heads in self.unlike:
             if min(heads.queries, heads.kv, heads.width, heads.value_width) < 1 or heads.queries % heads.kv:
                 raise BadInput(f"model.unlike has {heads}, which cannot be: KV heads divide the queries' heads")
-        for name in ("attention_scale", "soft_cap", "final_soft_cap"):
+        for name in ("attention_scale", "soft_cap", "final_soft_cap", "rope_scale"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise BadInput(f"model.{name} is {getattr(self, name)}; it must be at least 0 and finite")
         if not 0 <= self.dropout < 1:
@@ -120,13 +126,25 @@ class ModelConfig:
         return self.head_width or self.width // self.heads
 
     @property
+    def rope_pairs(self) -> int:
+        """Pairs of channels that RoPE turns."""
+        return (self.rope_width or self.head_dim) // 2
+
+    @property
     def layer_heads(self) -> tuple[Heads, ...]:
         """What the attention of each layer is."""
         return self.unlike or (self._alike,) * self.layers
 
     @property
     def _rope(self) -> Rope:
-        return Rope(self.rope_base, self.rope_factors, self.rope_long_factors, self.rope_short_context)
+        return Rope(
+            self.rope_base,
+            self.rope_factors,
+            self.rope_long_factors,
+            self.rope_short_context,
+            self.rope_scale,
+            self.rope_width,
+        )
 
     @property
     def _alike(self) -> Heads:

@@ -15,10 +15,9 @@ from kvcascade.model.tensors import GGUFFile
 from kvcascade.model.tokenizer import Tokenizer
 from kvcascade.model.weights import (
     GGUF,
-    GGUF_GPT2,
-    HUB_GEMMA,
-    HUB_GPT2,
+    GGUF_NAMES,
     HUB_LLAMA,
+    HUB_NAMES,
     Report,
     load_params,
 )
@@ -62,9 +61,9 @@ class Model:
 def load(name: str, report: Report = lambda done, of: None, weights: str = "float32") -> Model:
     """Load a model by any name that `locate` takes: GGUF, or config.json and *.safetensors.
 
-    Architectures: llama (SmolLM2, Llama 2 and 3), mistral, qwen2, qwen3, gemma2, gemma3 (text), gpt2. `weights` says what matrices are kept in: float32,
-    bfloat16, int8 or int4. Raises BadInput where there is no such model, or its files are incomplete, damaged or of another architecture.
-    What had to be converted is kept in the user's cache, up to 8 GiB, and mapped from there the next time.
+    Architectures: llama (SmolLM2, Llama 2 and 3), mistral, qwen2, qwen3, gemma2, gemma3 (text), smollm3, phi3, gpt2. `weights` says what
+    matrices are kept in: float32, bfloat16, int8 or int4. Raises BadInput where there is no such model, or its files are incomplete, damaged
+    or of another architecture. What had to be converted is kept in the user's cache, up to 8 GiB, and mapped from there the next time.
     """
     path = locate(name)
     read = _load_directory if path.is_dir() else _load_gguf
@@ -94,15 +93,17 @@ def _load_gguf(name: str, path: Path, weights: str, report: Report) -> Model:
     file = GGUFFile(path)
     config = dataclasses.replace(_of_gguf(file, path), weights=weights)
     about_text = texts.from_gguf(file.fields, str(path), config.vocab)
-    names = GGUF_GPT2 if config.positions == "learned" else GGUF
-    params = load_params(config, file, names, str(path), file.fields["general.architecture"] == "llama", report)
+    kind = file.fields["general.architecture"]
+    names = GGUF_NAMES.get(kind, GGUF)
+    params = load_params(config, file, names, str(path), kind in ("llama", "smollm3"), report)
     return Model(name, config, params, **vars(about_text))
 
 
 def _load_directory(name: str, folder: Path, weights: str, report: Report) -> Model:
     config = dataclasses.replace(_of_directory(name, folder), weights=weights)
     about_text = texts.from_directory(folder, Metadata.read(folder / "config.json"), config.vocab)
-    names = HUB_GPT2 if config.positions == "learned" else HUB_GEMMA if config.post_norms else HUB_LLAMA
-    tensors = quantised.opened(folder, Metadata.read(folder / "config.json").content)
+    said = Metadata.read(folder / "config.json")
+    names = HUB_NAMES.get(said.text("model_type"), HUB_LLAMA)
+    tensors = quantised.opened(folder, said.content)
     params = load_params(config, tensors, names, name, False, report)
     return Model(name, config, params, **vars(about_text))

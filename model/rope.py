@@ -21,6 +21,8 @@ class Stretch:
     short_context: int = 0
     scale: float = 1.0
     """Both queries and keys, so that their products grow by its square."""
+    width: int = 0
+    """Channels of a head that are turned; 0: all."""
 
 
 def stretch(said: Metadata, base: float, head_dim: int, context: int, original: int | None = None) -> Stretch:

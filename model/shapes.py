@@ -10,8 +10,8 @@ from kvcascade.model.config import ModelConfig, by_layer
 from kvcascade.model.metadata import REQUIRED, Metadata, shown
 from kvcascade.model.rope import Stretch, stretch
 
-GGUF_KINDS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2")
-HUB_KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2")
+GGUF_KINDS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2", "smollm3", "phi3")
+HUB_KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "smollm3", "phi3")
 LAYERS = 10_000
 """More layers than any model has."""
 
@@ -26,7 +26,7 @@ IRRELEVANT = frozenset(
 """.split()
 )
 """Keys of a config.json that say nothing of the logits: of training, of other tasks, or of what other files and readers decide."""
-IRRELEVANT_GGUF = frozenset("vocab_size rope.dimension_count rope.scaling.finetuned tensor_data_layout".split())
+IRRELEVANT_GGUF = frozenset("vocab_size rope.scaling.finetuned tensor_data_layout".split())
 
 log = logging.getLogger("kvcascade")
 
@@ -41,10 +41,12 @@ def from_gguf(fields: dict[str, Any], tensors: dict[str, tuple[int, ...]], sourc
     _refuse(source, "a mixture of experts", _whole(said, "expert_count", 0, least=0))
     heads, width = _whole(said, "attention.head_count"), _whole(said, "embedding_length")
     head_dim, context = _whole(said, "attention.key_length", width // heads), _whole(said, "context_length")
-    _refuse(source, "partial RoPE", _whole(said, "rope.dimension_count", head_dim) != head_dim)
+    turned = _whole(said, "rope.dimension_count", head_dim)
+    _refuse(source, "partial RoPE", turned != head_dim and (kind != "phi3" or turned % 2 or turned > head_dim))
     _refuse(source, "values of another width than keys", _whole(said, "attention.value_length", head_dim) != head_dim)
     base = said.number("rope.freq_base", 10_000.0, above=0)
-    found = _gguf_stretch(said, base, head_dim, context, tensors)
+    found = _gguf_stretch(said, base, turned, context, tensors)
+    found = dataclasses.replace(found, width=turned if turned != head_dim else 0)
     layer_norm, gemma = kind == "gpt2", kind.startswith("gemma")
     eps = "attention.layer_norm_epsilon" if layer_norm else "attention.layer_norm_rms_epsilon"
     # Where the file does not say it, the query's scale is that of the published models: another one for those of 27 billion parameters.
@@ -59,9 +61,9 @@ def from_gguf(fields: dict[str, Any], tensors: dict[str, tuple[int, ...]], sourc
         qk_norm=kind in ("qwen3", "gemma3"), post_norms=gemma, biases={"gpt2": "all", "qwen2": "qkv"}.get(kind, "none"),
         tied="output.weight" not in tensors, scaled_embedding=gemma,
         final_soft_cap=said.number("final_logit_softcapping", 0.0, least=0),
-        window=_whole(said, "attention.sliding_window", 0, least=0),
+        window=_whole(said, "attention.sliding_window", 0, least=0) if kind != "smollm3" else 0,
         soft_cap=said.number("attn_logit_softcapping", 0.0, least=0),
-        attention_scale=_scale(scale, found, gemma or "attention.scale" in said),
+        attention_scale=scale if gemma or "attention.scale" in said else 0.0,
     )  # fmt: skip
     local_base = said.number("rope.freq_base_swa", 10_000.0, above=0)
     pattern = said.content.get("attention.sliding_window_pattern")
@@ -73,6 +75,8 @@ def from_gguf(fields: dict[str, Any], tensors: dict[str, tuple[int, ...]], sourc
         period = said.whole("attention.sliding_window_pattern", {"gemma2": 2}.get(kind, 6))
         flags = [bool((index + 1) % period) for index in range(layers)]
     _name_unknown(said, IRRELEVANT_GGUF)
+    if kind == "smollm3":
+        return by_layer(config, [{"positions": "rope" if turn else "none"} for turn in _turned(layers)])
     if not gemma:
         return config
     local = {"rope_base": local_base, "rope_factors": ()} if kind == "gemma3" else {}
@@ -132,7 +136,8 @@ def _gpt2(said: Metadata) -> ModelConfig:
 
 
 def _llama(kind: str, said: Metadata) -> ModelConfig:
-    """Llama and those that are like it: Mistral, Qwen 2 and 3."""
+    """Llama and those that are like it: Mistral, Qwen 2 and 3, SmolLM3, Phi-3."""
+    by_flag = kind in ("qwen2", "qwen3", "smollm3")  # whether there is a window at all
     activation = said.text("hidden_act", "silu")
     _refuse(said.source, f"the activation {activation}", activation not in ("silu", "swish"))
     for flag in ("attention_bias", "mlp_bias", "rope_interleaved"):
@@ -147,22 +152,35 @@ def _llama(kind: str, said: Metadata) -> ModelConfig:
     rope = tables[1] if tables[1].content else tables[0]
     if {"full_attention", "sliding_attention"} & {*rope}:
         raise rope.bad("", "differs by layers, which is not implemented for this architecture")
-    base, found = _hub_rope(said, rope, said.number("rope_theta", 10_000.0, above=0), head_dim, context)
+    theta = said.number("rope_theta", 2e6 if kind == "smollm3" else 10_000.0, above=0)
+    base, found = _hub_rope(said, rope, theta, head_dim, context, kind == "phi3")
     config = ModelConfig(
         layers=layers, width=width, heads=heads, kv_heads=said.whole("num_key_value_heads", heads), mlp=said.whole("intermediate_size"),
         vocab=said.whole("vocab_size"), context=context, activation="swiglu", rope_base=base, **_rope(found), head_width=head_dim,
         norm="rms", norm_eps=said.number("rms_norm_eps", 1e-6, least=0), qk_norm=kind == "qwen3",
-        biases="qkv" if kind == "qwen2" else "none", tied=said.flag("tie_word_embeddings", False),
-        attention_scale=_scale(head_dim**-0.5, found),
+        biases="qkv" if kind == "qwen2" else "none", tied=said.flag("tie_word_embeddings", kind == "smollm3"),
     )  # fmt: skip
     window = said.whole("sliding_window", 4096 if kind.startswith("qwen") else 0, least=0)
     first = said.whole("max_window_layers", 28, least=0)
-    if kind.startswith("qwen") and not said.flag("use_sliding_window", False) or kind == "llama":
+    if by_flag and not said.flag("use_sliding_window", False) or kind == "llama":
         window = 0
     sliding = "sliding_attention" if window else "full_attention"
-    usual = [sliding if kind == "mistral" or index >= first else "full_attention" for index in range(layers)]
+    every = kind in ("mistral", "phi3")
+    usual = [
+        sliding if every or kind.startswith("qwen") and index >= first else "full_attention" for index in range(layers)
+    ]
     windows = {"sliding_attention": window, "full_attention": 0}
-    return by_layer(config, [{"window": windows[each]} for each in _layer_types(said, usual)])
+    changes: list[dict[str, Any]] = [{"window": windows[each]} for each in _layer_types(said, usual)]
+    if kind == "smollm3":
+        interval = said.whole("no_rope_layer_interval", 4)
+        turned = said.wholes("no_rope_layers", _turned(layers, interval), most=1, count=layers)
+        changes = [each | {"positions": "rope" if turn else "none"} for each, turn in zip(changes, turned, strict=True)]
+    return by_layer(config, changes)
+
+
+def _turned(layers: int, interval: int = 4) -> list[int]:
+    """1 for the layers of SmolLM3 that have RoPE: all but every so-manieth."""
+    return [int((index + 1) % interval != 0) for index in range(layers)]
 
 
 def _gemma(kind: str, said: Metadata) -> ModelConfig:
@@ -201,7 +219,6 @@ def _gemma(kind: str, said: Metadata) -> ModelConfig:
             table, theta = full, base
         theta, found = _hub_rope(said, table, theta, head_dim, context)
         kinds[name] = {"window": windows[name], "rope_base": theta, **_rope(found)}
-        kinds[name]["attention_scale"] = _scale(scale, found, True)
     period = said.whole("sliding_window_pattern", said.whole("_sliding_window_pattern", 2 if second else 6))
     usual = ["full_attention" if (index + 1) % period == 0 else "sliding_attention" for index in range(layers)]
     return by_layer(config, [kinds[each] for each in _layer_types(said, usual)])
@@ -215,16 +232,18 @@ def _layer_types(said: Metadata, usual: list[str]) -> Sequence[str]:
     return types
 
 
-def _hub_rope(said: Metadata, rope: Metadata, base: float, head_dim: int, context: int) -> tuple[float, Stretch]:
+def _hub_rope(
+    said: Metadata, rope: Metadata, base: float, head_dim: int, context: int, partial: bool = False
+) -> tuple[float, Stretch]:
     """RoPE's base and stretch, of which some may stand beside the table as well."""
-    for each in (said, rope):
-        share = each.number("partial_rotary_factor", 1.0, above=0)
-        if share != 1:
-            raise each.bad("partial_rotary_factor", f"is {share:g}, which is not implemented")
+    share = rope.number("partial_rotary_factor", said.number("partial_rotary_factor", 1.0, above=0), above=0)
+    width = int(head_dim * share)
+    if share != 1 and (not partial or not 2 <= width <= head_dim or width % 2):
+        raise rope.bad("partial_rotary_factor", f"is {share:g}, which is not implemented for this model")
     base = rope.number("rope_theta", base, above=0)
-    found = stretch(rope, base, head_dim, context, said.whole("original_max_position_embeddings", None))
+    found = stretch(rope, base, width, context, said.whole("original_max_position_embeddings", None))
     _name_unknown(rope, frozenset())
-    return base, found
+    return base, dataclasses.replace(found, width=width if share != 1 else 0)
 
 
 def _rope(found: Stretch) -> dict[str, Any]:
@@ -232,12 +251,9 @@ def _rope(found: Stretch) -> dict[str, Any]:
         "rope_factors": found.factors,
         "rope_long_factors": found.long_factors,
         "rope_short_context": found.short_context,
+        "rope_scale": found.scale,
+        "rope_width": found.width,
     }
-
-
-def _scale(scale: float, found: Stretch, told: bool = False) -> float:
-    """What products are multiplied by where the stretch scales queries and keys; 0 where it is the usual, untold."""
-    return scale * found.scale**2 if told or found.scale != 1 else 0.0
 
 
 def _whole(said: Metadata, key: str, default: Any = REQUIRED, **bounds: int) -> int:

@@ -58,6 +58,11 @@ HUB_GPT2 = (
     | _from_projections("h.*.attn.{}", {f"attention.{x}": "c_attn" for x in "qkv"} | {"attention.o": "c_proj"})
     | _from_projections("h.*.mlp.{}", {"up": "c_fc", "down": "c_proj"})
 )
+HUB_PHI3 = (
+    HUB_LLAMA
+    | _from_projections("model.layers.*.self_attn.{}_proj", {f"attention.{x}": "qkv" for x in "qkv"})
+    | _from_projections("model.layers.*.mlp.{}_proj", {x: "gate_up" for x in ("gate", "up")})
+)
 GGUF = (
     {
         "embed.weight": "token_embd.weight",
@@ -72,6 +77,14 @@ GGUF = (
     | _from_projections("blk.*.ffn_{}", {x: x for x in ("gate", "up", "down")})
 )
 GGUF_GPT2 = GGUF | _from_projections("blk.*.attn_{}", {f"attention.{x}": "qkv" for x in "qkv"})
+
+GGUF_PHI3 = GGUF_GPT2 | _from_projections("blk.*.ffn_{}", {x: "up" for x in ("gate", "up")})
+HUB_NAMES = {"gpt2": HUB_GPT2, "gemma2": HUB_GEMMA, "gemma3_text": HUB_GEMMA, "phi3": HUB_PHI3}
+"""By config.json's model_type, where they are not those of Llama."""
+GGUF_NAMES = {"gpt2": GGUF_GPT2, "phi3": GGUF_PHI3}
+"""By general.architecture, where they are not GGUF's usual ones."""
+PARTS = ("attention.q", "attention.k", "attention.v", "gate", "up")
+"""Projections that may be in one tensor, in the order in which they follow each other there."""
 
 # Tensors that say nothing that the shape does not say already.
 IGNORED = re.compile(
@@ -98,7 +111,10 @@ def load_params(
     for index, (path, leaf) in enumerate(wanted.items()):
         theirs, folder = where[path], path.rpartition(".")[0]
         weights = head_weights(config) if folder in ("embed", "head") else config.weights
-        take = functools.partial(_rows, theirs, folder.split(".")[-1], config.head_dim if paired_rope else 0)
+        part = _part(path)
+        together = [other for other in wanted if other != path and where[other] == theirs]
+        before = sum(wanted[o].shape[0] for o in together if PARTS.index(_part(o)) < PARTS.index(part))
+        take = functools.partial(_rows, config, part, paired_rope, before, leaf.shape[0] if together else 0)
         matrix = source.packed(theirs) if weights == "int4" and path.endswith(".weight") else None
         array = None
         if matrix is not None:
@@ -126,15 +142,22 @@ def load_params(
     return params
 
 
-def _rows(theirs: str, projection: str, paired: int, count: int) -> slice | np.ndarray:
-    """Which rows of a tensor are ours, in which order: a third of q, k and v in one, and halves of heads of a `paired` width."""
-    first = 0
-    if re.search(r"c_attn|attn_qkv", theirs) and count % 3 == 0:
-        count //= 3
-        first = count * "qkv".index(projection)
-    if paired and projection in ("q", "k") and count % paired == 0:
-        return first + np.arange(count).reshape(-1, paired // 2, 2).swapaxes(1, 2).reshape(-1)
-    return slice(first, first + count)
+def _part(path: str) -> str:
+    """The projection that a path belongs to, whatever its layer."""
+    return re.sub(r"^layers\.\d+\.", "", path).rpartition(".")[0]
+
+
+def _rows(config: ModelConfig, part: str, paired_rope: bool, first: int, count: int, there: int) -> slice | np.ndarray:
+    """Which rows of a tensor of so many are ours, in which order: `count` from `first` on, or all; queries' and keys' as RoPE pairs them here."""
+    count, H, W = count or there, config.head_dim, config.rope_width
+    if part not in ("attention.q", "attention.k") or count % H or not (paired_rope or W):
+        return slice(first, first + count)
+    channels = np.arange(H)
+    if paired_rope:
+        channels = channels.reshape(-1, 2).T.reshape(-1)
+    else:  # halves of what is turned, and then of what is not
+        channels = np.concatenate([channels[:W].reshape(2, -1), channels[W:].reshape(2, -1)], 1).reshape(-1)
+    return first + (np.arange(0, count, H)[:, None] + channels).reshape(-1)
 
 
 def _find(

@@ -50,6 +50,14 @@ def test_logits_equal_transformers(name, tmp_path):
         np.testing.assert_allclose(logits[:, tiny_models.POSITIONS], GOLDEN[name], atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["smollm3", "phi4", "longrope"])
+def test_caches_of_unlike_layers_change_nothing_while_nothing_leaves_them(name, tmp_path):
+    model = pretrained.load(str(tiny_models.write(name, tmp_path)))
+    logits = decoded(model, "layers[0:1]: full@f32 ; layers[1:]: sink 2@f32 | recent 2@f32 | heavy 20@f32")
+    np.testing.assert_allclose(logits[:, tiny_models.POSITIONS], GOLDEN[name], atol=1e-4)
+    assert np.isfinite(decoded(model, "layers[0:1]: full ; layers[1:]: sink 2 | recent 4 | heavy 4@int8/int4")).all()
+
+
 def write_gguf(name: str, file: Path, quantised: bool = False, **changes) -> Path:
     """The same model as llama.cpp's converter writes it; `changes` replace metadata, None removes a tensor."""
     config = tiny_models.CONFIGS[name]
@@ -71,7 +79,9 @@ def write_gguf(name: str, file: Path, quantised: bool = False, **changes) -> Pat
             writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
             writer.add_rope_scaling_factor(said["factor"])
             writer.add_rope_scaling_orig_ctx_len(said["original_max_position_embeddings"])
-        if said.get("rope_type") == "longrope":
+        if name == "phi4":
+            writer.add_rope_dimension_count(6)
+        if name == "phi4" or said.get("rope_type") == "longrope":
             original = said["original_max_position_embeddings"]
             writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
             writer.add_rope_scaling_orig_ctx_len(original)
@@ -88,7 +98,7 @@ def write_gguf(name: str, file: Path, quantised: bool = False, **changes) -> Pat
         writer.add_sliding_window_pattern(config["sliding_window_pattern"])
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config["rope_scaling"]["factor"])
-    if "sliding_window" in config:
+    if config.get("sliding_window"):
         writer.add_sliding_window(config["sliding_window"])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = [*alphabet, "he", "<|end|>"]
@@ -129,7 +139,7 @@ def gguf_tensors(name: str) -> dict[str, np.ndarray]:
         "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
         "ln_1": "attn_norm", "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up",
-        "mlp.c_proj": "ffn_down",
+        "mlp.c_proj": "ffn_down", "self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up",
     }  # fmt: skip
     gemma = name.startswith("gemma")
     if gemma:
@@ -147,16 +157,20 @@ def gguf_tensors(name: str) -> dict[str, np.ndarray]:
         layer, part = owner.removeprefix("model.layers.").removeprefix("transformer.h.").split(".", 1)
         if part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj") and leaf == "weight":
             array = array.T
-        if tiny_models.CONFIGS[name]["model_type"] in ("llama", "mistral") and parts[part] in ("attn_q", "attn_k"):
+        if tiny_models.CONFIGS[name]["model_type"] in ("llama", "mistral", "smollm3") and parts[part] in (
+            "attn_q",
+            "attn_k",
+        ):
             heads = array.reshape(-1, 2, tiny_models.WIDTH // tiny_models.HEADS // 2, array.shape[-1])
             array = heads.swapaxes(1, 2).reshape(array.shape)
         found[f"blk.{layer}.{parts[part]}.{leaf}"] = array
     if name == "llama3":
         config = shapes.from_hub(tiny_models.CONFIGS[name], name)
         found["rope_freqs.weight"] = np.asarray(config.rope_factors, np.float32)
-    if name.startswith("longrope"):
+    if name.startswith("longrope") or name == "phi4":
+        said = tiny_models.CONFIGS[name].get("rope_scaling", tiny_models.LONGROPE)
         for length in ("long", "short"):
-            found[f"rope_factors_{length}.weight"] = np.asarray(tiny_models.LONGROPE[f"{length}_factor"], np.float32)
+            found[f"rope_factors_{length}.weight"] = np.asarray(said[f"{length}_factor"], np.float32)
     return found
 
 
@@ -167,10 +181,10 @@ def test_gguf_equals_the_directory(name, tmp_path):
     theirs = pretrained.load(str(tiny_models.write(name, tmp_path / name)))
     assert pretrained.shape(f"gguf:{tmp_path / 'model.gguf'}") == ours.config
     jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
-    same = dict.fromkeys(("rope_factors", "norm_eps", "head_width", "attention_scale"))
+    same = dict.fromkeys(("rope_factors", "norm_eps", "head_width", "rope_scale", "unlike"))
     assert dataclasses.replace(ours.config, **{key: getattr(theirs.config, key) for key in same}) == theirs.config
     np.testing.assert_allclose(ours.config.rope_factors, theirs.config.rope_factors, rtol=1e-6)
-    np.testing.assert_allclose(ours.config.attention_scale, theirs.config.attention_scale, rtol=1e-6)
+    np.testing.assert_allclose(ours.config.rope_scale, theirs.config.rope_scale, rtol=1e-6)
 
 
 def test_quantised_gguf(tmp_path):

@@ -130,7 +130,7 @@ def test_gguf_arrays_and_old_keys():
     yarn = of_gguf(
         **{"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16}
     )
-    assert yarn.attention_scale == pytest.approx((0.1 * math.log(4) + 1) ** 2 / 8**0.5)
+    assert yarn.rope_scale == pytest.approx(0.1 * math.log(4) + 1)
     with pytest.raises(BadInput, match="lacks rope_factors_long.weight"):
         of_gguf(**{"rope.scaling.type": "longrope"})
     with pytest.raises(BadInput, match="rope_type is ntk"):

@@ -59,6 +59,18 @@ CONFIGS = {
     },
 }  # fmt: skip
 
+CONFIGS["smollm3"] = COMMON | {
+    "model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 4, "rope_theta": 500.0,
+    "tie_word_embeddings": True, "pad_token_id": None,
+}  # fmt: skip
+CONFIGS["phi3"] = COMMON | {
+    "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "head_dim": 8, "rope_theta": 500.0, "tie_word_embeddings": False, "pad_token_id": None,
+    "sliding_window": 6,
+}  # fmt: skip
+CONFIGS["phi4"] = CONFIGS["phi3"] | {
+    "sliding_window": None, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 16,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 3.0, 4.0]},
+}  # fmt: skip
 CONFIGS["gpt2_by_layer"] = CONFIGS["gpt2"] | {"scale_attn_by_inverse_layer_idx": True}
 CONFIGS["gpt2_unscaled"] = CONFIGS["gpt2"] | {"scale_attn_weights": False}
 
@@ -92,6 +104,7 @@ def weights(name: str) -> dict[str, np.ndarray]:
         return found
     head_dim = config.get("head_dim", WIDTH // HEADS)
     put("model.embed_tokens.weight", VOCAB, WIDTH)
+    fused = config["model_type"] == "phi3"
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         for part, rows, columns in (
@@ -99,9 +112,14 @@ def weights(name: str) -> dict[str, np.ndarray]:
             ("self_attn.v_proj", KV_HEADS * head_dim, WIDTH), ("self_attn.o_proj", WIDTH, HEADS * head_dim),
             ("mlp.gate_proj", MLP, WIDTH), ("mlp.up_proj", MLP, WIDTH), ("mlp.down_proj", WIDTH, MLP),
         ):  # fmt: skip
+            if fused and part[10] in "qkv" or fused and part[:8] in ("mlp.gate", "mlp.up_p"):
+                continue
             put(f"{prefix}.{part}.weight", rows, columns)
             if name == "qwen2" and part[10] in "qkv":
                 put(f"{prefix}.{part}.bias", rows)
+        if fused:
+            put(f"{prefix}.self_attn.qkv_proj.weight", (HEADS + 2 * KV_HEADS) * head_dim, WIDTH)
+            put(f"{prefix}.mlp.gate_up_proj.weight", 2 * MLP, WIDTH)
         for norm in ("input", "post_attention", *(("pre_feedforward", "post_feedforward") if gemma else ())):
             put(f"{prefix}.{norm}_layernorm.weight", WIDTH)
         if name in ("qwen3", "gemma3"):
