@@ -12,7 +12,7 @@ from typing import Any
 from kvcascade.cache.errors import BadInput
 from kvcascade.kernels.heads import Heads, Rope
 from kvcascade.kernels.linear import WEIGHTS
-from kvcascade.kernels.nonlinear import ACTIVATIONS
+from kvcascade.kernels.nonlinear import ACTIVATIONS, GATED
 
 CHOICES = {
     "weights": WEIGHTS,
@@ -38,6 +38,11 @@ class ModelConfig:
     kv_heads: int = 8
     """KV heads: = heads is MHA, 1 is MQA, between them GQA."""
     mlp: int = 1024
+    experts: int = 0
+    """Parts of the MLP, each `mlp` wide, of which a token goes through a few (Mixtral, Qwen3-MoE); 0: it is one."""
+    experts_per_token: int = 0
+    experts_normalised: bool = True
+    """Whether the chosen experts' shares are made to sum to 1."""
     vocab: int = 4096
     context: int = 512
     """Tokens that the model is trained on and may be asked for."""
@@ -91,7 +96,7 @@ class ModelConfig:
         for name in ("layers", "width", "heads", "kv_heads", "mlp", "vocab", "context"):
             if getattr(self, name) < 1:
                 raise BadInput(f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("window", "head_width", "rope_short_context"):
+        for name in ("window", "head_width", "rope_short_context", "experts"):
             if getattr(self, name) < 0:
                 raise BadInput(f"model.{name} is {getattr(self, name)}; it must be at least 0")
         if not self.head_width and self.width % self.heads or self.head_dim % 2:
@@ -118,6 +123,10 @@ class ModelConfig:
         for name in ("attention_scale", "soft_cap", "final_soft_cap", "rope_scale"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise BadInput(f"model.{name} is {getattr(self, name)}; it must be at least 0 and finite")
+        if self.experts and not 0 < self.experts_per_token <= self.experts:
+            raise BadInput(f"model.experts_per_token is {self.experts_per_token}, of {self.experts} experts")
+        if self.experts and (self.activation not in GATED or self.biases == "all" or self.dropout):
+            raise BadInput("model.experts are for a gated activation, without biases and dropout")
         if not 0 <= self.dropout < 1:
             raise BadInput(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
 

@@ -15,6 +15,7 @@ from kvcascade.kernels.loss import token_nll
 from kvcascade.kernels.nonlinear import GATED
 from kvcascade.model.attention import Attention, rotation
 from kvcascade.model.config import ModelConfig
+from kvcascade.model.experts import Experts
 from kvcascade.model.linear import Embedding, Linear, head_weights, products
 
 type Params = dict[str, Any]
@@ -36,6 +37,9 @@ class Block(nnx.Module):
         if config.post_norms:
             self.attention_post_norm, self.mlp_post_norm = make_norm(config, rngs), make_norm(config, rngs)
         self.attention = Attention(config, index, out_init, rngs)
+        if config.experts:
+            self.experts = Experts(config, out_init, rngs)
+            return
         self.up = project(config.width, config.mlp, init=nnx.initializers.normal(0.02))
         if config.activation in GATED:
             self.gate = project(config.width, config.mlp, init=nnx.initializers.normal(0.02))
@@ -57,7 +61,9 @@ class Block(nnx.Module):
         return x_BTM + (getattr(self, norm)(out).astype(x_BTM.dtype) if hasattr(self, norm) else out)
 
     def mlp(self, h, dropout_key):
-        """Up and gate, the activation, down."""
+        """Up and gate, the activation, down, or a mixture of such."""
+        if hasattr(self, "experts"):
+            return self.experts(h)
         # Their biases are added in the one pass that the activation makes over the products.
         if self.activation in GATED:
             (up, gate), gate_bias = products(h, self.up, self.gate), self.gate.added

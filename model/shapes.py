@@ -10,19 +10,32 @@ from kvcascade.model.config import ModelConfig, by_layer
 from kvcascade.model.metadata import REQUIRED, Metadata, shown
 from kvcascade.model.rope import Stretch, stretch
 
-GGUF_KINDS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2", "smollm3", "phi3")
-HUB_KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "smollm3", "phi3")
+GGUF_KINDS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2", "smollm3", "phi3", "qwen3moe")
+HUB_KINDS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "smollm3",
+    "phi3",
+    "mixtral",
+    "qwen3_moe",
+)
 LAYERS = 10_000
 """More layers than any model has."""
 
 IRRELEVANT = frozenset(
     """
-    _attn_implementation _name_or_path architectures attention_dropout attn_implementation attn_pdrop auto_map bos_token_id cache_implementation
-    chunk_size_feed_forward decoder_start_token_id do_sample dtype embd_pdrop eos_token_id gradient_checkpointing id2label initializer_range
-    is_encoder_decoder is_llama_config label2id max_length model_type n_ctx output_attentions output_hidden_states pad_token_id pretraining_tp
-    problem_type quantization_config reorder_and_upcast_attn resid_pdrop return_dict sep_token_id summary_activation summary_first_dropout
-    summary_proj_to_labels summary_type summary_use_proj task_specific_params tokenizer_class torch_dtype transformers.js_config
-    transformers_version unk_token_id use_cache vocab_size
+    _attn_implementation _name_or_path architectures attention_dropout attn_implementation attn_pdrop auto_map bos_token_id
+    cache_implementation chunk_size_feed_forward decoder_start_token_id do_sample dtype embd_pdrop eos_token_id
+    gradient_checkpointing id2label initializer_range is_encoder_decoder is_llama_config label2id max_length model_type n_ctx
+    output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp problem_type quantization_config
+    reorder_and_upcast_attn resid_pdrop return_dict router_aux_loss_coef router_jitter_noise sep_token_id summary_activation
+    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params tokenizer_class torch_dtype
+    transformers.js_config transformers_version unk_token_id use_cache vocab_size
 """.split()
 )
 """Keys of a config.json that say nothing of the logits: of training, of other tasks, or of what other files and readers decide."""
@@ -38,7 +51,15 @@ def from_gguf(fields: dict[str, Any], tensors: dict[str, tuple[int, ...]], sourc
         raise BadInput(f"{source} is a model of the architecture {shown(kind)}; there are {', '.join(GGUF_KINDS)}")
     own = {key.removeprefix(f"{kind}."): value for key, value in fields.items() if key.startswith(f"{kind}.")}
     said = Metadata(own, source, f"{kind}.")
-    _refuse(source, "a mixture of experts", _whole(said, "expert_count", 0, least=0))
+    experts = _whole(said, "expert_count", 0, least=0)
+    _refuse(source, "a mixture of experts", experts and kind not in ("llama", "qwen3moe"))
+    for key in ("expert_shared_count", "expert_group_count", "leading_dense_block_count"):
+        _refuse(source, key, said.whole(key, 0, least=0))
+    _refuse(
+        source, "another expert_gating_func than softmax", said.whole("expert_gating_func", 1, least=0) not in (0, 1)
+    )
+    _refuse(source, "shares of experts that do not sum to 1", not said.flag("expert_weights_norm", True))
+    _refuse(source, "an expert_weights_scale", said.number("expert_weights_scale", 1.0) not in (0.0, 1.0))
     heads, width = _whole(said, "attention.head_count"), _whole(said, "embedding_length")
     head_dim, context = _whole(said, "attention.key_length", width // heads), _whole(said, "context_length")
     turned = _whole(said, "rope.dimension_count", head_dim)
@@ -55,10 +76,11 @@ def from_gguf(fields: dict[str, Any], tensors: dict[str, tuple[int, ...]], sourc
     scale = said.number("attention.scale", max(scalar, 1) ** -0.5, above=0)
     config = ModelConfig(
         layers=layers, width=width, heads=heads, kv_heads=_whole(said, "attention.head_count_kv", heads),
-        mlp=_whole(said, "feed_forward_length"), vocab=tensors.get("token_embd.weight", (0,))[0], context=context,
+        mlp=_whole(said, "expert_feed_forward_length" if kind == "qwen3moe" else "feed_forward_length"), experts=experts,
+        experts_per_token=_whole(said, "expert_used_count") if experts else 0, vocab=tensors.get("token_embd.weight", (0,))[0], context=context,
         activation="gelu" if layer_norm else "geglu" if gemma else "swiglu", positions="learned" if layer_norm else "rope",
         rope_base=base, **_rope(found), head_width=head_dim, norm="layer" if layer_norm else "rms", norm_eps=said.number(eps, least=0),
-        qk_norm=kind in ("qwen3", "gemma3"), post_norms=gemma, biases={"gpt2": "all", "qwen2": "qkv"}.get(kind, "none"),
+        qk_norm=kind in ("qwen3", "qwen3moe", "gemma3"), post_norms=gemma, biases={"gpt2": "all", "qwen2": "qkv"}.get(kind, "none"),
         tied="output.weight" not in tensors, scaled_embedding=gemma,
         final_soft_cap=said.number("final_logit_softcapping", 0.0, least=0),
         window=_whole(said, "attention.sliding_window", 0, least=0) if kind != "smollm3" else 0,
@@ -137,7 +159,7 @@ def _gpt2(said: Metadata) -> ModelConfig:
 
 def _llama(kind: str, said: Metadata) -> ModelConfig:
     """Llama and those that are like it: Mistral, Qwen 2 and 3, SmolLM3, Phi-3."""
-    by_flag = kind in ("qwen2", "qwen3", "smollm3")  # whether there is a window at all
+    by_flag = kind.startswith("qwen") or kind == "smollm3"  # whether there is a window at all
     activation = said.text("hidden_act", "silu")
     _refuse(said.source, f"the activation {activation}", activation not in ("silu", "swish"))
     for flag in ("attention_bias", "mlp_bias", "rope_interleaved"):
@@ -152,20 +174,22 @@ def _llama(kind: str, said: Metadata) -> ModelConfig:
     rope = tables[1] if tables[1].content else tables[0]
     if {"full_attention", "sliding_attention"} & {*rope}:
         raise rope.bad("", "differs by layers, which is not implemented for this architecture")
-    theta = said.number("rope_theta", 2e6 if kind == "smollm3" else 10_000.0, above=0)
+    theta = said.number("rope_theta", {"smollm3": 2e6, "mixtral": 1e6}.get(kind, 10_000.0), above=0)
     base, found = _hub_rope(said, rope, theta, head_dim, context, kind == "phi3")
     config = ModelConfig(
         layers=layers, width=width, heads=heads, kv_heads=said.whole("num_key_value_heads", heads), mlp=said.whole("intermediate_size"),
         vocab=said.whole("vocab_size"), context=context, activation="swiglu", rope_base=base, **_rope(found), head_width=head_dim,
-        norm="rms", norm_eps=said.number("rms_norm_eps", 1e-6, least=0), qk_norm=kind == "qwen3",
+        norm="rms", norm_eps=said.number("rms_norm_eps", 1e-6, least=0), qk_norm=kind.startswith("qwen3"),
         biases="qkv" if kind == "qwen2" else "none", tied=said.flag("tie_word_embeddings", kind == "smollm3"),
     )  # fmt: skip
+    if kind in ("mixtral", "qwen3_moe"):
+        config = dataclasses.replace(config, **_experts(kind, said))
     window = said.whole("sliding_window", 4096 if kind.startswith("qwen") else 0, least=0)
     first = said.whole("max_window_layers", 28, least=0)
     if by_flag and not said.flag("use_sliding_window", False) or kind == "llama":
         window = 0
     sliding = "sliding_attention" if window else "full_attention"
-    every = kind in ("mistral", "phi3")
+    every = kind in ("mistral", "mixtral", "phi3")
     usual = [
         sliding if every or kind.startswith("qwen") and index >= first else "full_attention" for index in range(layers)
     ]
@@ -176,6 +200,25 @@ def _llama(kind: str, said: Metadata) -> ModelConfig:
         turned = said.wholes("no_rope_layers", _turned(layers, interval), most=1, count=layers)
         changes = [each | {"positions": "rope" if turn else "none"} for each, turn in zip(changes, turned, strict=True)]
     return by_layer(config, changes)
+
+
+def _experts(kind: str, said: Metadata) -> dict[str, Any]:
+    """The fields of a mixture of experts in every layer."""
+    count = said.whole("num_local_experts", said.whole("num_experts", None))
+    if count is None:
+        raise BadInput(f"{said.source} lacks num_experts")
+    found = {"experts": count, "experts_per_token": said.whole("num_experts_per_tok", 2 if kind == "mixtral" else 8)}
+    if kind == "mixtral":
+        return found
+    _refuse(
+        said.source,
+        "layers without experts",
+        said.whole("decoder_sparse_step", 1) != 1 or said.wholes("mlp_only_layers", ()),
+    )
+    return found | {
+        "mlp": said.whole("moe_intermediate_size"),
+        "experts_normalised": said.flag("norm_topk_prob", False),
+    }
 
 
 def _turned(layers: int, interval: int = 4) -> list[int]:

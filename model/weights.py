@@ -63,6 +63,15 @@ HUB_PHI3 = (
     | _from_projections("model.layers.*.self_attn.{}_proj", {f"attention.{x}": "qkv" for x in "qkv"})
     | _from_projections("model.layers.*.mlp.{}_proj", {x: "gate_up" for x in ("gate", "up")})
 )
+HUB_MIXTRAL, HUB_QWEN3_MOE = (
+    HUB_LLAMA
+    | _from_projections(f"model.layers.*.{folder}.{{}}", {"experts.router": "gate"})
+    | _from_projections(f"model.layers.*.{folder}.experts.#.{{}}", {f"experts.{x}": part[x] for x in part})
+    for folder, part in (
+        ("block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}),
+        ("mlp", {x: f"{x}_proj" for x in ("gate", "up", "down")}),
+    )
+)
 GGUF = (
     {
         "embed.weight": "token_embd.weight",
@@ -75,11 +84,14 @@ GGUF = (
     | _from_projections("blk.*.attn_{}", {f"attention.{x}": x for x in "qkv"} | {"attention.o": "output"})
     | _from_projections("blk.*.attn_{}", {"attention.q_norm": "q_norm", "attention.k_norm": "k_norm"})
     | _from_projections("blk.*.ffn_{}", {x: x for x in ("gate", "up", "down")})
+    | _from_projections("blk.*.ffn_{}", {f"experts.{x}": f"{x}_exps" for x in ("gate", "up", "down")})
+    | _from_projections("blk.*.ffn_{}", {"experts.router": "gate_inp"})
 )
 GGUF_GPT2 = GGUF | _from_projections("blk.*.attn_{}", {f"attention.{x}": "qkv" for x in "qkv"})
 
 GGUF_PHI3 = GGUF_GPT2 | _from_projections("blk.*.ffn_{}", {x: "up" for x in ("gate", "up")})
 HUB_NAMES = {"gpt2": HUB_GPT2, "gemma2": HUB_GEMMA, "gemma3_text": HUB_GEMMA, "phi3": HUB_PHI3}
+HUB_NAMES |= {"mixtral": HUB_MIXTRAL, "qwen3_moe": HUB_QWEN3_MOE}
 """By config.json's model_type, where they are not those of Llama."""
 GGUF_NAMES = {"gpt2": GGUF_GPT2, "phi3": GGUF_PHI3}
 """By general.architecture, where they are not GGUF's usual ones."""
@@ -106,7 +118,7 @@ def load_params(
     For int4 a matrix that is there in four bits is kept as it is, what else such a file has in int8.
     """
     wanted = leaves(gpt.graph(dataclasses.replace(config, weights="float32"))[1])
-    where = _find(wanted, source.shapes(), names, config.tied, name)
+    where = _find(wanted, source.shapes(), names, config, name)
     params = {}
     for index, (path, leaf) in enumerate(wanted.items()):
         theirs, folder = where[path], path.rpartition(".")[0]
@@ -115,14 +127,17 @@ def load_params(
         together = [other for other in wanted if other != path and where[other] == theirs]
         before = sum(wanted[o].shape[0] for o in together if PARTS.index(_part(o)) < PARTS.index(part))
         take = functools.partial(_rows, config, part, paired_rope, before, leaf.shape[0] if together else 0)
-        matrix = source.packed(theirs) if weights == "int4" and path.endswith(".weight") else None
+        pieces = _each(theirs, config)
+        matrix = _packed(source, pieces) if weights == "int4" and path.endswith(".weight") else None
         array = None
         if matrix is not None:
             rows = take(len(matrix["weight"]))
             matrix = {part: each if part == "order" else each[rows] for part, each in matrix.items()}
-            shape = len(matrix["weight"]), source.shapes()[theirs][1]
+            shape = len(matrix["weight"]), source.shapes()[pieces[0]][-1]
         else:
-            array = source.read(theirs)
+            # Experts stand one below the other, each in a tensor of its own or all in one.
+            array = np.concatenate([source.read(each) for each in pieces]) if len(pieces) > 1 else source.read(theirs)
+            array = array.reshape(-1, array.shape[-1]) if array.ndim == 3 else array
             if names is HUB_GPT2 and re.search(r"\.c_\w+\.weight", theirs):
                 array = array.T  # Conv1D multiplies from the left
             if names is HUB_GEMMA and path.endswith(".scale"):
@@ -131,6 +146,8 @@ def load_params(
             shape = array.shape
         if shape != leaf.shape:
             raise BadInput(f"{name}: {theirs} has the shape {shape}, not {leaf.shape}")
+        if path.endswith(".router.weight"):
+            weights, matrix = "float32", None
         if not path.endswith(".weight"):
             put(params, path, jnp.asarray(array, leaf.dtype))
         else:
@@ -140,6 +157,22 @@ def load_params(
                 put(params, f"{folder}.{part}", each)
         report(index + 1, len(wanted))
     return params
+
+
+def _each(theirs: str, config: ModelConfig) -> list[str]:
+    """The tensors that a name stands for: with `#` one per expert."""
+    return [theirs.replace("#", str(index)) for index in range(config.experts)] if "#" in theirs else [theirs]
+
+
+def _packed(source: GGUFFile | Safetensors | Quantised, pieces: list[str]) -> linear.Matrix | None:
+    """A matrix that is there in four bits as it is, or None."""
+    found = [source.packed(each) for each in pieces]
+    if len(found) == 1:
+        return found[0]
+    whole = [each for each in found if each is not None and "order" not in each]
+    if len(whole) < len(found):
+        return None
+    return {part: jnp.concatenate([each[part] for each in whole]) for part in whole[0]}
 
 
 def _part(path: str) -> str:
@@ -161,7 +194,7 @@ def _rows(config: ModelConfig, part: str, paired_rope: bool, first: int, count: 
 
 
 def _find(
-    wanted: dict[str, Any], there: dict[str, Any], names: dict[str, str], tied: bool, name: str
+    wanted: dict[str, Any], there: dict[str, Any], names: dict[str, str], config: ModelConfig, name: str
 ) -> dict[str, str]:
     """The tensor that each of our paths is read from; BadInput if one is not there, or another is left."""
     prefix = "transformer." if any(each.startswith("transformer.") for each in there) else ""
@@ -169,8 +202,9 @@ def _find(
     for path in wanted:
         theirs = names[re.sub(r"^layers\.\d+", "layers.*", path)].replace("*", path.split(".")[1], 1)
         where[path] = theirs if theirs.startswith("lm_head") else prefix + theirs
-    missing = sorted({*where.values()} - {*there})
-    expected = {*where.values()} | ({"lm_head.weight", "output.weight"} if tied else set())
+    needed = {each for theirs in where.values() for each in _each(theirs, config)}
+    missing = sorted(needed - {*there})
+    expected = needed | ({"lm_head.weight", "output.weight"} if config.tied else set())
     unexpected = sorted(each for each in {*there} - expected if not IGNORED.fullmatch(each))
     for what, tensors in (("lacks", missing), ("has unexpected", unexpected)):
         if tensors:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import gguf
@@ -61,7 +62,9 @@ def test_caches_of_unlike_layers_change_nothing_while_nothing_leaves_them(name, 
 def write_gguf(name: str, file: Path, quantised: bool = False, **changes) -> Path:
     """The same model as llama.cpp's converter writes it; `changes` replace metadata, None removes a tensor."""
     config = tiny_models.CONFIGS[name]
-    arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config["model_type"], config["model_type"])
+    arch = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}.get(
+        config["model_type"], config["model_type"]
+    )
     writer = gguf.GGUFWriter(file, changes.get("architecture", arch))
     writer.add_block_count(config.get("num_hidden_layers", tiny_models.LAYERS))
     writer.add_context_length(64)
@@ -86,6 +89,11 @@ def write_gguf(name: str, file: Path, quantised: bool = False, **changes) -> Pat
             writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
             writer.add_rope_scaling_orig_ctx_len(original)
             writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(64 / original) / math.log(original)))
+    if experts := config.get("num_experts", config.get("num_local_experts")):
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+    if "moe_intermediate_size" in config:
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     if "head_dim" in config:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
@@ -140,6 +148,7 @@ def gguf_tensors(name: str) -> dict[str, np.ndarray]:
         "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
         "ln_1": "attn_norm", "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up",
         "mlp.c_proj": "ffn_down", "self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up",
+        "mlp.gate": "ffn_gate_inp", "block_sparse_moe.gate": "ffn_gate_inp",
     }  # fmt: skip
     gemma = name.startswith("gemma")
     if gemma:
@@ -147,7 +156,7 @@ def gguf_tensors(name: str) -> dict[str, np.ndarray]:
             "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
             "post_feedforward_layernorm": "post_ffw_norm",
         }  # fmt: skip
-    found = {}
+    found, stacked = {}, {}
     for tensor, array in tiny_models.weights(name).items():
         owner, leaf = tensor.rsplit(".", 1)
         array = array + 1 if gemma and owner.endswith("norm") else array
@@ -155,15 +164,20 @@ def gguf_tensors(name: str) -> dict[str, np.ndarray]:
             found[f"{shared[owner]}.{leaf}"] = array
             continue
         layer, part = owner.removeprefix("model.layers.").removeprefix("transformer.h.").split(".", 1)
+        if expert := re.fullmatch(r".*experts\.(\d+)\.(\w+)", part):
+            kind = {"w1": "gate", "w2": "down", "w3": "up"}.get(expert[2], expert[2].removesuffix("_proj"))
+            stacked.setdefault(f"blk.{layer}.ffn_{kind}_exps.weight", []).append(array)
+            continue
         if part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj") and leaf == "weight":
             array = array.T
-        if tiny_models.CONFIGS[name]["model_type"] in ("llama", "mistral", "smollm3") and parts[part] in (
+        if tiny_models.CONFIGS[name]["model_type"] in ("llama", "mistral", "mixtral", "smollm3") and parts[part] in (
             "attn_q",
             "attn_k",
         ):
             heads = array.reshape(-1, 2, tiny_models.WIDTH // tiny_models.HEADS // 2, array.shape[-1])
             array = heads.swapaxes(1, 2).reshape(array.shape)
         found[f"blk.{layer}.{parts[part]}.{leaf}"] = array
+    found |= {tensor: np.stack(arrays) for tensor, arrays in stacked.items()}
     if name == "llama3":
         config = shapes.from_hub(tiny_models.CONFIGS[name], name)
         found["rope_freqs.weight"] = np.asarray(config.rope_factors, np.float32)
@@ -174,7 +188,7 @@ def gguf_tensors(name: str) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if "gpt2_" not in name])
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if "gpt2_" not in name and "_raw" not in name])
 def test_gguf_equals_the_directory(name, tmp_path):
     """Layouts, names and shapes of both kinds of file lead to the same parameters, bit for bit, and the same configuration."""
     ours = pretrained.load(f"gguf:{write_gguf(name, tmp_path / 'model.gguf')}")

@@ -71,6 +71,15 @@ CONFIGS["phi4"] = CONFIGS["phi3"] | {
     "sliding_window": None, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 16,
     "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 3.0, 4.0]},
 }  # fmt: skip
+CONFIGS["mixtral"] = COMMON | {
+    "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "rope_theta": 500.0, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "tie_word_embeddings": False, "sliding_window": None,
+}  # fmt: skip
+CONFIGS["qwen3_moe"] = COMMON | {
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "rope_theta": 500.0, "num_experts": 8, "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24, "norm_topk_prob": True, "head_dim": 16, "tie_word_embeddings": False,
+}  # fmt: skip
+CONFIGS["qwen3_moe_raw"] = CONFIGS["qwen3_moe"] | {"norm_topk_prob": False}
 CONFIGS["gpt2_by_layer"] = CONFIGS["gpt2"] | {"scale_attn_by_inverse_layer_idx": True}
 CONFIGS["gpt2_unscaled"] = CONFIGS["gpt2"] | {"scale_attn_weights": False}
 
@@ -104,7 +113,7 @@ def weights(name: str) -> dict[str, np.ndarray]:
         return found
     head_dim = config.get("head_dim", WIDTH // HEADS)
     put("model.embed_tokens.weight", VOCAB, WIDTH)
-    fused = config["model_type"] == "phi3"
+    fused, experts = config["model_type"] == "phi3", config.get("num_experts", config.get("num_local_experts", 0))
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         for part, rows, columns in (
@@ -114,15 +123,28 @@ def weights(name: str) -> dict[str, np.ndarray]:
         ):  # fmt: skip
             if fused and part[10] in "qkv" or fused and part[:8] in ("mlp.gate", "mlp.up_p"):
                 continue
+            if experts and part.startswith("mlp."):
+                continue
             put(f"{prefix}.{part}.weight", rows, columns)
             if name == "qwen2" and part[10] in "qkv":
                 put(f"{prefix}.{part}.bias", rows)
+        mixtral, mlp = config["model_type"] == "mixtral", config.get("moe_intermediate_size", MLP)
+        if experts:
+            put(f"{prefix}.{'block_sparse_moe' if mixtral else 'mlp'}.gate.weight", experts, WIDTH)
+        for index in range(experts):
+            for part, old, shape in (
+                ("gate", "w1", (mlp, WIDTH)),
+                ("up", "w3", (mlp, WIDTH)),
+                ("down", "w2", (WIDTH, mlp)),
+            ):
+                expert = f"block_sparse_moe.experts.{index}.{old}" if mixtral else f"mlp.experts.{index}.{part}_proj"
+                put(f"{prefix}.{expert}.weight", *shape)
         if fused:
             put(f"{prefix}.self_attn.qkv_proj.weight", (HEADS + 2 * KV_HEADS) * head_dim, WIDTH)
             put(f"{prefix}.mlp.gate_up_proj.weight", 2 * MLP, WIDTH)
         for norm in ("input", "post_attention", *(("pre_feedforward", "post_feedforward") if gemma else ())):
             put(f"{prefix}.{norm}_layernorm.weight", WIDTH)
-        if name in ("qwen3", "gemma3"):
+        if name.startswith(("qwen3", "gemma3")):
             for norm in ("q_norm", "k_norm"):
                 put(f"{prefix}.self_attn.{norm}.weight", head_dim)
     put("model.norm.weight", WIDTH)

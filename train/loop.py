@@ -106,8 +106,10 @@ def make_step(config: RunConfig, mesh: jax.sharding.Mesh) -> Callable[..., tuple
 
 
 def check(config: RunConfig, corpus: Corpus, mesh: jax.sharding.Mesh) -> None:
-    """BadInput for what would stop training later: a text too short for its windows, a batch that the devices cannot share."""
+    """BadInput for what would stop training later: experts, a text too short for its windows, a batch that the devices cannot share."""
     train, context = config.train, config.model.context
+    if config.model.experts:
+        raise BadInput("a model with model.experts cannot be trained, only read")
     if train.batch_size % (mesh.size * train.accumulation):
         raise BadInput(
             f"train.batch-size {train.batch_size} must be a multiple of {mesh.size} devices x {train.accumulation} microbatches"
