@@ -8,7 +8,7 @@
 #include <limits>
 #include <utility>
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__FMA__)
 #include <immintrin.h>
 #endif
 

@@ -141,8 +141,9 @@ for (H, S), name in [((H, S), name) for H, S in shapes for name in ("f32", "bf16
     entry = Entry(jnp.ones((1, 2, 1, H)), jnp.ones((1, 2, 1, H)), jnp.zeros((1, 2, 1), jnp.int32), (jnp.ones((1, 2, 1)),))
     jax.block_until_ready(exchange(slots, entry, jnp.arange(2 * S + 2.0).reshape(1, 2, S + 1), by, S % 2 == 0, "native"))
 for (I, O, R), kind in [(shape, kind) for shape in [(1, 1, 1), (7, 5, 3), (64, 33, 16), (130, 1000, 2)] for kind in linear.WEIGHTS]:
-    weight = jnp.asarray(rng.integers(-9, 9, (O, I)), kind)
-    matrix = {"weight": weight} | ({"scale": jnp.ones(O)} if kind == "int8" else {})
+    matrix = linear.store(jnp.asarray(rng.integers(-9, 9, (O, I)), jnp.float32), kind)
+    if kind == "int4" and R == 2:
+        matrix |= {"low": matrix["scale"]}
     jax.block_until_ready(linear.products(jnp.ones((R, I)), [matrix, matrix], "native"))
 print("all shapes")
 """
