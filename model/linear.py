@@ -1,5 +1,10 @@
 """Matrices of a model, in the precision that its configuration keeps them in."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 
@@ -12,6 +17,8 @@ class Stored(nnx.Module):
 
     Those are empty where nothing is to be said. What is not to lose as much as four bits lose is kept in int8 there.
     """
+
+    weight: nnx.Param
 
     def __init__(self, outputs: int, inputs: int, weights: str, config: ModelConfig, init, rngs: nnx.Rngs):
         matrix = linear.store(init(rngs.params(), (outputs, inputs), jnp.float32), weights)
@@ -63,8 +70,23 @@ class Linear(Stored):
         return together(x, self)[0]
 
 
+_see: ContextVar[Callable[..., Any] | None] = ContextVar("see", default=None)
+
+
+@contextlib.contextmanager
+def watched(see: Callable[..., Any]) -> Iterator[None]:
+    """Call `see(x, linears)` before every product, not under `jit`: it may change the matrices, and gives the x that is taken."""
+    before = _see.set(see)
+    try:
+        yield
+    finally:
+        _see.reset(before)
+
+
 def products(x, *linears: Linear) -> list:
     """Products with several Linears' matrices, read in one go; the biases are not added."""
+    if see := _see.get():
+        x = see(x, linears)
     return linear.products(x.astype(linears[0].dtype), [each.matrix for each in linears])
 
 

@@ -62,7 +62,7 @@ def load(name: str, report: Report = lambda done, of: None, weights: str = "floa
     """Load a model by any name that `locate` takes: GGUF, or config.json and *.safetensors.
 
     Architectures: llama (SmolLM2, Llama 2 and 3), mistral, qwen2, qwen3, gemma2, gemma3 (text), smollm3, phi3, mixtral, qwen3_moe, gpt2. `weights` says
-    what     matrices are kept in: float32, bfloat16, int8 or int4. Raises BadInput where there is no such model, or its files are incomplete, damaged
+    what matrices are kept in: float32, bfloat16, int8 or int4. Raises BadInput where there is no such model, or its files are incomplete, damaged
     or of another architecture. What had to be converted is kept in the user's cache, up to 8 GiB, and mapped from there the next time.
     """
     path = locate(name)

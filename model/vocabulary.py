@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import tokenizers
 from jaxtyping import Int32, UInt32
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.model.metadata import Metadata
@@ -154,6 +154,17 @@ class FileTokenizer:
     def token_bytes(self) -> Int32[np.ndarray, " V"]:
         """How many bytes each token stands for."""
         return np.asarray([len(self.decode_single_token_bytes(token)) for token in range(self.n_vocab)], np.int32)
+
+    def written(self, before: Sequence[int]) -> str:
+        """The text of a tokenizer.json, with the tokens that stand before a text; BadInput where that cannot say all."""
+        if self._prefix:
+            raise BadInput(f"{self.name}: a tokenizer that puts a space before a text cannot be written")
+        copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        if before:
+            names = [(str(copy.id_to_token(token)), token) for token in before]
+            single = " ".join([*(name for name, _ in names), "$A"])
+            copy.post_processor = processors.TemplateProcessing(single=single, special_tokens=names)
+        return copy.to_str()
 
 
 class HubTokenizer(FileTokenizer):

@@ -1,0 +1,110 @@
+"""Round a model's weights to four bits: `kvcascade quantize smollm2 --method gptq --data file:some.txt --held-out file:other.txt --to quantised`; minutes."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import numpy as np
+import tyro
+
+from kvcascade.cache.errors import BadInput
+from kvcascade.cache.spec import parse
+from kvcascade.eval import perplexity, record_files, records
+from kvcascade.model import pretrained, rounding, tokenizer, written
+from kvcascade.scripts import console
+from kvcascade.scripts.arguments import Count, Window, arguments_of
+from kvcascade.train import data, run
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Write a directory with the layers' matrices in four bits, as GPTQ's format has them, and measure what that costs."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """smollm2, gguf:FILE, or a Hugging Face directory or name."""
+    to: Path
+    """The directory to be made."""
+    weights: Literal["int4"] = "int4"
+    """What the matrices become."""
+    method: Literal["rtn", "gptq", "awq"] = "gptq"
+    """To the nearest code, or as a calibration text's activations ask for."""
+    group: Count = 32
+    """Inputs under one scale; must divide every matrix's, and be a multiple of 32."""
+    data: str = "stdlib"
+    """Calibration text: stdlib, file:PATH or a hub data set."""
+    held_out: str | None = None
+    """Text that the perplexity before and after is measured on; by default the validation split of the calibration text's data set."""
+    samples: Count = 32
+    """Windows of the calibration text, spread over it."""
+    context: Window = 512
+    """Tokens per window."""
+    sequences: Count = 8
+    """Windows of the held-out text, the first ones."""
+    out: Path | None = None
+    """File that one JSON object is appended to."""
+
+
+def main(arguments: list[str]) -> None:
+    """Quantise, write, read back, and compare."""
+    args = arguments_of(Args, "quantize", arguments)
+    if args.to.exists():
+        raise BadInput(f"{args.to} is there already")
+    if args.group % 32:
+        raise BadInput(f"--group is {args.group}; it must be a multiple of 32")
+    if args.data.startswith("file:") and args.held_out in (None, args.data):
+        raise BadInput("--data is a file: name another text, that is not in it, as --held-out")
+    if not pretrained.is_pretrained(args.model):
+        raise BadInput(f"{args.model} is no pretrained model")
+    model = console.open_model(args.model)
+    written.hub_config(model.config, model.name)  # refused before the work
+    spec = parse("full")
+    perplexity.check(model.config, [spec], args.context, 0, args.sequences)
+    record_files.check_writable(args.out)
+    bos = model.begins_with_bos("auto")
+    held_out = args.held_out or args.data
+    rows = run.evaluation_windows(model, held_out, args.context, args.sequences, bos)
+    text = data.unseen(args.data) if args.data.startswith("file:") else data.load(args.data).train
+    tokens = data.tokenize(text, model.encoding)
+    whole = data.windows(tokens, args.context, len(tokens) // args.context)
+    if len(whole) < args.samples:
+        raise BadInput(
+            f"{args.data} has {len(whole)} windows of {args.context} tokens, fewer than --samples {args.samples}"
+        )
+    picked = whole[np.linspace(0, len(whole) - 1, args.samples).astype(int)]
+    start = time.monotonic()
+    with console.progress(args.method, None) as show:
+        tell = lambda done, of: show(done, f"of {of} matrices")
+        params, codes = rounding.quantize(model.config, model.params, picked, args.method, args.group, tell)
+    took = time.monotonic() - start
+    size = written.write(args.to, dataclasses.replace(model, params=params), codes, args.group)
+    after = console.open_model(str(args.to), args.weights)
+    lengths = tokenizer.token_bytes(model.encoding)
+    found = []
+    for each in (model, after):
+        scores = perplexity.score(each.config, each.params, spec, rows, args.sequences)
+        found.append(records.evaluation(each, spec, held_out, rows, 0, lengths, scores, args.sequences, bos))
+    low, high = records.paired(found[1], found[0])
+    record = {
+        "kind": "quantize", "model": model.name, "weights": args.weights, "method": args.method, "group": args.group, "data": args.data,
+        "samples": args.samples, "context": args.context, "held_out": held_out, "sequences": args.sequences, "bos": bos,
+        "ppl_before": found[0]["ppl"], "ppl_after": found[1]["ppl"], "nll_before": found[0]["nll_windows"],
+        "nll_after": found[1]["nll_windows"], "file_bytes": size, "quantize_seconds": round(took, 2), "bytes_before": _bytes(model),
+        "bytes_after": _bytes(after),
+    }  # fmt: skip
+    if args.out:
+        record_files.append(args.out, [records.stamp(record, time.monotonic() - start)])
+    change = found[1]["nll"] - found[0]["nll"]
+    console.table(
+        f"{model.name} by {args.method}, groups of {args.group}; {held_out}: {args.sequences} windows of {args.context} tokens",
+        ["weights", "PPL", "Δ nats", "95 % of Δ", "bytes of parameters"],
+        [
+            ["float32", f"{found[0]['ppl']:.3f}", "", "", f"{record['bytes_before']:,}"],
+            [args.weights, f"{found[1]['ppl']:.3f}", f"{change:+.4f}", f"{low:+.4f} … {high:+.4f}", f"{record['bytes_after']:,}"],
+        ],
+    )  # fmt: skip
+
+
+def _bytes(model: pretrained.Model) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
