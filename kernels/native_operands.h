@@ -157,4 +157,17 @@ inline float Half(uint16_t bits) {
   return size >= 0x400 ? x : sign ? -small : small;
 }
 
+
+// kLanes of them, those from `count` on as zeros.
+inline Lanes Halves(const uint16_t* from, int64_t count) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __mmask16 there = count >= kLanes ? -1 : (1 << count) - 1;
+  return _mm512_maskz_cvtph_ps(-1, _mm256_maskz_loadu_epi16(there, from));
+#else
+  Lanes to = {};
+  for (int lane = 0; lane < std::min<int64_t>(kLanes, count); ++lane) to[lane] = Half(from[lane]);
+  return to;
+#endif
+}
+
 }  // namespace kvcascade

@@ -31,12 +31,13 @@ constexpr int kOutputs = kGrouped<T> ? 2 : 4;
 // Of the inputs, padded to whole groups where there are such.
 struct Shape {
   int64_t inputs, operands, groups;
-  int64_t row() const { return operands + groups; }  // registers of a row of x: operands, and their sum in each group
+  int64_t sums() const { return RoundUp(groups) / kLanes; }
+  int64_t row() const { return operands + sums(); }  // registers of a row of x: operands, and the groups' sums, one to a lane
   int64_t group() const { return operands / groups; }
 };
 
 // What the sums of some outputs are multiplied by: [outputs], [outputs, groups], or null; and, or null, what is added to every weight of
-// a group.
+// a group [outputs, groups filled up with zeros to whole registers].
 struct Scales {
   const float* scale;
   const float* shift;
@@ -44,13 +45,16 @@ struct Scales {
 
 // Few rows: x is [R, operands], a lane is an input, and weights are converted again for every eight rows.
 
-// The sums of x's operands in each group, for weights of type T.
+// The sums of x's operands in each group, for weights of type T; past the last group zeros.
 template <typename T>
 inline void SumGroups(Register* row, const Shape& shape) {
-  for (int64_t g = 0; g < shape.groups; ++g) {
-    Lanes sum = {};
-    for (int64_t i = 0; i < shape.group(); ++i) sum = Plus<T>(sum, row[g * shape.group() + i].lanes, Ones<T>());
-    row[shape.operands + g].lanes = sum;
+  for (int64_t s = 0; s < shape.sums(); ++s) {
+    Lanes sums[kLanes] = {};
+    for (int64_t g = s * kLanes; g < std::min((s + 1) * kLanes, shape.groups); ++g) {
+      Lanes& sum = sums[g % kLanes];
+      for (int64_t i = 0; i < shape.group(); ++i) sum = Plus<T>(sum, row[g * shape.group() + i].lanes, Ones<T>());
+    }
+    row[shape.operands + s].lanes = Sums(sums);
   }
 }
 
@@ -101,9 +105,16 @@ void Block(const Register* x, const T* w, Scales scales, float* y, int64_t rows,
           const int64_t at = index[n] * shape.groups + g;
 #pragma GCC unroll 8
           for (int r = 0; r < kRows; ++r) {
-            if (scales.shift) held[r][n] = Fused(held[r][n], xs[r][shape.operands + g].lanes, Splat(scales.shift[at]));
             held[r][n] = Fused(held[r][n], part[r][n], Splat(scales.scale[at]));
           }
+        }
+      }
+      for (int64_t s = 0; scales.shift && s < shape.sums(); ++s) {
+#pragma GCC unroll 4
+        for (int n = 0; n < kStreams; ++n) {
+          const Lanes shift = Widened(scales.shift + (index[n] * shape.sums() + s) * kLanes);
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) held[r][n] = Fused(held[r][n], xs[r][shape.operands + s].lanes, shift);
         }
       }
     } else {
@@ -130,8 +141,8 @@ void Block(const Register* x, const T* w, Scales scales, float* y, int64_t rows,
 // The scales of the outputs from n on.
 template <typename T>
 inline Scales From(const Scales& scales, int64_t n, const Shape& shape) {
-  const int64_t at = n * (kGrouped<T> ? shape.groups : 1);
-  return {scales.scale ? scales.scale + at : nullptr, scales.shift ? scales.shift + at : nullptr};
+  const int64_t at = n * (kGrouped<T> ? shape.groups : 1), shift_at = n * shape.sums() * kLanes;
+  return {scales.scale ? scales.scale + at : nullptr, scales.shift ? scales.shift + shift_at : nullptr};
 }
 
 // kGroup outputs at most for all rows; for the next rows the weights come from the nearest cache.
@@ -237,9 +248,18 @@ void Multiply(const float* weights, const Register* panels, const Shape& shape, 
 #pragma GCC unroll 2
           for (int panel = 0; panel < kPanels; ++panel) {
             Lanes& sum = held.sums[panel][n];
-            const Lanes all = panels[panel * panel_size + shape.operands + g].lanes;
-            if (scales.shift) sum = Fused(sum, all, Splat(scales.shift[n * shape.groups + g]));
             sum = Fused(sum, part.sums[panel][n], Splat(scales.scale[n * shape.groups + g]));
+          }
+        }
+      }
+      for (int64_t s = 0; scales.shift && s < shape.sums(); ++s) {
+#pragma GCC unroll 8
+        for (int n = 0; n < kOutputs<T>; ++n) {
+          const Lanes shift = Splat(scales.shift[(n * shape.sums() + s) * kLanes + lane + half * distance]);
+#pragma GCC unroll 2
+          for (int panel = 0; panel < kPanels; ++panel) {
+            Lanes& sum = held.sums[panel][n];
+            sum = Fused(sum, panels[panel * panel_size + shape.operands + s].lanes, shift);
           }
         }
       }
@@ -328,23 +348,24 @@ struct Matrix {
 template <typename T>
 Scales Scaled(const Matrix& matrix, int64_t n, const Shape& shape) {
   if constexpr (!kGrouped<T>) return {matrix.scale ? static_cast<const float*>(matrix.scale) + n : nullptr, nullptr};
-  const int64_t groups = shape.groups;
+  const int64_t groups = shape.groups, padded = shape.sums() * kLanes;
   static thread_local std::vector<float> held;
-  held.resize(std::max<size_t>(held.size(), 2 * kGroup * groups));
-  float *const scale = held.data(), *const shift = scale + kGroup * groups;
-  auto widen = [groups](const void* from, bool wide, int64_t row, float* to) {
-    if (wide) {
-      std::copy_n(static_cast<const float*>(from) + row * groups, groups, to);
-    } else {
-      std::transform(static_cast<const uint16_t*>(from) + row * groups, static_cast<const uint16_t*>(from) + (row + 1) * groups, to, Half);
-    }
+  held.resize(std::max<size_t>(held.size(), kGroup * (groups + padded) + kLanes));
+  float *const scale = held.data(), *const shift = scale + kGroup * groups + kLanes;
+  auto some = [&](const void* from, bool wide, int64_t at, int64_t count) {
+    const char* const next = static_cast<const char*>(from) + (wide ? 4 : 2) * (at + 2 * kGroup * groups);
+    __builtin_prefetch(next);
+    return wide ? Operand(static_cast<const float*>(from) + at, 0, count) : Halves(static_cast<const uint16_t*>(from) + at, count);
   };
   for (int64_t i = 0; i < kGroup; ++i) {
-    const int64_t row = std::min(n + i, matrix.outputs - 1);
-    widen(matrix.scale, matrix.wide_scale, row, scale + i * groups);
-    if (!matrix.low) continue;
-    widen(matrix.low, matrix.wide_low, row, shift + i * groups);
-    for (int64_t g = i * groups; g < (i + 1) * groups; ++g) shift[g] += kMiddle * scale[g];
+    const int64_t row = std::min(n + i, matrix.outputs - 1) * groups;
+    for (int64_t g = 0; g < groups; g += kLanes) {
+      const Lanes wide = some(matrix.scale, matrix.wide_scale, row + g, groups - g);
+      std::memcpy(scale + i * groups + g, &wide, sizeof wide);  // what is too much lies where the next row's come
+      if (!matrix.low) continue;
+      const Lanes all = Fused(some(matrix.low, matrix.wide_low, row + g, groups - g), wide, Lanes{} + kMiddle);
+      std::memcpy(shift + i * padded + g, &all, sizeof all);
+    }
   }
   return {scale, matrix.low ? shift : nullptr};
 }
