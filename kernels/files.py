@@ -16,6 +16,17 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def make_room(folder: Path, room: int) -> None:
+    """Delete the files of a folder that were not used for longest, until the others take at most so many bytes."""
+    files = sorted((path for path in folder.glob("*") if path.is_file()), key=lambda path: path.stat().st_mtime)
+    taken = sum(path.stat().st_size for path in files)
+    for path in files:
+        if taken <= room:
+            break
+        taken -= path.stat().st_size
+        path.unlink(missing_ok=True)
+
+
 def cache_dir() -> Path:
     """Return the folder for tokens, tokenisers, compiled kernels and programs: $KVCASCADE_CACHE, or `kvcascade` under the user's cache folder."""
     if own := os.environ.get("KVCASCADE_CACHE"):

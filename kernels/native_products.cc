@@ -214,7 +214,7 @@ void Multiply(const float* weights, const Register* panels, const Shape& shape, 
   const int64_t row = shape.row(), panel_size = kLanes * row;
   if constexpr (distance < kLanes / 2) {
     const int64_t lanes = kLanes / (2 * distance);
-    Tile<T, kPanels> more;
+    Tile<T, kPanels> more = {};
     Multiply<T, kPanels, 2 * distance>(weights, panels, shape, scales, next, lane, to);
     panels += lanes * row, next += lanes * shape.operands * kNext<T>;
     Multiply<T, kPanels, 2 * distance>(weights, panels, shape, scales, next, lane + distance, more);

@@ -18,6 +18,7 @@ from kvcascade.kernels import processor
 from kvcascade.model import gpt
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
+from kvcascade.model.programs import Compiled, traced
 from kvcascade.model.sampling import GREEDY, NOT_A_NUMBER, Sampling, Settings, sample, settings
 
 DISPATCH = 8
@@ -32,6 +33,12 @@ def prefill(
     A row's positions are 0, 1, … and then -1 for padding. Raises BadInput for others, and for a cache that holds something; inside
     another `jit` neither is looked at.
     """
+    check_start(cache, positions_BT)
+    return prefill_step(config, params, cache, tokens_BT, positions_BT)
+
+
+def check_start(cache: Cache, positions_BT: Int[Array | np.ndarray, "B T"]) -> None:
+    """BadInput for a cache that holds something, and for positions that a prompt does not have; neither is looked at inside a `jit`."""
     newest = cache.layers[0].slots[0].pos_BKS  # the first tier takes in whatever comes
     if not isinstance(newest, Tracer) and not isinstance(positions_BT, Tracer):
         positions = np.asarray(positions_BT)
@@ -40,7 +47,6 @@ def prefill(
             raise BadInput("a prompt's positions must be 0, 1, 2, … and its padding, -1, on the right")
         if _most(newest) >= 0:
             raise BadInput("a prefill needs an empty cache, and this one holds tokens")
-    return prefill_step(config, params, cache, tokens_BT, positions_BT)
 
 
 _most = jax.jit(jnp.max)
@@ -89,6 +95,21 @@ def decode_steps(
 
     tokens_nB = jnp.zeros((most, len(state.token_B)), jnp.int32)
     return lax.fori_loop(0, jnp.minimum(count, most), body, (tokens_nB, state))
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def begin_step(
+    config: ModelConfig,
+    params: Params,
+    cache: Cache,
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    by: Settings,
+    seen_BV: Bool[Array, "B V"],
+) -> State:
+    """Put whole prompts into an empty cache, which is donated, and draw each row's first token."""
+    logits_BV, cache = gpt.first_step(config, params, cache, tokens_BT, positions_BT)
+    return _draw(logits_BV, cache, positions_BT.max(-1) + 1, by, seen_BV)
 
 
 def _draw(logits_BV, cache, position_B, by, seen_BV):
@@ -159,6 +180,7 @@ def begin(
     cache: Cache,
     prompts: list[list[int]],
     sampling: Sampling | Sequence[Sampling] = GREEDY,
+    compiled: Compiled = traced,
 ) -> State:
     """Put prompts into an empty cache, which is donated, and draw each row's first token.
 
@@ -172,8 +194,9 @@ def begin(
     seen = np.zeros((len(prompts), config.vocab), bool)
     for row, prompt in enumerate(prompts):
         seen[row, prompt] = True
-    logits_BV, cache = prefill(config, params, cache, jnp.asarray(tokens_BT), jnp.asarray(positions_BT))
-    return _draw(logits_BV, cache, jnp.asarray(positions_BT.max(-1)) + 1, by, jnp.asarray(seen))
+    check_start(cache, positions_BT)
+    arguments = params, cache, jnp.asarray(tokens_BT), jnp.asarray(positions_BT), by, jnp.asarray(seen)
+    return compiled(begin_step, config, *arguments)(*arguments)
 
 
 def generate(
@@ -183,22 +206,27 @@ def generate(
     prompts: list[list[int]],
     count: int,
     sampling: Sampling | Sequence[Sampling] = GREEDY,
+    compiled: Compiled = traced,
 ) -> Iterator[tuple[Int[np.ndarray, "n B"], Cache]]:
     """Continue each prompt by `count` tokens; yields the first one per row, then DISPATCH at a time, with the cache that has seen those before.
 
     The yielded cache is donated to the next steps: look at it before asking for more tokens. One `Sampling` is for all rows, which then
     draw by seeds one after the other. Raises BadInput for an empty prompt, where the longest prompt and all that is
-    drawn but the last token are more than the model's or the cache's context, and where the logits are not numbers.
+    drawn but the last token are more than the model's or the cache's context, and where the logits are not numbers. `compiled` says how
+    the steps become programs: with `programs.kept` the next start finds them.
     """
     check_room(config, cache, max(map(len, prompts)) + count - 1)  # the last token drawn enters no cache
-    state = begin(config, params, cache, prompts, sampling)
+    state = begin(config, params, cache, prompts, sampling, compiled)
     lengths = np.asarray([len(prompt) for prompt in prompts])
     first_1B = np.asarray(state.token_B)[None]
     check_numbers(first_1B.T == NOT_A_NUMBER, lengths)
     yield first_1B, state.cache
+    if count == 1:
+        return
+    decode = compiled(decode_steps, config, params, state, 1, most=DISPATCH)
     for first in range(1, count, DISPATCH):
         n = min(DISPATCH, count - first)
-        tokens_nB, state = decode_steps(config, params, state, n, most=DISPATCH)
+        tokens_nB, state = decode(params, state, n)
         new_nB = np.asarray(tokens_nB[:n])
         check_numbers(new_nB.T == NOT_A_NUMBER, lengths + first)
         yield new_nB, state.cache

@@ -15,7 +15,7 @@ import jax
 import safetensors
 import safetensors.flax
 
-from kvcascade.kernels.files import cache_dir, write_whole
+from kvcascade.kernels.files import cache_dir, make_room, write_whole
 from kvcascade.model import split
 from kvcascade.model.weights import Report, leaves, put
 
@@ -79,11 +79,7 @@ def _read(file: Path, report: Report) -> Any:
 def _write(file: Path, model: Any, size: int, seconds: float) -> None:
     log = logging.getLogger("kvcascade")
     try:
-        others = sorted(file.parent.glob("*.safetensors"), key=lambda each: each.stat().st_mtime)
-        taken = sum(each.stat().st_size for each in others)
-        while others and taken + size > ROOM:
-            taken -= others[0].stat().st_size
-            others.pop(0).unlink()
+        make_room(file.parent, ROOM - size)
         rest = base64.b64encode(pickle.dumps(dataclasses.replace(model, params={}))).decode()
         write_whole(file, safetensors.flax.save(leaves(model.params), {"model": rest}))
     except OSError as error:

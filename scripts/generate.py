@@ -10,7 +10,7 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.cache.whole import nbytes
 from kvcascade.eval.records import full_bytes
-from kvcascade.model import chat, generate
+from kvcascade.model import chat, generate, programs
 from kvcascade.model.sampling import Sampling
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, arguments_of, text
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
     alone = len(prompts) == 1
     if alone and not args.chat:
         print(typed[0], end="", flush=True)
-    steps = generate.generate(model.config, model.params, cache, prompts, args.tokens, args.sampling)
+    steps = generate.generate(model.config, model.params, cache, prompts, args.tokens, args.sampling, programs.kept)
     drawn = 0
     for tokens_nB, seen in steps:
         cache, drawn = seen, drawn + len(tokens_nB)

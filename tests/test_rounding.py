@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def slowly(weight, hessian, group):
     """GPTQ with the errors of every column spread at once, the inverse Hessian of the columns left updated by elimination (eq. 2 and 3)."""
     weight, O, I = weight.astype(np.float64).copy(), *weight.shape
     hessian = hessian.astype(np.float64) + rounding.DAMPING * np.diag(hessian).mean() * np.eye(I)
-    inverse, found = np.linalg.inv(hessian), np.zeros((O, I))
+    inverse, found, scale, zero = np.linalg.inv(hessian), np.zeros((O, I)), np.zeros(O), np.zeros(O)
     for i in range(I):
         if i % group == 0:
             scale, zero = rounding.steps(weight[:, i : i + group].astype(np.float32))
@@ -194,7 +195,7 @@ def test_command(folder, tmp_path, monkeypatch, capsys):
         (tmp_path / f"{name}.txt").write_text(" ".join(rng.choice(["def", "return", "lambda", "if", "else"], 2000)))
     common = "--data file:calibration.txt --held-out file:other.txt --context 32 --samples 16 --sequences 8 --out records.jsonl"
     for method in ("rtn", "gptq"):
-        cli.main(f"quantize plain --to {method} --method {method} {common}".split())
+        cli.main(shlex.split(f"quantize plain --to {method} --method {method} {common}"))
     out = capsys.readouterr().out
     rtn, gptq = map(json.loads, (tmp_path / "records.jsonl").read_text().splitlines())
     assert rtn["kind"] == "quantize" and rtn["ppl_before"] == gptq["ppl_before"]
@@ -204,7 +205,9 @@ def test_command(folder, tmp_path, monkeypatch, capsys):
     )
     assert f"{gptq['ppl_after']:.3f}" in out
     cli.main(
-        "evaluate --model gptq --weights int4 --data file:other.txt --context 32 --sequences 8 --cache full --out again.jsonl".split()
+        shlex.split(
+            "evaluate --model gptq --weights int4 --data file:other.txt --context 32 --sequences 8 --cache full --out again.jsonl"
+        )
     )
     assert json.loads((tmp_path / "again.jsonl").read_text().splitlines()[0])["ppl"] == pytest.approx(
         gptq["ppl_after"], rel=1e-6
@@ -234,7 +237,7 @@ def test_refused(folder, tmp_path, monkeypatch, capsys):
     before = sorted(path.name for path in tmp_path.iterdir())
     for typed, words in faults.items():
         with pytest.raises(SystemExit) as stopped:
-            cli.main(typed.split())
+            cli.main(shlex.split(typed))
         assert stopped.value.code == 2
         said = capsys.readouterr().err.strip().splitlines()
         assert words in said[-1], said
