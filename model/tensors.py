@@ -25,6 +25,15 @@ FOUR_BITS = {gguf.GGMLQuantizationType.Q4_0: 2, gguf.GGMLQuantizationType.Q4_1: 
 """Bytes of numbers before the codes of 32 weights: a scale, and a value of code 0."""
 
 
+class _Reader(gguf.GGUFReader):
+    """The library's reader, which otherwise goes on behind a file's end, an empty array at a time, as far as a damaged length says."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
+        if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+            raise ValueError("it ends within its metadata")
+        return super()._get(offset, dtype, count, override_order)
+
+
 class GGUFFile:
     """The tensors and the metadata of a GGUF; BadInput if it is truncated or not one."""
 
@@ -46,7 +55,7 @@ class GGUFFile:
     def _read(self, path: Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
         """The metadata and the tensors of one file."""
         try:
-            reader = gguf.GGUFReader(path)
+            reader = _Reader(path)
             fields = {key: field.contents() for key, field in reader.fields.items()}
         except OSError as error:
             raise BadInput(f"{path}: {error.strerror or error}") from error

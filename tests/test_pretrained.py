@@ -236,6 +236,11 @@ def test_damaged_files_are_refused_in_one_line(tmp_path):
     for length in (0, 3, 40, len(content) // 2, len(content) - 1):
         file.write_bytes(content[:length])
         refuse(f"gguf:{file}", "m.gguf", "damaged")
+    length = (
+        content.index(b"tokenizer.ggml.tokens") + len("tokenizer.ggml.tokens") + 8
+    )  # behind two numbers that say what follows
+    file.write_bytes(content[:length] + (2**40).to_bytes(8, "little") + content[length + 8 :])
+    refuse(f"gguf:{file}", "m.gguf", "damaged")
     file.write_bytes(b"GGML" + content[4:])
     refuse(f"gguf:{file}", "not a GGUF file")
     refuse(f"gguf:{tmp_path / 'none.gguf'}", "none.gguf", "No such file")
