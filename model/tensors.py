@@ -28,7 +28,7 @@ FOUR_BITS = {gguf.GGMLQuantizationType.Q4_0: 2, gguf.GGMLQuantizationType.Q4_1: 
 class _Reader(gguf.GGUFReader):
     """The library's reader, which otherwise goes on behind a file's end, an empty array at a time, as far as a damaged length says."""
 
-    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
+    def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> np.ndarray:
         if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
             raise ValueError("it ends within its metadata")
         return super()._get(offset, dtype, count, override_order)
