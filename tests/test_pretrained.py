@@ -239,7 +239,9 @@ def test_damaged_files_are_refused_in_one_line(tmp_path):
     length = (
         content.index(b"tokenizer.ggml.tokens") + len("tokenizer.ggml.tokens") + 8
     )  # behind two numbers that say what follows
-    file.write_bytes(content[:length] + (2**40).to_bytes(8, "little") + content[length + 8 :])
+    file.write_bytes(
+        content[: length - 4] + bytes(4) + (2**40).to_bytes(8, "little") + content[length + 8 :]
+    )  # so many bytes
     refuse(f"gguf:{file}", "m.gguf", "damaged")
     file.write_bytes(b"GGML" + content[4:])
     refuse(f"gguf:{file}", "not a GGUF file")
