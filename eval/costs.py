@@ -2,7 +2,7 @@
 
 import markupsafe
 
-from kvcascade.eval import bench, crash, figures, fit, profile_report, stream
+from kvcascade.eval import bench, crash, figures, fit, profile_report, stream, weights
 from kvcascade.eval.records import Record, markdown, of_kind
 
 
@@ -22,11 +22,27 @@ def sections(records: list[Record]) -> dict:
             "sentences": crash.sentences(crashes),
             "limit": f"{crashes[0]['limit'] / 1e9:g} GB",
         },
+        "weights": _weights(records),
         "profiles": [_profile(mine) for mine in profile_report.groups(of_kind(records, "profile"))],
     }
 
 
 _svg = markupsafe.Markup
+
+
+def _weights(records: list[Record]) -> list[dict]:
+    """A table for each model and text that was rounded."""
+    found = []
+    kinds = ("model", "data", "context", "sequences")
+    for alike in dict.fromkeys(tuple(r[key] for key in kinds) for r in of_kind(records, "quantize")):
+        mine = [r for r in records if r["kind"] in ("quantize", "evaluate") and tuple(r[key] for key in kinds) == alike]
+        found.append({"title": weights.protocol(mine), "table": weights.table(mine)})
+    return found
+
+
+def weights_table(records: list[Record]) -> str:
+    """The README's weights in fewer bits of one model, and the protocol."""
+    return f"{markdown(weights.table(records))}\n\n{weights.protocol(records)}; {_stamp(records)}."
 
 
 def _speed(benches: list[Record]) -> dict:

@@ -60,7 +60,13 @@ KEYS: dict[str, dict[str, Any]] = {
     | {
         "data": str, "context": COUNT, "sequences": COUNT, "tokens": COUNT, "seed": ANY, "nll": NATS, "nll_windows": [NATS], "ppl": POSITIVE,
         "bits_per_byte": SIZE, "kv_bytes": POSITIVE, "kv_bytes_predicted": SIZE, "compression": ANY, "kept": SIZE,
-        "tokens_per_second": SIZE, "traces": SIZE,
+        "tokens_per_second": SIZE, "traces": SIZE, "weights": Optional(str), "parameter_bytes": Optional(SIZE),
+    },
+    "quantize": MADE
+    | {
+        "model": str, "weights": str, "method": str, "group": COUNT, "calibration": str, "samples": COUNT, "data": str, "context": COUNT,
+        "sequences": COUNT, "tokens": COUNT, "ppl_before": POSITIVE, "ppl_after": POSITIVE, "nll_windows_before": [NATS],
+        "nll_windows_after": [NATS], "parameter_bytes_before": POSITIVE, "parameter_bytes_after": POSITIVE,
     },
     "retrieve": NAMED
     | {
@@ -132,8 +138,16 @@ def _crash(record: dict) -> str | None:
     return next((wrong for each in lived if (wrong := _wrong(each, {"peak": SIZE}, "children.")) is not None), None)
 
 
+def _quantize(record: dict) -> str | None:
+    counts = [len(record[f"nll_windows_{when}"]) for when in ("before", "after")]
+    return (
+        None if counts == [record["sequences"]] * 2 else f"has {counts} nll_windows for {record['sequences']} sequences"
+    )
+
+
 RULES: dict[str, Callable[[dict], str | None]] = {
     "evaluate": _evaluate,
+    "quantize": _quantize,
     "retrieve": lambda r: None if r["answered"] <= r["turns"] else "has more answers than turns",
     "growth": _growth,
     "bench": lambda r: None if "reason" in r else _wrong(r, SPEEDS),

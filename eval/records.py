@@ -36,6 +36,7 @@ def evaluation(
         "kind": "evaluate",
         "model": model.name,
         "weights": model.config.weights,
+        "parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
         "cache": str(spec),
         "data": data,
         "context": context,

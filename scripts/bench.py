@@ -32,7 +32,7 @@ class Args:
     repeats: Count = 5
     """Rounds, taken in turns by all caches and the peer."""
     weights: tuple[str, ...] = ("float32",)
-    """What a pretrained model's matrices are kept in: float32, bfloat16 or int8; several take turns."""
+    """What a pretrained model's matrices are kept in: float32, bfloat16, int8 or int4; several take turns."""
     prefills: Count | None = None
     """Rounds that begin with the prompts, the others go on decoding where the one before ended; by default all."""
     peer: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()

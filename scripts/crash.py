@@ -31,7 +31,7 @@ class Args:
     steps: Count = 3
     """Decode steps at full occupancy that a child must live through."""
     weights: str | None = None
-    """What matrices are kept in: float32, bfloat16 or int8; by default float32, and bfloat16 for a model known by its shape."""
+    """What matrices are kept in: float32, bfloat16, int8 or int4; by default float32, and bfloat16 for a model known by its shape."""
     seconds: Seconds = 300.0
     """How long a child may take."""
     out: Path | None = None

@@ -36,7 +36,7 @@ class Args:
     fidelity: bool = False
     """Also compare every next-token distribution with the full cache's: KL divergence and the same likeliest token; doubles the time."""
     weights: str = "float32"
-    """What a pretrained model's matrices are kept in: float32, bfloat16 or int8."""
+    """What a pretrained model's matrices are kept in: float32, bfloat16, int8 or int4."""
     bos: Literal["auto", "yes", "no"] = "auto"
     """Whether each window begins with BOS, which is not scored: auto as the model's tokenizer does with a text."""
     out: Path | None = None

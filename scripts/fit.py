@@ -31,7 +31,7 @@ class Args:
     context: tuple[Count, ...] = ()
     """Tokens per user; several are fitted in turn. By default the model's own context."""
     weights: str | None = None
-    """What matrices are kept in: float32, bfloat16 or int8; by default bfloat16 for a model that is known by its shape, float32 for others."""
+    """What matrices are kept in: float32, bfloat16, int8 or int4; by default bfloat16 for a model that is known by its shape, float32 for others."""
     share: Part = memory.SHARE
     """Of the card's memory, what the program may have; the rest is for CUDA, the libraries and the allocator's gaps."""
     out: Path | None = None

@@ -25,7 +25,7 @@ class Args:
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
     """The text to continue; given several times, a batch of texts."""
     weights: str = "float32"
-    """What a pretrained model's matrices are kept in: float32, bfloat16 or int8."""
+    """What a pretrained model's matrices are kept in: float32, bfloat16, int8 or int4."""
     cache: str = "full"
     """A cache in one line, or a preset's name."""
     tokens: Count = 64

@@ -24,7 +24,7 @@ class Args:
     context: tuple[Count, ...] = ()
     """Tokens per user; by default each model's own context."""
     weights: str | None = None
-    """What matrices are kept in: float32, bfloat16 or int8; by default bfloat16 for a model that is known by its shape, float32 for others."""
+    """What matrices are kept in: float32, bfloat16, int8 or int4; by default bfloat16 for a model that is known by its shape, float32 for others."""
     gpu: str | None = None
     """A card to fit them on: h100, a100, rtx3060, rtx3090, rtx4090, l4, …"""
 

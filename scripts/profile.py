@@ -27,7 +27,7 @@ class Args:
     batch: Count = 1
     """Rows at once."""
     weights: str = "float32"
-    """What a pretrained model's matrices are kept in: float32, bfloat16 or int8."""
+    """What a pretrained model's matrices are kept in: float32, bfloat16, int8 or int4."""
     dir: Path = Path("runs/profile")
     """Folder for profile.txt, step.csv, memory.csv, step.svg and memory.svg."""
     out: Path | None = None

@@ -5,13 +5,12 @@ import time
 from pathlib import Path
 from typing import Annotated, Literal
 
-import jax
 import numpy as np
 import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import perplexity, record_files, records
+from kvcascade.eval import perplexity, record_files, records, weights
 from kvcascade.model import pretrained, rounding, tokenizer, written
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, Window, arguments_of
@@ -85,26 +84,9 @@ def main(arguments: list[str]) -> None:
     for each in (model, after):
         scores = perplexity.score(each.config, each.params, spec, rows, args.sequences)
         found.append(records.evaluation(each, spec, held_out, rows, 0, lengths, scores, args.sequences, bos))
-    low, high = records.paired(found[1], found[0])
-    record = {
-        "kind": "quantize", "model": model.name, "weights": args.weights, "method": args.method, "group": args.group, "data": args.data,
-        "samples": args.samples, "context": args.context, "held_out": held_out, "sequences": args.sequences, "bos": bos,
-        "ppl_before": found[0]["ppl"], "ppl_after": found[1]["ppl"], "nll_before": found[0]["nll_windows"],
-        "nll_after": found[1]["nll_windows"], "file_bytes": size, "quantize_seconds": round(took, 2), "bytes_before": _bytes(model),
-        "bytes_after": _bytes(after),
-    }  # fmt: skip
+    about = {"method": args.method, "group": args.group, "calibration": args.data, "samples": args.samples}
+    record = weights.quantized(*found, **about, file_bytes=size, quantize_seconds=round(took, 2))
+    record = records.stamp(record, time.monotonic() - start)
     if args.out:
-        record_files.append(args.out, [records.stamp(record, time.monotonic() - start)])
-    change = found[1]["nll"] - found[0]["nll"]
-    console.table(
-        f"{model.name} by {args.method}, groups of {args.group}; {held_out}: {args.sequences} windows of {args.context} tokens",
-        ["weights", "PPL", "Δ nats", "95 % of Δ", "bytes of parameters"],
-        [
-            ["float32", f"{found[0]['ppl']:.3f}", "", "", f"{record['bytes_before']:,}"],
-            [args.weights, f"{found[1]['ppl']:.3f}", f"{change:+.4f}", f"{low:+.4f} … {high:+.4f}", f"{record['bytes_after']:,}"],
-        ],
-    )  # fmt: skip
-
-
-def _bytes(model: pretrained.Model) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+        record_files.append(args.out, [record])
+    console.table(weights.protocol([record]), *weights.table([record]))

@@ -7,8 +7,8 @@ from kvcascade.kernels.files import write_whole
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "eval" / "results" / "toy.jsonl"
-PRETRAINED, KERNELS, SPEED, STREAM, FIT, CRASH = (
-    RESULTS.with_name(f"{name}.jsonl") for name in ("smollm2", "kernels", "speed", "stream", "fit", "crash")
+PRETRAINED, KERNELS, SPEED, STREAM, FIT, CRASH, WEIGHTS = (
+    RESULTS.with_name(f"{name}.jsonl") for name in ("smollm2", "kernels", "speed", "stream", "fit", "crash", "weights")
 )
 
 
@@ -21,6 +21,7 @@ def generated() -> dict[Path, str]:
     pretrained = record_files.read(PRETRAINED)
     parts = {"pretrained": report.pretrained_table(pretrained), "speed": costs.speed_table(record_files.read(SPEED))}
     parts |= {"stream": costs.stream_table(record_files.read(STREAM)), "fit": costs.fits_table(record_files.read(FIT))}
+    parts["weights"] = costs.weights_table(record_files.read(WEIGHTS))
     parts["crash"] = costs.crash_table(record_files.read(CRASH))
     parts |= kernel_report.readme_tables(record_files.read(KERNELS))
     return {

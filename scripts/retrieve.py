@@ -34,7 +34,7 @@ class Args:
     """Rows at once."""
     seed: Seed = 0
     weights: str = "float32"
-    """What a pretrained model's matrices are kept in: float32, bfloat16 or int8."""
+    """What a pretrained model's matrices are kept in: float32, bfloat16, int8 or int4."""
     out: Path | None = None
     """File that one JSON object per cache, task, length and depth is appended to."""
 

@@ -28,7 +28,7 @@ class Args:
     batch: Count = 1
     """Rows at once."""
     weights: str = "float32"
-    """What a pretrained model's matrices are kept in: float32, bfloat16 or int8."""
+    """What a pretrained model's matrices are kept in: float32, bfloat16, int8 or int4."""
     out: Path | None = None
     """File that one JSON object per cache is appended to."""
 

@@ -200,7 +200,7 @@ def test_command(folder, tmp_path, monkeypatch, capsys):
     rtn, gptq = map(json.loads, (tmp_path / "records.jsonl").read_text().splitlines())
     assert rtn["kind"] == "quantize" and rtn["ppl_before"] == gptq["ppl_before"]
     assert (
-        gptq["bytes_after"] < gptq["bytes_before"]
+        gptq["parameter_bytes_after"] < gptq["parameter_bytes_before"]
         and gptq["file_bytes"] == (tmp_path / "gptq/model.safetensors").stat().st_size
     )
     assert f"{gptq['ppl_after']:.3f}" in out
