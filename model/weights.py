@@ -1,5 +1,6 @@
 """The weights of pretrained models: where each parameter is found in GGUF files and in Hugging Face directories."""
 
+import collections
 import dataclasses
 import functools
 import re
@@ -117,14 +118,19 @@ def load_params(
     `paired_rope`: queries and keys are laid out for RoPE that turns neighbours (h, h + 1), as GGUF's llama does, and are put back.
     For int4 a matrix that is there in four bits is kept as it is, what else such a file has in int8.
     """
+    there = source.shapes()
+    if config.layers > len(there):
+        raise BadInput(f"{name} says that it has {config.layers:,} layers, and has {len(there)} tensors")
     wanted = leaves(gpt.graph(dataclasses.replace(config, weights="float32"))[1])
-    where = _find(wanted, source.shapes(), names, config, name)
-    params = {}
+    where = _find(wanted, there, names, config, name)
+    params, shared = {}, collections.defaultdict(list)
+    for path in wanted:
+        shared[where[path]].append(path)
     for index, (path, leaf) in enumerate(wanted.items()):
         theirs, folder = where[path], path.rpartition(".")[0]
         weights = head_weights(config) if folder in ("embed", "head") else config.weights
         part = _part(path)
-        together = [other for other in wanted if other != path and where[other] == theirs]
+        together = [other for other in shared[theirs] if other != path]
         before = sum(wanted[o].shape[0] for o in together if PARTS.index(_part(o)) < PARTS.index(part))
         take = functools.partial(_rows, config, part, paired_rope, before, leaf.shape[0] if together else 0)
         pieces = _each(theirs, config)
@@ -133,7 +139,7 @@ def load_params(
         if matrix is not None:
             rows = take(len(matrix["weight"]))
             matrix = {part: each if part == "order" else each[rows] for part, each in matrix.items()}
-            shape = len(matrix["weight"]), source.shapes()[pieces[0]][-1]
+            shape = len(matrix["weight"]), there[pieces[0]][-1]
         else:
             # Experts stand one below the other, each in a tensor of its own or all in one.
             array = np.concatenate([source.read(each) for each in pieces]) if len(pieces) > 1 else source.read(theirs)
