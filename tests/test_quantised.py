@@ -203,3 +203,19 @@ def test_four_bits_of_gguf_are_kept_as_they_are(kind, tmp_path):
     assert file.has_int4 is (packed is not None) is (kind.name != "Q8_0")
     if packed:
         np.testing.assert_array_equal(linear.rows(packed), file.read("w"))
+
+
+def test_experts_in_four_bits(tmp_path):
+    """Experts stand one below the other as they are in their files; the router is in float32."""
+    rng = np.random.default_rng(0)
+    dense = made.write(tmp_path, GPTQ | {"group_size": -1}, made.gptq(rng, -1, False), "qwen3_moe")
+    exact, small = pretrained.load(str(tmp_path)), pretrained.load(str(tmp_path), weights="int4")
+    ups = [dense[f"model.layers.1.mlp.experts.{index}.up_proj.weight"] for index in range(8)]
+    np.testing.assert_array_equal(_at(exact.params, "layers.1.experts.up")["weight"], np.concatenate(ups))
+    kept = {name: array for name, array in _at(small.params, "layers.1.experts.up").items() if array.size}
+    assert kept["weight"].dtype == jnp.uint8
+    np.testing.assert_array_equal(linear.rows(kept, inputs=tiny_models.WIDTH), np.concatenate(ups))
+    want, got = (
+        gpt.forward(each.config, each.params, jnp.asarray(tiny_models.PROMPTS, jnp.int32)) for each in (exact, small)
+    )
+    assert jnp.std(got - want) < 0.03 * jnp.std(want)
