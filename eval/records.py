@@ -11,6 +11,7 @@ import numpy as np
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
+from kvcascade.eval import stats
 from kvcascade.eval.fidelity import Fidelity
 from kvcascade.eval.perplexity import Scores
 from kvcascade.eval.record_keys import not_finite
@@ -85,7 +86,7 @@ def retrieval(
 ) -> Record:
     """The record of one task behind one cache; `score` is the share of turns answered, with its 95 % Wilson interval."""
     turns = [turn for each in answered for turn in each]
-    low, high = wilson(sum(turns), len(turns))
+    low, high = stats.wilson(sum(turns), len(turns))
     full = full_bytes(model.config, length)
     return {
         "kind": "retrieve",
@@ -108,13 +109,6 @@ def retrieval(
     }
 
 
-def wilson(hits: int, of: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927): unlike the normal one it is right for few samples and shares near 0 and 1."""
-    z = 1.959964
-    centre, spread = hits + z * z / 2, z * math.sqrt(hits * (of - hits) / of + z * z / 4)
-    return max(0.0, (centre - spread) / (of + z * z)), min(1.0, (centre + spread) / (of + z * z))
-
-
 def retrieval_table(found: list[Record]) -> tuple[str, list[str], list[list[str]]]:
     """Title, columns and rows: a row per cache, a column per task with the share answered over all lengths and depths, bytes at the longest."""
     tasks = list(dict.fromkeys(r["task"] for r in found))
@@ -126,7 +120,7 @@ def retrieval_table(found: list[Record]) -> tuple[str, list[str], list[list[str]
         cells = []
         for part in (*([r for r in mine if r["task"] == task] for task in tasks), mine):
             hits, of = sum(r["answered"] for r in part), sum(r["turns"] for r in part)
-            cells.append("{:.0%} ({:.0%}…{:.0%})".format(hits / of, *wilson(hits, of)) if of else "")
+            cells.append("{:.0%} ({:.0%}…{:.0%})".format(hits / of, *stats.wilson(hits, of)) if of else "")
         rows.append([cache, f"{size['kv_bytes']:,}", f"{size['compression']:.1%}", *cells])
     lengths, depths = sorted({r["length"] for r in found}), sorted({r["depth"] for r in found})
     title = f"{found[0]['model']}: share answered, contexts of {lengths} tokens, depths {depths}, {found[0]['samples']} samples each"
@@ -217,20 +211,12 @@ def paired(record: Record, baseline: Record) -> tuple[float, float]:
     Comparing window by window takes out the spread between windows, which is far larger than that between caches. NaN for other windows.
     """
     mine, theirs = (np.asarray(each["nll_windows"]) for each in (record, baseline))
-    return interval(mine - theirs) if alike(record, baseline) else (math.nan, math.nan)
+    return stats.interval(mine - theirs) if alike(record, baseline) else (math.nan, math.nan)
 
 
 def alike(record: Record, other: Record) -> bool:
     """Whether two evaluations are of the same windows."""
     return all(record[key] == other[key] for key in ("data", "context", "sequences", "tokens"))
-
-
-def interval(windows, draws: int = 2000) -> tuple[float, float]:
-    """95 % interval of the mean over windows, by bootstrap."""
-    windows = np.asarray(windows)
-    picks = np.random.default_rng(0).integers(0, len(windows), (draws, len(windows)))
-    low, high = np.quantile(windows[picks].mean(-1), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def of_kind(records: list[Record], kind: str) -> list[Record]:

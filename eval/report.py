@@ -9,9 +9,9 @@ import jinja2
 import markupsafe
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import costs, figures, suite
+from kvcascade.eval import costs, figures, stats, suite
 from kvcascade.eval.record_keys import KEYS
-from kvcascade.eval.records import Record, Table, alike, interval, markdown, of_kind, paired, retrieval_table, wilson
+from kvcascade.eval.records import Record, Table, alike, markdown, of_kind, paired, retrieval_table
 from kvcascade.kernels.files import write_whole
 
 
@@ -211,7 +211,7 @@ def fidelity_table(evaluations: list[Record]) -> Table:
     columns = ["cache", "saved", "PPL", "KL, nats", "95 % of KL", "same top-1", "95 % of same"]
     rows = []
     for r in evaluations:
-        kl, same = interval(r["kl_windows"]), interval(r["same_top_windows"])
+        kl, same = stats.interval(r["kl_windows"]), stats.interval(r["same_top_windows"])
         rows.append([
             r["cache"], f"{r['compression']:.1%}", f"{r['ppl']:.3f}", f"{r['kl']:.5f}", f"{kl[0]:.5f} … {kl[1]:.5f}",
             f"{r['same_top']:.2%}", f"{same[0]:.2%} … {same[1]:.2%}",
@@ -294,7 +294,7 @@ def pretrained_table(records: list[Record]) -> str:
         change = "" if r is full else f"{r['ppl'] / full['ppl'] - 1:+.2%} ({low:+.2%} … {high:+.2%})"
         mine = [one for one in retrievals if one["cache"] == r["cache"]]
         hits, turns = sum(one["answered"] for one in mine), sum(one["turns"] for one in mine)
-        found = "{:.0%} ({:.0%} … {:.0%})".format(hits / turns, *wilson(hits, turns)) if turns else ""
+        found = "{:.0%} ({:.0%} … {:.0%})".format(hits / turns, *stats.wilson(hits, turns)) if turns else ""
         kl = [f"{r['kl']:.4f}", f"{r['same_top']:.1%}"] if "kl" in r else ["", ""]
         rows.append([f"`{r['cache']}`", f"{r['compression']:.1%}", f"{r['ppl']:.3f}", change, *kl, found])
     first, asked = full, retrievals[0]
@@ -302,7 +302,7 @@ def pretrained_table(records: list[Record]) -> str:
     depths = len({r["depth"] for r in retrievals})
     protocol = (
         f"PPL, KL(full ‖ cache) and same top-1: {first['sequences']} windows of {first['context']} tokens of "
-        f"{first['data'].removeprefix('file:')}; intervals by bootstrap over windows. "
+        f"{first['data'].removeprefix('file:')}; 95 % intervals over windows. "
         f"Answered: {tasks} in contexts of {lengths} tokens, {asked['samples']} samples at each of {depths} depths; Wilson intervals. "
         f"Seed {first['seed']}, {first['device']}, commit {first['commit']}."
     )

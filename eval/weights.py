@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from kvcascade.eval.records import Record, Table, interval, of_kind
+from kvcascade.eval import stats
+from kvcascade.eval.records import Record, Table, of_kind
 
 
 def quantized(before: Record, after: Record, **about) -> Record:
@@ -37,7 +38,7 @@ def table(found: list[Record]) -> Table:
     for weights, how, size, mine, theirs in lines:
         change = ""
         if mine != ppl and len(theirs) == len(windows):
-            low, high = (math.expm1(x) for x in interval(np.asarray(theirs) - np.asarray(windows)))
+            low, high = (math.expm1(x) for x in stats.interval(np.asarray(theirs) - np.asarray(windows)))
             change = f"{mine / ppl - 1:+.2%} ({low:+.2%} … {high:+.2%})"
         rows.append([weights, how, f"{size:,}", f"{size / whole:.1%}", f"{mine:.3f}", change])
     return columns, rows
@@ -47,7 +48,7 @@ def protocol(found: list[Record]) -> str:
     """In one sentence what was measured on what."""
     first = found[0]
     calibrated = of_kind(found, "quantize")
-    text = f"{first['sequences']} windows of {first['context']} tokens of {first['data'].removeprefix('file:')}; intervals by bootstrap over windows"
+    text = f"{first['sequences']} windows of {first['context']} tokens of {first['data'].removeprefix('file:')}; 95 % intervals over windows"
     if calibrated:
         one = calibrated[0]
         text += f"; calibrated on {one['samples']} windows of {one['calibration'].removeprefix('file:')}"

@@ -7,7 +7,7 @@ import pytest
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import records, retrieval
+from kvcascade.eval import retrieval, stats
 from kvcascade.model import generate, gpt, tokenizer
 from kvcascade.model.config import ModelConfig
 
@@ -90,7 +90,7 @@ def test_an_answer_counts_if_greedy_decoding_gives_it(cache):
 
 def test_wilson_is_between_0_and_1_and_around_the_share():
     for hits, of, low, high in ((0, 10, 0, 0.278), (10, 10, 0.722, 1), (5, 10, 0.237, 0.763)):
-        assert records.wilson(hits, of) == pytest.approx((low, high), abs=1e-3)
+        assert stats.wilson(hits, of) == pytest.approx((low, high), abs=1e-3)
 
 
 def test_logits_that_are_not_numbers_are_refused():
