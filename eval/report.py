@@ -207,7 +207,7 @@ def quality_table(evaluations: list[Record], groups: dict[str, str]) -> Table:
 
 
 def fidelity_table(evaluations: list[Record]) -> Table:
-    """How far each cache's next-token distributions are from the full cache's, with 95 % intervals by bootstrap over windows."""
+    """How far each cache's next-token distributions are from the full cache's, with 95 % intervals over windows."""
     columns = ["cache", "saved", "PPL", "KL, nats", "95 % of KL", "same top-1", "95 % of same"]
     rows = []
     for r in evaluations:
