@@ -190,7 +190,7 @@ def room(context: int, steps: int, repeats: int, prefills: int) -> int:
 
 
 def _traces() -> int:
-    return sum(step._cache_size() for step in (generate.prefill_step, generate.decode_steps))  # pyright: ignore
+    return sum(step._cache_size() for step in (generate.begin_step, generate.decode_steps))  # pyright: ignore
 
 
 def seconds(call: Callable) -> float:

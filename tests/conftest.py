@@ -1,8 +1,12 @@
+import contextlib
 import dataclasses
 import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import jax
+import jaxtyping
 import pytest
 from hypothesis import Phase, settings
 
@@ -22,6 +26,29 @@ settings.register_profile(
 settings.register_profile("few", settings.get_profile("quick"), max_examples=3)  # for one more build of the same
 settings.register_profile("fuzz", deadline=None, max_examples=20_000, database=None)  # for as long as one has time
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+@pytest.fixture(scope="session")
+def shapes_alone() -> Callable[[], AbstractContextManager]:
+    """Within it types are not looked at: where a program is lowered, JAX fills the cache's dataclasses with descriptions of arrays."""
+
+    @contextlib.contextmanager
+    def within() -> Iterator[None]:
+        before = jaxtyping.config.jaxtyping_disable
+        jaxtyping.config.update("jaxtyping_disable", True)
+        try:
+            yield
+        finally:
+            jaxtyping.config.update("jaxtyping_disable", before)
+
+    return within
+
+
+@pytest.fixture
+def unchecked(shapes_alone: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """The whole test within `shapes_alone`."""
+    with shapes_alone():
+        yield
 
 
 class Nano(NamedTuple):

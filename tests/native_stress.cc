@@ -6,6 +6,7 @@
 
 #include <cerrno>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <set>
 #include <vector>
@@ -57,8 +58,8 @@ void Throws(int64_t calls) {
   }
 }
 
-// Children forked while another thread calls: each works, with threads of its own.
-void Forks(int64_t children) {
+// Children forked while another thread calls: each works, with threads of its own. One that hangs, or works alone for ever, is killed.
+void Forks(int64_t children, unsigned seconds) {
   std::atomic<bool> over{false};
   std::thread caller([&] {
     while (!over) Check(3, 3);
@@ -66,7 +67,7 @@ void Forks(int64_t children) {
   for (int64_t child = 0; child < children; ++child) {
     const pid_t pid = fork();
     if (pid == 0) {
-      alarm(2);  // a child that hangs, or works alone for ever, is killed
+      alarm(seconds);
       const auto self = std::this_thread::get_id();
       std::atomic<bool> helped{false};
       while (!helped) kvcascade::Shared().Run(8, 3, [&](int64_t) { helped = helped || std::this_thread::get_id() != self; });
@@ -112,7 +113,7 @@ int main(int count, char** words) {
   const char* what = count > 1 ? words[1] : "";
   if (!std::strcmp(what, "callers")) Callers(3000);
   if (!std::strcmp(what, "throws")) Throws(2000);
-  if (!std::strcmp(what, "forks")) Forks(50);
+  if (!std::strcmp(what, "forks")) Forks(50, count > 2 ? std::atoi(words[2]) : 60);
   if (!std::strcmp(what, "few")) Few();
   if (!std::strcmp(what, "alone")) {
     for (int64_t r = 0; r < 1000; ++r) Check(8, 5);

@@ -4,12 +4,10 @@ import csv
 import dataclasses
 import functools
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import pytest
 import tiny_models
 
@@ -81,14 +79,6 @@ def test_the_innermost_scope_is_the_component(scope: str, name: str) -> None:
     assert profile.component(scope) == name
 
 
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Where a program is lowered, JAX fills the cache's dataclasses with descriptions of arrays, which jaxtyping would refuse."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 @functools.cache
 def compiled(spec: str, donate: bool = True) -> tuple[str, list, jax.stages.Compiled]:
     """The program of some decode steps, K and V of its cache, and what it was compiled to."""
@@ -137,16 +127,15 @@ def test_each_component_of_a_step_is_found() -> None:
 
 
 @pytest.fixture(scope="module")
-def profiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def profiled(tmp_path_factory: pytest.TempPathFactory, shapes_alone) -> list[dict]:
     """Profiles of a model of one layer behind two caches."""
     model = pretrained.load(str(tiny_models.write("llama", tmp_path_factory.mktemp("model") / "llama")))
     model = dataclasses.replace(model, config=CONFIG, params=gpt.init(CONFIG, 0))
-    jaxtyping.config.update("jaxtyping_disable", True)
     found = []
-    for spec in map(parse, ("full", "sink 4 | heavy 12@int8")):
-        record = profile.profile(model, spec, 2, 256) | {"bandwidth": 1e10}
-        found.append(record | {"growth": buffers.measured(model, spec, 2, 256)})
-    jaxtyping.config.update("jaxtyping_disable", False)
+    with shapes_alone():
+        for spec in map(parse, ("full", "sink 4 | heavy 12@int8")):
+            record = profile.profile(model, spec, 2, 256) | {"bandwidth": 1e10}
+            found.append(record | {"growth": buffers.measured(model, spec, 2, 256)})
     return found
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import os
 
 import jax
-import jaxtyping
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
@@ -27,13 +26,8 @@ def tokens(nano, compiled=programs.traced, prompts=((3, 1, 4, 1, 5), (9, 2)), pa
     return np.concatenate([new for new, _ in steps])
 
 
-@pytest.fixture(autouse=True)
-def shapes_only():
-    """JAX writes down a program's arguments by trees of their shapes, which the types that are checked here do not allow."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
+# JAX writes down a program's arguments by trees of their shapes.
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 @pytest.fixture

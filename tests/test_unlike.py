@@ -189,6 +189,7 @@ def test_layers_have_the_cache_that_suits_them(gemma, tmp_path, capfd) -> None:
     assert "layers[1:2]" in capfd.readouterr().out
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_it_generates(gemma, capfd) -> None:
     """`generate` through the mixed cache prints the prompt and what the same cache gives token by token."""
     prompt = "Some layers see a window, and some"
