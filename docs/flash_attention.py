@@ -21,9 +21,11 @@ from flash_tables import GROUP, H
 from jax import lax
 
 from kvcascade.cache.codec import CODECS
-from kvcascade.eval import kernel_cases, kernel_check, records, report
-from kvcascade.eval.kernel_cases import nbytes
+from kvcascade.eval import records
+from kvcascade.eval.kernels import cases, check
+from kvcascade.eval.kernels.cases import nbytes
 from kvcascade.eval.records import Record
+from kvcascade.eval.report import page
 from kvcascade.kernels import aot, traffic
 from kvcascade.kernels.decode import decode
 from kvcascade.kernels.files import write_whole
@@ -83,7 +85,7 @@ def described(card: aot.GPU) -> Record:
         "multiprocessors": card.multiprocessors,
         "clock": card.clock,
         "flops": card.multiprocessors * units * products * 2 * clock * 1e9,
-        "instructions_per_byte": kernel_check.budget(card, 1),
+        "instructions_per_byte": check.budget(card, 1),
     }
 
 
@@ -139,7 +141,7 @@ def backward(card: aot.GPU) -> list[Record]:
 def decoding(card: aot.GPU) -> list[Record]:
     """Attention from one token's queries over the slots of one KV head: bytes moved by our kernel, and by XLA's."""
     found = []
-    for codec in kernel_cases.CODEC_NAMES:
+    for codec in cases.CODEC_NAMES:
         for slots in SLOTS:
             arguments = _step(codec, slots)
             shapes = jax.eval_shape(lambda arguments=arguments: arguments)
@@ -178,7 +180,7 @@ def generated(found: Record) -> dict[Path, str]:
     """The page, with its tables, and its figures."""
     parts = flash_tables.tables(found)
     drawn = {FOLDER / f"{name}.svg": svg for name, svg in flash_figures.drawn(found).items()}
-    return {PAGE: report.fill(PAGE.read_text("utf-8"), parts), **drawn}
+    return {PAGE: page.fill(PAGE.read_text("utf-8"), parts), **drawn}
 
 
 def main() -> None:

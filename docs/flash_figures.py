@@ -18,8 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from kvcascade.eval.figures import SIZE, STYLE, bytes_label, to_svg
 from kvcascade.eval.records import Record
+from kvcascade.eval.report.figures import SIZE, STYLE, bytes_label, to_svg
 
 
 def drawn(found: Record) -> dict[str, str]:

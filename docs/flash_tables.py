@@ -1,8 +1,8 @@
 """The tables of flash_attention.md, from the numbers that flash_attention.py records, and the formulas beside them."""
 
-from kvcascade.eval.figures import COLOURS, bytes_label
 from kvcascade.eval.records import Record
-from kvcascade.eval.report import markdown
+from kvcascade.eval.report.figures import COLOURS, bytes_label
+from kvcascade.eval.report.page import markdown
 
 BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK = COLOURS
 H = 128

@@ -12,8 +12,8 @@ import numpy as np
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.eval import stats
-from kvcascade.eval.fidelity import Fidelity
-from kvcascade.eval.perplexity import Scores
+from kvcascade.eval.quality.fidelity import Fidelity
+from kvcascade.eval.quality.perplexity import Scores
 from kvcascade.eval.record_keys import not_finite
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.pretrained import Model

@@ -9,7 +9,7 @@ import jax
 
 from kvcascade.cache.codec import CODECS
 from kvcascade.cache.spec import CacheSpec, parse
-from kvcascade.eval import buffers
+from kvcascade.eval.memory import buffers
 from kvcascade.eval.records import Record, full_bytes
 from kvcascade.model import gpt
 from kvcascade.model.config import ModelConfig

@@ -9,7 +9,8 @@ import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import bench, peers, record_files, records
+from kvcascade.eval import record_files, records
+from kvcascade.eval.speed import bench, peers
 from kvcascade.model import generate, pretrained
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, arguments_of

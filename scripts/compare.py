@@ -9,7 +9,9 @@ import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import latency, perplexity, record_files, records
+from kvcascade.eval import record_files, records
+from kvcascade.eval.quality import perplexity
+from kvcascade.eval.speed import latency
 from kvcascade.model import tokenizer
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, Window, arguments_of

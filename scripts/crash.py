@@ -9,7 +9,8 @@ from typing import Annotated
 import tyro
 
 from kvcascade.cache.spec import parse
-from kvcascade.eval import crash, limits, record_files, records
+from kvcascade.eval import record_files, records
+from kvcascade.eval.memory import crash, limits
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, CountOrNone, Seconds, Share, arguments_of
 

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import tyro
 
 from kvcascade.cache.spec import parse
-from kvcascade.eval import fidelity, perplexity, record_files, records
+from kvcascade.eval import record_files, records
+from kvcascade.eval.quality import fidelity, perplexity
 from kvcascade.model import tokenizer
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, CountOrNone, Window, arguments_of

@@ -10,7 +10,9 @@ import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import fit, kernel_check, memory, record_files, records
+from kvcascade.eval import record_files, records
+from kvcascade.eval.kernels import check
+from kvcascade.eval.memory import arithmetic, fit
 from kvcascade.kernels import aot
 from kvcascade.model import known
 from kvcascade.scripts import console
@@ -32,7 +34,7 @@ class Args:
     """Tokens per user; several are fitted in turn. By default the model's own context."""
     weights: str | None = None
     """What matrices are kept in: float32, bfloat16, int8 or int4; by default bfloat16 for a model that is known by its shape, float32 for others."""
-    share: Part = memory.SHARE
+    share: Part = arithmetic.SHARE
     """Of the card's memory, what the program may have; the rest is for CUDA, the libraries and the allocator's gaps."""
     out: Path | None = None
     """File that one JSON object per cache and context is appended to."""
@@ -41,15 +43,15 @@ class Args:
 def main(arguments: list[str]) -> None:
     """Fit each cache, print a table, append the records."""
     args = arguments_of(Args, "fit", arguments)
-    memory.budget(args.gpu, args.share)
+    arithmetic.budget(args.gpu, args.share)
     specs = [parse(text) for text in args.cache or ("full",)]
     config = run.shape(args.model, args.weights)
     contexts = args.context or (config.context,)
     known.stretch(config, max(contexts))
     for spec in specs:
-        memory.decode_step(config, spec, max(contexts))
+        arithmetic.decode_step(config, spec, max(contexts))
     try:
-        (card,) = kernel_check.cards([args.gpu])
+        (card,) = check.cards([args.gpu])
     except aot.NotInstalled as error:
         raise BadInput(str(error)) from error
     record_files.check_writable(args.out)

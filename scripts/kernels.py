@@ -9,8 +9,9 @@ from pathlib import Path
 import tyro
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import kernel_bench, kernel_cases, kernel_check, kernel_report, record_files, records, whole_step
-from kvcascade.eval.kernel_cases import Case
+from kvcascade.eval import record_files, records
+from kvcascade.eval.kernels import bench, cases, check, tables, whole_step
+from kvcascade.eval.kernels.cases import Case
 from kvcascade.kernels import aot
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import parse_command
@@ -24,7 +25,7 @@ class Check:
     """A card: h100, a100, rtx4090, …; give it several times. By default h100 and a100."""
     case: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Only kernels that have these words in their name."""
-    baseline: Path = kernel_report.BASELINE
+    baseline: Path = tables.BASELINE
     """Records of an earlier check; no figure may be worse."""
     out: Path | None = None
     """File that one JSON object per kernel and card is appended to."""
@@ -47,8 +48,8 @@ def main(arguments: list[str]) -> None:
     commands = {"check": Check, "bench": Bench}
     args = parse_command(commands, "kernels", arguments)
     try:
-        chosen = [one for name, one in kernel_cases.cases().items() if all(words in name for words in args.case)]
-        cards = [] if isinstance(args, Bench) else kernel_check.cards(args.gpu or ("h100", "a100"))
+        chosen = [one for name, one in cases.cases().items() if all(words in name for words in args.case)]
+        cards = [] if isinstance(args, Bench) else check.cards(args.gpu or ("h100", "a100"))
     except aot.NotInstalled as error:
         raise BadInput(str(error)) from error
     steps = [one for name, one in whole_step.STEPS.items() if all(words in name for words in args.case)]
@@ -56,8 +57,8 @@ def main(arguments: list[str]) -> None:
         raise BadInput(f"no kernel has {', '.join(map(repr, args.case))} in its name")
     record_files.check_writable(args.out)
     if isinstance(args, Bench):
-        found, wrong = kernel_bench.bench(chosen), []
-        console.table(*kernel_bench.table(found))
+        found, wrong = bench.bench(chosen), []
+        console.table(*bench.table(found))
     else:
         found, wrong = _check(args, chosen, steps, cards, shlex.join(["kvcascade", "kernels", *arguments]))
     if args.out:
@@ -69,17 +70,15 @@ def main(arguments: list[str]) -> None:
 def _check(args: Check, chosen: list[Case], steps: list[whole_step.Step], cards: list[aot.GPU], command: str):
     start, names = time.monotonic(), {one.name for one in (*chosen, *steps)}
     with console.progress("check", len(chosen) + len(names) * len(cards)) as show:
-        found = kernel_check.check(chosen, cards, lambda count: show(count, ""), steps)
+        found = check.check(chosen, cards, lambda count: show(count, ""), steps)
     found = [records.stamp(one, time.monotonic() - start) for one in found]
     before = record_files.read(args.baseline) if args.baseline.exists() else []
-    wrong = kernel_report.regressions(found, [one for one in before if one["case"] in names or not args.case])
+    wrong = tables.regressions(found, [one for one in before if one["case"] in names or not args.case])
     if args.page:
-        kernel_report.write(args.page, found, wrong, command)
+        tables.write(args.page, found, wrong, command)
     kernels, whole = (records.of_kind(found, kind) for kind in ("kernel", "step"))
     if kernels:
-        console.table(
-            f"{len(kernels)} kernels on cards, {len(before)} records in the baseline", *kernel_report.table(kernels)
-        )
+        console.table(f"{len(kernels)} kernels on cards, {len(before)} records in the baseline", *tables.table(kernels))
     if whole:
         console.table("whole decode steps", *whole_step.table(whole))
     print(*(f"kvcascade: {line}" for line in wrong), sep="\n", end="\n" * bool(wrong), file=sys.stderr)

@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 
 from kvcascade.cache.spec import parse
-from kvcascade.eval import memory
+from kvcascade.eval.memory import arithmetic
 from kvcascade.model import known
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, arguments_of
@@ -38,4 +38,4 @@ def main(arguments: list[str]) -> None:
         known.stretch(shape, max(args.context, default=1))
     longest = max(args.context, default=1)
     shapes = {name: shape for name, shape in shapes.items() if shape.positions != "learned" or longest <= shape.context}
-    console.table(*memory.table(shapes, specs, list(args.context), args.gpu))
+    console.table(*arithmetic.table(shapes, specs, list(args.context), args.gpu))

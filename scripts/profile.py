@@ -9,7 +9,9 @@ from typing import Annotated
 import tyro
 
 from kvcascade.cache.spec import parse
-from kvcascade.eval import bench, buffers, profile, profile_report, record_files, records
+from kvcascade.eval import record_files, records
+from kvcascade.eval.memory import buffers
+from kvcascade.eval.speed import bench, profile, profile_report
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, arguments_of
 

@@ -10,7 +10,8 @@ import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import perplexity, record_files, records, weights
+from kvcascade.eval import record_files, records
+from kvcascade.eval.quality import perplexity, weights
 from kvcascade.model import pretrained, rounding, tokenizer, written
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, Window, arguments_of

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from kvcascade.eval import costs, figures, kernel_report, record_files, records, report, suite
+from kvcascade.eval import record_files, records, suite
+from kvcascade.eval.kernels import tables
+from kvcascade.eval.report import costs, figures, page
 from kvcascade.kernels.files import write_whole
 
 ROOT = Path(__file__).parent.parent
@@ -19,13 +21,13 @@ def generated() -> dict[Path, str]:
     evaluations = [r for r in records.of_kind(found, "evaluate") if r["model"] == "mha"]
     groups = {r["cache"]: suite.group_of(r["cache"], r["context"]) for r in evaluations}
     pretrained = record_files.read(PRETRAINED)
-    parts = {"pretrained": report.pretrained_table(pretrained), "speed": costs.speed_table(record_files.read(SPEED))}
+    parts = {"pretrained": page.pretrained_table(pretrained), "speed": costs.speed_table(record_files.read(SPEED))}
     parts |= {"stream": costs.stream_table(record_files.read(STREAM)), "fit": costs.fits_table(record_files.read(FIT))}
     parts["weights"] = costs.weights_table(record_files.read(WEIGHTS))
     parts["crash"] = costs.crash_table(record_files.read(CRASH))
-    parts |= kernel_report.readme_tables(record_files.read(KERNELS))
+    parts |= tables.readme_tables(record_files.read(KERNELS))
     return {
-        ROOT / "README.md": report.fill(readme, report.readme_tables(found) | parts),
+        ROOT / "README.md": page.fill(readme, page.readme_tables(found) | parts),
         RESULTS.with_suffix(".svg"): figures.quality_against_bytes(evaluations, groups),
     }
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import tyro
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import record_files, report
+from kvcascade.eval import record_files
+from kvcascade.eval.report import page
 from kvcascade.scripts.arguments import arguments_of
 
 
@@ -28,5 +29,5 @@ def main(arguments: list[str]) -> None:
     if not args.files:
         raise BadInput("name at least one file of records")
     found, left_out = record_files.gather([*args.files])
-    report.write(args.page, found, shlex.join(["kvcascade", "report", *arguments]), left_out)
+    page.write(args.page, found, shlex.join(["kvcascade", "report", *arguments]), left_out)
     print(args.page)

@@ -9,7 +9,8 @@ import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import record_files, records, retrieval
+from kvcascade.eval import record_files, records
+from kvcascade.eval.quality import retrieval
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, Seed, Share, arguments_of
 

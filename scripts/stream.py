@@ -9,7 +9,8 @@ import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import record_files, records, stream
+from kvcascade.eval import record_files, records
+from kvcascade.eval.speed import stream
 from kvcascade.model.known import stretch
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, arguments_of

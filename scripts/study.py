@@ -10,7 +10,11 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from kvcascade.eval import buffers, latency, perplexity, record_files, records, report, suite
+from kvcascade.eval import record_files, records, suite
+from kvcascade.eval.memory import buffers
+from kvcascade.eval.quality import perplexity
+from kvcascade.eval.report import page
+from kvcascade.eval.speed import latency
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import arguments_of
 from kvcascade.train import checkpoint, config, data, run
@@ -74,8 +78,8 @@ def main(arguments: list[str]) -> None:
     file.unlink(missing_ok=True)
     record_files.append(file, found)
     command = f"kvcascade study --preset {args.preset}" + ("" if args.data == "stdlib" else f" --data {args.data}")
-    report.write(args.dir / "report.html", found, command)
-    tables = report.readme_tables(found)
+    page.write(args.dir / "report.html", found, command)
+    tables = page.readme_tables(found)
     (args.dir / "tables.md").write_text("\n\n".join(tables.values()) + "\n", "utf-8")
     evaluations = records.of_kind(found, "evaluate")
     for name in wanted:

@@ -10,8 +10,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kvcascade.eval import kernel_check
-from kvcascade.eval.kernel_cases import Case, Program
+from kvcascade.eval.kernels import check
+from kvcascade.eval.kernels.cases import Case, Program
 from kvcascade.kernels import backend
 from kvcascade.kernels.launch import launch
 
@@ -78,5 +78,5 @@ CASES = {
 }
 
 if __name__ == "__main__":
-    kernel_check.cases = lambda: CASES
-    kernel_check.main(sys.argv[1:])
+    check.cases = lambda: CASES
+    check.main(sys.argv[1:])

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 
-from kvcascade.eval import two_kernel
+from kvcascade.eval.kernels import two_kernel
 from kvcascade.kernels import activation, backend, threefry
 from kvcascade.kernels.activation import activate
 from kvcascade.kernels.nonlinear import ACTIVATIONS, GATED, Inputs

@@ -14,7 +14,7 @@ import tiny_models
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import bench, peers
+from kvcascade.eval.speed import bench, peers
 from kvcascade.model import generate, gpt, pretrained
 from kvcascade.model.config import ModelConfig
 from kvcascade.scripts import bench as script

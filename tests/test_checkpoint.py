@@ -14,7 +14,7 @@ import pytest
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import perplexity
+from kvcascade.eval.quality import perplexity
 from kvcascade.model import tokenizer
 from kvcascade.model.config import ModelConfig
 from kvcascade.train import checkpoint, loop, run

@@ -18,7 +18,9 @@ import tiny_models
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.cache.whole import nbytes
-from kvcascade.eval import crash, crash_child, limits, record_files, report
+from kvcascade.eval import record_files
+from kvcascade.eval.memory import crash, crash_child, limits
+from kvcascade.eval.report import page
 from kvcascade.scripts import cli, readme
 
 PLACE = limits.cgroup() if sys.platform == "linux" else None
@@ -154,7 +156,7 @@ def test_another_failure_ends_the_test(tmp_path: Path, monkeypatch: pytest.Monke
 
 PARENT = """
 import signal, sys
-from kvcascade.eval import limits
+from kvcascade.eval.memory import limits
 signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
 limits.run({command}, {{}}, 300_000_000, limits.cgroup() if {grouped} else None, 60)
@@ -252,7 +254,7 @@ def test_a_real_child_fills_its_cache_or_is_killed(tmp_path: Path, place: limits
         "cache": "full@int8",
         "steps": 2,
     }
-    command = [sys.executable, "-m", "kvcascade.eval.crash_child"]
+    command = [sys.executable, "-m", "kvcascade.eval.memory.crash_child"]
     ended = limits.run(command, wanted | {"users": 50_000}, 900 * MB, place, 60.0)
     assert not ended.failed
     assert ended.said["cache_bytes"] == ended.said["cache_bytes_predicted"] > 300 * MB
@@ -273,7 +275,7 @@ def test_the_recorded_tests_agree_with_the_arithmetic(tmp_path: Path) -> None:
     models = {one["model"] for one in found}
     assert len(models) == 2 and len(crash.sentences(found)) == len(found) - len(models)
     assert all(", +" in line for line in crash.sentences(found))
-    report.write(tmp_path / "report.html", found, "kvcascade report")
-    page = (tmp_path / "report.html").read_text()
-    assert "Users until memory broke" in page and "<svg" in page
-    assert all(f"<td>{one['users']:,}</td>" in page for one in found)
+    page.write(tmp_path / "report.html", found, "kvcascade report")
+    html = (tmp_path / "report.html").read_text()
+    assert "Users until memory broke" in html and "<svg" in html
+    assert all(f"<td>{one['users']:,}</td>" in html for one in found)

@@ -8,7 +8,7 @@ import pytest
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval.fidelity import fidelity
+from kvcascade.eval.quality.fidelity import fidelity
 from kvcascade.model import gpt
 
 

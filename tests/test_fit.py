@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcascade.cache.spec import parse
-from kvcascade.eval import figures, fit, memory, report
+from kvcascade.eval.memory import arithmetic, fit
+from kvcascade.eval.report import figures, page
 from kvcascade.kernels import aot
 from kvcascade.model.config import ModelConfig
 from kvcascade.scripts import cli
@@ -60,7 +61,7 @@ def test_a_search_that_runs_out_of_compilations_says_so():
 
 def plan(task: fit.Task, batch: int, context: int, extra: float = 0.0) -> dict:
     """What a compiler would say that does as the arithmetic says, with so much more of every row in temporaries."""
-    one = memory.decode_step(task.model, parse(task.cache), context)
+    one = arithmetic.decode_step(task.model, parse(task.cache), context)
     parts = {
         "arguments": one.weights + batch * (one.cache + one.inputs),
         "outputs": batch * one.logits,
@@ -77,12 +78,12 @@ def test_a_compiler_that_agrees_with_the_arithmetic_finds_its_users_and_its_long
     for cache in ("full", "sink 1 | heavy 25%@int8"):
         spec = parse(cache)
         for one in fit.solve(task(cache), plan):
-            expected = memory.decode_step(TINY, spec, one["context"])
+            expected = arithmetic.decode_step(TINY, spec, one["context"])
             assert one["users"] == one["expected_users"] == expected.users(50_000_000) == one["rows"]
             assert one["exact"] and one["compiles"] == 2 and one["difference"] == 0 and one["explanation"] is None
             assert one["held"] <= 50_000_000 < one["next_held"]
             assert sum(fit.filled(one).values()) == one["held"]
-            longest = memory.longest(TINY, spec, 50_000_000)
+            longest = arithmetic.longest(TINY, spec, 50_000_000)
             assert longest is not None and one["longest"]["context"] == longest // fit.GRAIN * fit.GRAIN
     assert fit.solve(task("sink 4 | recent 60"), plan)[0]["longest"]["context"] is None
 
@@ -147,9 +148,9 @@ def test_the_figure_shows_users_and_where_the_bytes_go(found):
 
 def test_the_page_has_a_section_of_fits_alone(found, tmp_path):
     stamped = [one | {"versions": {"jax": "1"}, "commit": "c", "device": "cpu", "seconds": 1.0} for one in found]
-    report.write(tmp_path / "page.html", stamped, "kvcascade report")
-    page = (tmp_path / "page.html").read_text()
-    assert "<h2>Users that fit</h2>" in page and page.count("<svg") == 1 and f"<td>{found[4]['users']:,}</td>" in page
+    page.write(tmp_path / "page.html", stamped, "kvcascade report")
+    html = (tmp_path / "page.html").read_text()
+    assert "<h2>Users that fit</h2>" in html and html.count("<svg") == 1 and f"<td>{found[4]['users']:,}</td>" in html
 
 
 def test_a_child_answers_each_task_and_a_compiler_that_raises_fails_one(monkeypatch, capsys):
@@ -203,7 +204,7 @@ def test_users_of_a_small_model_on_a_card():
     full, small = fit.fit("tiny", config, aot.gpu("rtx3060"), [parse("full"), parse("full@int8")], [512], 0.01)
     for one in (full, small):
         assert "failed" not in one and one["exact"], one
-        expected = memory.decode_step(config, parse(one["cache"]), 512)
+        expected = arithmetic.decode_step(config, parse(one["cache"]), 512)
         assert one["arguments"] == expected.weights + one["users"] * (expected.cache + expected.inputs)
         assert one["held"] <= one["budget"] < one["next_held"]
         assert 0 <= one["outputs"] - one["users"] * expected.logits < 1000  # and the addresses of the results

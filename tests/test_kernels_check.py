@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import kernel_bench, kernel_check, kernel_report
-from kvcascade.eval.kernel_cases import Program
+from kvcascade.eval.kernels import bench, check, tables
+from kvcascade.eval.kernels.cases import Program
 from kvcascade.kernels import aot, resources, traffic
 from kvcascade.scripts import cli
 
@@ -25,17 +25,16 @@ COMPILED = {"launches": 1, "around": 0, "kernels": []}
 
 @pytest.fixture(autouse=True)
 def child(monkeypatch):
-    monkeypatch.setattr(kernel_check, "CHILD", (sys.executable, planted.__file__))
+    monkeypatch.setattr(check, "CHILD", (sys.executable, planted.__file__))
 
 
 def test_races_and_extra_reads_are_caught_and_a_child_that_aborts_fails_one_case(tmp_path):
     names = ["race", "abort", "no race", "extra read", "one read"]
     counted = []
-    found = kernel_check._in_a_process("traffic", names, tmp_path / "traffic", lambda: counted.append(1))
+    found = check._in_a_process("traffic", names, tmp_path / "traffic", lambda: counted.append(1))
     assert len(counted) == len(names) and "failed" in found.pop("abort")
     wrong = {
-        name: kernel_report.faults(kernel_check.record(planted.CASES[name], CARD, one, COMPILED), None)
-        for name, one in found.items()
+        name: tables.faults(check.record(planted.CASES[name], CARD, one, COMPILED), None) for name, one in found.items()
     }
     assert wrong["no race"] == wrong["one read"] == []
     (race,), (read,) = wrong["race"], wrong["extra read"]
@@ -46,10 +45,10 @@ def test_races_and_extra_reads_are_caught_and_a_child_that_aborts_fails_one_case
 @needs_compilers
 def test_spills_and_too_much_shared_memory_are_caught(tmp_path):
     names = ["spill", "overflow", "one read"]
-    found = kernel_check._in_a_process("h100", names, tmp_path / "h100", lambda: None)
+    found = check._in_a_process("h100", names, tmp_path / "h100", lambda: None)
     moved = {"moved": 1, "floor": 1, "units": 1, "races": False}
     wrong = {
-        name: kernel_report.faults(kernel_check.record(planted.CASES[name], aot.gpu("h100"), moved, one), None)
+        name: tables.faults(check.record(planted.CASES[name], aot.gpu("h100"), moved, one), None)
         for name, one in found.items()
     }
     assert wrong["one read"] == []
@@ -176,15 +175,13 @@ def test_launches_of_a_program_and_the_bytes_that_each_moves():
 
 def test_the_page_shows_every_kernel_and_what_is_wrong(monkeypatch, tmp_path):
     monkeypatch.setattr(aot, "gpu", lambda name: CARD)
-    found = kernel_check.record(
+    found = check.record(
         planted.CASES["one read"], CARD, {"moved": 10, "floor": 5, "units": 1, "races": False},
         COMPILED | {"kernels": [vars(kernel()) | {"per_multiprocessor": 8, "blocks_in_use": 80, "code": {"loop": {}, "rest": {"MOV": 3}}}]},
     )  # fmt: skip
     assert found["kernels"][0]["waves"] == 0.1 and found["instructions"] == 3 * 128
     found |= {"versions": {"jax": "1"}, "commit": "c"}
-    kernel_report.write(
-        tmp_path / "page.html", [found, found | {"failed": "<no>"}], ["a & <b>"], "kvcascade kernels check"
-    )
+    tables.write(tmp_path / "page.html", [found, found | {"failed": "<no>"}], ["a & <b>"], "kvcascade kernels check")
     page = (tmp_path / "page.html").read_text()
     assert (
         "<td>gram, , triton</td>" in page
@@ -232,19 +229,19 @@ def figures(**changes) -> dict:
     ],
 )
 def test_worse_than_the_baseline(changes, told):
-    assert kernel_report.regressions([figures(**changes)], [figures()]) == told
+    assert tables.regressions([figures(**changes)], [figures()]) == told
 
 
 def test_what_failed_or_is_refused():
     bare = {"kind": "kernel", "case": "a", "gpu": "h100", "most": 1.1}
-    assert kernel_report.regressions([bare | {"failed": "no"}], []) == ["a on h100: no"]
-    assert kernel_report.regressions([bare | {"refused": "no"}], []) == []
-    assert kernel_report.regressions([bare | {"refused": "no"}], [figures()]) == ["a on h100: no"]
+    assert tables.regressions([bare | {"failed": "no"}], []) == ["a on h100: no"]
+    assert tables.regressions([bare | {"refused": "no"}], []) == []
+    assert tables.regressions([bare | {"refused": "no"}], [figures()]) == ["a on h100: no"]
 
 
 def test_an_unknown_card_is_named():
     with pytest.raises(BadInput, match="no GPU 'h101'; there are h100"):
-        kernel_check.cards(["h101"])
+        check.cards(["h101"])
 
 
 def test_without_the_compilers_one_line_says_what_to_install(monkeypatch, capfd):
@@ -258,27 +255,27 @@ def test_without_the_compilers_one_line_says_what_to_install(monkeypatch, capfd)
 
 
 def test_the_budget_is_what_a_card_issues_while_its_memory_moves_a_unit():
-    assert kernel_check.budget(CARD, 2.0) == 100 * 128 * 1e9 / (1e12 / 2)
+    assert check.budget(CARD, 2.0) == 100 * 128 * 1e9 / (1e12 / 2)
 
 
 def test_seconds_of_a_call_and_their_table(monkeypatch):
     with monkeypatch.context() as clock:
-        clock.setattr(kernel_bench.time, "perf_counter", itertools.count(0, 12).__next__)
-        assert kernel_bench.seconds(lambda x: x + 1, [(jnp.ones(3),)] * 8, 3) == 12 / 8
-    monkeypatch.setattr(kernel_bench, "PASSED", 1 << 20)
+        clock.setattr(bench.time, "perf_counter", itertools.count(0, 12).__next__)
+        assert bench.seconds(lambda x: x + 1, [(jnp.ones(3),)] * 8, 3) == 12 / 8
+    monkeypatch.setattr(bench, "PASSED", 1 << 20)
     program = Program(lambda x: x + 1, lambda: (jnp.ones(1 << 17),), 1)
     record = {
         "case": "a",
         "device": "cpu",
         "floor": program.floor,
-        "copy_bandwidth": kernel_bench.copy_bandwidth(1 << 20),
+        "copy_bandwidth": bench.copy_bandwidth(1 << 20),
     }
-    record |= {"call_seconds": kernel_bench.timed(program), "peer_seconds": 2.0}
-    title, columns, rows = kernel_bench.table([record, record | {"refused": "no"}])
+    record |= {"call_seconds": bench.timed(program), "peer_seconds": 2.0}
+    title, columns, rows = bench.table([record, record | {"refused": "no"}])
     assert all(len(row) == len(columns) for row in rows) and rows[0][0] == "a" and rows[1][0] == "a: no"
 
 
 def test_without_a_gpu_there_is_nothing_to_time():
     if jax.default_backend() == "cpu":
         with pytest.raises(BadInput, match="no GPU"):
-            kernel_bench.bench([])
+            bench.bench([])

@@ -29,7 +29,7 @@ from kvcascade.cache.spec import PRESETS, CacheSpec, everywhere, parse
 from kvcascade.cache.statistic import Memory, Statistic, Tokens
 from kvcascade.cache.tier import Tier, full, recent
 from kvcascade.cache.whole import Cache, nbytes
-from kvcascade.eval import perplexity
+from kvcascade.eval.quality import perplexity
 from kvcascade.kernels.heads import Heads
 from kvcascade.kernels.slots import Codec, Codecs
 from kvcascade.model import generate, gpt

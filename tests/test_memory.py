@@ -9,7 +9,8 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.cache.layer import LayerCache
 from kvcascade.cache.spec import parse
 from kvcascade.cache.whole import Cache, nbytes
-from kvcascade.eval import memory, records
+from kvcascade.eval import records
+from kvcascade.eval.memory import arithmetic
 from kvcascade.kernels import aot
 from kvcascade.model import gpt
 from kvcascade.model.known import KNOWN
@@ -36,7 +37,7 @@ def test_published_figures():
         config = KNOWN[name]
         assert records.full_bytes(config, context) == published
         positions = config.layers * config.kv_heads * context * 4
-        assert memory.decode_step(config, parse("full"), context).cache == published + positions
+        assert arithmetic.decode_step(config, parse("full"), context).cache == published + positions
 
 
 def test_a_window_bounds_a_full_cache_and_what_savings_are_measured_by():
@@ -44,7 +45,7 @@ def test_a_window_bounds_a_full_cache_and_what_savings_are_measured_by():
     config = KNOWN["mistral-7b"]
     assert records.full_bytes(config, 32_768) == records.full_bytes(config, 4096) == 512 * MIB
     full = parse("full").nbytes(config.layer_heads, 32_768)
-    assert full == 512 * MIB + 4 * 32 * 8 * 4096 == memory.decode_step(config, parse("full"), 32_768).cache
+    assert full == 512 * MIB + 4 * 32 * 8 * 4096 == arithmetic.decode_step(config, parse("full"), 32_768).cache
     assert parse("heavy 50%").slots(config.layer_heads, 32_768) == 4096
 
 
@@ -60,23 +61,23 @@ def test_bytes_are_those_of_caches_that_are_really_allocated(name, context):
         cache = Cache(tuple(allocate(each, 1, heads, context) for each, heads in layers), (*range(config.layers),))
         buffers = sum(shard.data.nbytes for leaf in jax.tree.leaves(cache) for shard in leaf.addressable_shards)
         assert len(cache.layers) == config.layers
-        assert memory.decode_step(config, spec, context).cache == nbytes(cache) == buffers, text
+        assert arithmetic.decode_step(config, spec, context).cache == nbytes(cache) == buffers, text
 
 
 @pytest.mark.parametrize("kept", ["float32", "bfloat16", "int8"])
 def test_weights_are_the_bytes_of_the_parameters(nano, kept):
     config = dataclasses.replace(nano.config, weights=kept, biases="all", qk_norm=True, tied=False)
     params = jax.tree.leaves(gpt.init(config, 0))
-    assert memory.weights(config) == sum(leaf.nbytes for leaf in params)
+    assert arithmetic.weights(config) == sum(leaf.nbytes for leaf in params)
     if kept == "float32":
-        assert memory.weights(config) == 4 * sum(leaf.size for leaf in params)
+        assert arithmetic.weights(config) == 4 * sum(leaf.size for leaf in params)
 
 
 def test_a_budget_is_filled_with_users_and_with_context():
     """One more user, or one more token, would not fit; a cache of fixed counts takes any context, learned positions only their own."""
     config, spec = KNOWN["llama3-8b"], parse("full@int8")
-    budget = memory.budget("h100")
-    held = memory.decode_step(config, spec, 8192)
+    budget = arithmetic.budget("h100")
+    held = arithmetic.decode_step(config, spec, 8192)
     users = held.users(budget)
     assert held.total(users) <= budget < held.total(users + 1)
     assert held.total(users) == held.weights + users * (held.cache + held.logits + held.inputs + held.workspace)
@@ -86,30 +87,30 @@ def test_a_budget_is_filled_with_users_and_with_context():
         and held.users(held.total(1)) == 1
         and held.users(held.total(1) - 1) == 0
     )
-    longest = memory.longest(config, spec, budget)
+    longest = arithmetic.longest(config, spec, budget)
     assert longest is not None
-    fits = lambda context: memory.decode_step(config, spec, context).total(1) <= budget
+    fits = lambda context: arithmetic.decode_step(config, spec, context).total(1) <= budget
     assert fits(longest) and not fits(longest + 1)
-    assert memory.longest(config, parse("sink 4 | heavy 60"), budget) is None
-    assert memory.longest(KNOWN["gpt2"], parse("full"), budget) == 1024
-    assert memory.longest(KNOWN["llama3-70b"], spec, budget) == 0
-    assert memory.decode_step(KNOWN["llama3-70b"], spec, 8192).users(budget) == 0
+    assert arithmetic.longest(config, parse("sink 4 | heavy 60"), budget) is None
+    assert arithmetic.longest(KNOWN["gpt2"], parse("full"), budget) == 1024
+    assert arithmetic.longest(KNOWN["llama3-70b"], spec, budget) == 0
+    assert arithmetic.decode_step(KNOWN["llama3-70b"], spec, 8192).users(budget) == 0
 
 
 def test_ranks_of_the_first_tier_and_logits_that_are_observed_make_the_workspace(nano):
     """By hand: 2 layers, 4 heads, 2 KV heads of width 8, MLP 64, float32."""
     fixed = 4 * 32 + max(8 * 8 * 8, 2 * 64 * 4)
-    at = lambda text: memory.workspace(nano.config, parse(text), 100)
+    at = lambda text: arithmetic.workspace(nano.config, parse(text), 100)
     assert at("full") == 2 * 4 * 2 * 101 + fixed
     assert at("sink 9 | recent 50") == 2 * 4 * 2 * 10 + fixed
-    assert memory.workspace(nano.config, parse("full"), 100, alone=True) == 4 * 2 * 101 + fixed
+    assert arithmetic.workspace(nano.config, parse("full"), 100, alone=True) == 4 * 2 * 101 + fixed
     assert at("sink 9 | heavy 50") == at("sink 9 | recent 50") + 4 * 4 * 59
     assert at("layers[0:1]: full ; layers[1:]: sink 9") == 4 * 2 * (101 + 10) + fixed
 
 
 def test_the_table_has_a_row_for_every_model_context_and_cache(capsys):
     models = {name: KNOWN[name] for name in ("gpt2", "llama2-7b")}
-    title, columns, rows = memory.table(models, [parse("full"), parse("neurokv")], [512], "rtx3060")
+    title, columns, rows = arithmetic.table(models, [parse("full"), parse("neurokv")], [512], "rtx3060")
     assert len(rows) == 4 and all(len(row) == len(columns) for row in rows) and "12.0 GiB" in title
     assert [row[:4] for row in rows[::2]] == [["gpt2", "512", "full", "0.23"], ["llama2-7b", "512", "full", "12.55"]]
     assert rows[0][5] == "18.3" and rows[2][8] == "0"
@@ -135,8 +136,8 @@ def test_bad_input_is_one_line(arguments, line, capsys):
 
 
 def test_a_share_is_above_nothing_and_at_most_all():
-    assert memory.budget("rtx3060", 0.5) == 6 * GIB
+    assert arithmetic.budget("rtx3060", 0.5) == 6 * GIB
     for share in (0.0, 1.1):
         with pytest.raises(BadInput, match="share"):
-            memory.budget("rtx3060", share)
+            arithmetic.budget("rtx3060", share)
     assert set(aot.MEMORY) == {*aot.KNOWN, *aot.DERIVED}

@@ -7,7 +7,7 @@ import pytest
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval.perplexity import score
+from kvcascade.eval.quality.perplexity import score
 from kvcascade.model import attention, gpt
 from kvcascade.model.config import ModelConfig
 

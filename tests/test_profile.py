@@ -13,8 +13,12 @@ import tiny_models
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import buffers, profile, profile_report, record_files, records, report, whole_step
-from kvcascade.eval.trace import Event, divide, trace
+from kvcascade.eval import record_files, records
+from kvcascade.eval.kernels import whole_step
+from kvcascade.eval.memory import buffers
+from kvcascade.eval.report import page
+from kvcascade.eval.speed import profile, profile_report
+from kvcascade.eval.speed.trace import Event, divide, trace
 from kvcascade.kernels import native, traffic
 from kvcascade.model import generate, gpt, pretrained
 from kvcascade.model.config import ModelConfig
@@ -199,9 +203,9 @@ def test_what_is_written_is_made_from_the_records(profiled: list[dict], tmp_path
     assert "3 INSTRUCTIONS WRITE A WHOLE" in told and "NOT within" in told
     recorded = record_files.read(readme.RESULTS)
     stamped = [records.stamp(record, 1.0) for record in profiled]
-    report.write(tmp_path / "report.html", recorded + stamped, "kvcascade report")
-    page = (tmp_path / "report.html").read_text()
-    assert "<h2>Where a decode step goes" in page and "heavy 12@int8" in page
+    page.write(tmp_path / "report.html", recorded + stamped, "kvcascade report")
+    html = (tmp_path / "report.html").read_text()
+    assert "<h2>Where a decode step goes" in html and "heavy 12@int8" in html
 
 
 def test_a_context_without_room_is_refused() -> None:

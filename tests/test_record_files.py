@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import record_files, record_keys, report
+from kvcascade.eval import record_files, record_keys
+from kvcascade.eval.report import page
 from kvcascade.scripts import cli, readme
 
 FILES = (readme.RESULTS, readme.PRETRAINED, readme.SPEED, readme.STREAM, readme.FIT, readme.CRASH)
@@ -105,7 +106,7 @@ def test_records_that_do_not_belong_together_make_a_page(tmp_path):
         SAMPLES["layer"], SAMPLES["layer"] | {"layer": "MQA", "codec": "other"}, {"kind": "kernel", "device": "x"},
     ]  # fmt: skip
     assert not any(map(record_keys.wrong, mixed))
-    report.write(tmp_path / "x.html", mixed, "$x$^ \udcff")
+    page.write(tmp_path / "x.html", mixed, "$x$^ \udcff")
     assert "recent 9" in (tmp_path / "x.html").read_text("utf-8")
 
 
@@ -137,6 +138,6 @@ def test_any_records_make_a_page_or_one_line(tmp_path_factory, some):
     folder = tmp_path_factory.mktemp("any")
     try:
         found, _ = record_files.gather([write(folder / "x.jsonl", *some, GOOD)])
-        report.write(folder / "x.html", found, "")
+        page.write(folder / "x.html", found, "")
     except BadInput as error:
         assert "\n" not in str(error)

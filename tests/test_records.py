@@ -8,7 +8,7 @@ import pytest
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.eval import records
-from kvcascade.eval.perplexity import Scores
+from kvcascade.eval.quality.perplexity import Scores
 from kvcascade.model import tokenizer
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.pretrained import Model

@@ -6,7 +6,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import record_files, records, report, suite
+from kvcascade.eval import record_files, records, suite
+from kvcascade.eval.report import page
 from kvcascade.scripts import readme
 
 
@@ -17,31 +18,31 @@ def recorded():
 
 def test_the_page_is_self_contained_and_complete(recorded, tmp_path):
     """The page loads nothing, shows every cache and every figure, and its figures are well-formed SVG."""
-    report.write(tmp_path / "report.html", recorded, "kvcascade study")
-    page = (tmp_path / "report.html").read_text()
-    assert not re.search(r'(src|href)="(?!#)|url\(http|@import', page.split("<svg")[0])
-    drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    page.write(tmp_path / "report.html", recorded, "kvcascade study")
+    html = (tmp_path / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!#)|url\(http|@import', html.split("<svg")[0])
+    drawings = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
     models = records.of_kind(recorded, "train")
     assert len(drawings) == 4 + len(models)
     for drawing in drawings:
         ElementTree.fromstring(drawing)
     for one in records.of_kind(recorded, "evaluate"):
-        assert f"<td>{one['cache']}</td>" in page and f"<td>{one['kv_bytes']:,}</td>" in page
+        assert f"<td>{one['cache']}</td>" in html and f"<td>{one['kv_bytes']:,}</td>" in html
 
 
 def test_the_page_of_a_pretrained_model(tmp_path):
     """Without a training the page shows what there is: quality, fidelity, retrieval with its heat map, each cache by name."""
     recorded = record_files.read(readme.PRETRAINED)
-    report.write(tmp_path / "report.html", recorded, "kvcascade report")
-    page = (tmp_path / "report.html").read_text()
-    drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    page.write(tmp_path / "report.html", recorded, "kvcascade report")
+    html = (tmp_path / "report.html").read_text()
+    drawings = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
     assert len(drawings) == 2
     for drawing in drawings:
         ElementTree.fromstring(drawing)
     assert [
         title
         for title in ("Learning", "Fidelity", "What can still be found", "Decode latency")
-        if f"<h2>{title}" in page
+        if f"<h2>{title}" in html
     ] == [
         "Fidelity",
         "What can still be found",
@@ -56,7 +57,7 @@ def test_the_page_of_a_pretrained_model(tmp_path):
 
 def test_nothing_to_report_is_refused(tmp_path):
     with pytest.raises(BadInput, match="nothing to report"):
-        report.write(tmp_path / "report.html", [], "kvcascade report")
+        page.write(tmp_path / "report.html", [], "kvcascade report")
     assert not list(tmp_path.iterdir())
 
 
@@ -81,10 +82,10 @@ def test_recorded_bytes_are_exact_and_savings_are_covered(recorded):
 def test_fill_replaces_what_is_between_the_markers():
     """Only the marked part changes, twice gives the same, and an unknown name is told."""
     text = "a\n<!-- t -->\nold\n<!-- end t -->\nb"
-    once = report.fill(text, {"t": "new"})
-    assert once == "a\n<!-- t -->\nnew\n<!-- end t -->\nb" == report.fill(once, {"t": "new"})
+    once = page.fill(text, {"t": "new"})
+    assert once == "a\n<!-- t -->\nnew\n<!-- end t -->\nb" == page.fill(once, {"t": "new"})
     with pytest.raises(BadInput, match="'t'"):
-        report.fill(text, {"u": "x"})
+        page.fill(text, {"u": "x"})
 
 
 def test_a_spec_in_a_markdown_table_keeps_its_columns():

@@ -7,7 +7,8 @@ import pytest
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import retrieval, stats
+from kvcascade.eval import stats
+from kvcascade.eval.quality import retrieval
 from kvcascade.model import generate, gpt, tokenizer
 from kvcascade.model.config import ModelConfig
 

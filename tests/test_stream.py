@@ -8,7 +8,8 @@ import pytest
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import figures, stream
+from kvcascade.eval.report import figures
+from kvcascade.eval.speed import stream
 from kvcascade.model import tokenizer
 from kvcascade.model.pretrained import Model
 

@@ -12,7 +12,8 @@ import tiny_models
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.cache.whole import nbytes
-from kvcascade.eval import latency, perplexity
+from kvcascade.eval.quality import perplexity
+from kvcascade.eval.speed import latency
 from kvcascade.kernels.backend import using
 from kvcascade.kernels.decode import decode
 from kvcascade.kernels.heads import Heads, Rope

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kvcascade.eval import whole_step
+from kvcascade.eval.kernels import whole_step
 
 GOOD = {"cache_bytes": 1000, "aliased": 1000, "copies": 0, "temporaries": 50, "launches": 10}
 

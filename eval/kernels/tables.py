@@ -4,12 +4,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvcascade.eval import report, whole_step
-from kvcascade.eval.kernel_check import OWN
+from kvcascade.eval.kernels import whole_step
+from kvcascade.eval.kernels.check import OWN
 from kvcascade.eval.records import Record, markdown, of_kind
+from kvcascade.eval.report import page
 from kvcascade.kernels import aot
 
-BASELINE = Path(__file__).parent / "results" / "kernels.jsonl"
+BASELINE = Path(__file__).parent.parent / "results" / "kernels.jsonl"
 """What the figures are compared with; it is not in a wheel."""
 
 
@@ -129,12 +130,10 @@ def write(path: Path, found: Sequence[Record], wrong: Sequence[str], command: st
             "name": card.full_name, "card": card, "table": (columns[:1] + columns[2:], [row[:1] + row[2:] for row in rows]),
             "instructions": _instructions(mine), "steps": whole_step.table(steps) if steps else None,
         })  # fmt: skip
-    report.render(
-        "kernels.html.j2", path, {"sections": sections, "wrong": wrong, "command": command, "first": found[0]}
-    )
+    page.render("kernels.html.j2", path, {"sections": sections, "wrong": wrong, "command": command, "first": found[0]})
 
 
-def _instructions(found: Sequence[Record]) -> report.Table:
+def _instructions(found: Sequence[Record]) -> page.Table:
     """The ten most frequent machine instructions of each kernel, of its loop where it has one."""
     rows = []
     for one in found:

@@ -14,14 +14,15 @@ from pathlib import Path
 import jax
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import child, whole_step
-from kvcascade.eval.kernel_cases import Case, cases
+from kvcascade.eval import child
+from kvcascade.eval.kernels import whole_step
+from kvcascade.eval.kernels.cases import Case, cases
+from kvcascade.eval.kernels.whole_step import Step
 from kvcascade.eval.records import Record
-from kvcascade.eval.whole_step import Step
 from kvcascade.kernels import aot, resources, traffic
 
 OWN = ("triton", "mosaic")
-CHILD = (sys.executable, "-m", "kvcascade.eval.kernel_check")
+CHILD = (sys.executable, "-m", "kvcascade.eval.kernels.check")
 
 
 def cards(names: Sequence[str]) -> list[aot.GPU]:

@@ -2,8 +2,11 @@
 
 import markupsafe
 
-from kvcascade.eval import bench, crash, figures, fit, profile_report, stream, weights
+from kvcascade.eval.memory import crash, fit
+from kvcascade.eval.quality import weights
 from kvcascade.eval.records import Record, markdown, of_kind
+from kvcascade.eval.report import figures
+from kvcascade.eval.speed import bench, profile_report, stream
 
 
 def sections(records: list[Record]) -> dict:

@@ -1,7 +1,7 @@
 """A peer's side of a comparison, run by a Python that has the peer's library: a JSON line in for each call, a JSON line out.
 
-    python eval/peer_main.py                          say which of the libraries are here, and the variants of each
-    python eval/peer_main.py LIBRARY VARIANT MODEL    be that variant, of a model's GGUF file or directory
+    python eval/speed/peer_main.py                          say which of the libraries are here, and the variants of each
+    python eval/speed/peer_main.py LIBRARY VARIANT MODEL    be that variant, of a model's GGUF file or directory
 
 Nothing of kvcascade is imported: `peer_LIBRARY.py` beside this file is the library's. Its `Variant(name, model, threads)` has `about` and
 `prepare`, `prefill`, `decode`, `kv_bytes`, which are called with the line's arguments: [method, *arguments].

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval.kernel_cases import Case, Program, nbytes
+from kvcascade.eval.kernels.cases import Case, Program, nbytes
 from kvcascade.eval.records import Record, stamp
 
 PASSED = 512 << 20

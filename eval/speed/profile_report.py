@@ -4,9 +4,9 @@ import csv
 import io
 from pathlib import Path
 
-from kvcascade.eval import figures
-from kvcascade.eval.profile import COMPONENTS, TOLERANCE
 from kvcascade.eval.records import Record
+from kvcascade.eval.report import figures
+from kvcascade.eval.speed.profile import COMPONENTS, TOLERANCE
 from kvcascade.kernels.files import write_whole
 
 WEIGHTS = ("qkv", "output", "mlp", "head")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kvcascade.cache.codec import CODECS
-from kvcascade.eval import two_kernel
+from kvcascade.eval.kernels import two_kernel
 from kvcascade.kernels import activation, activation_mosaic, aot, backend
 from kvcascade.kernels.backend import Implementation
 from kvcascade.kernels.decode import decode

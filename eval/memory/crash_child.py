@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import limits
+from kvcascade.eval.memory import limits
 
 LONGEST = 2048  # tokens per user where nobody says how many
 

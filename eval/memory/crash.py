@@ -14,13 +14,13 @@ from pathlib import Path
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
-from kvcascade.eval import limits
+from kvcascade.eval.memory import limits
 from kvcascade.eval.records import Record
 
 type Child = Callable[[int], limits.Ended]
 """Runs so many users to its end."""
 
-PROGRAM = [sys.executable, "-m", "kvcascade.eval.crash_child"]
+PROGRAM = [sys.executable, "-m", "kvcascade.eval.memory.crash_child"]
 
 
 def crash(

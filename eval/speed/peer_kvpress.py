@@ -1,4 +1,4 @@
-"""kvpress as a peer of `eval/bench.py`: transformers' cache, pruned after the prompt to as many tokens as a press is to keep."""
+"""kvpress as a peer of `bench.py`: transformers' cache, pruned after the prompt to as many tokens as a press is to keep."""
 
 import peer_transformers
 

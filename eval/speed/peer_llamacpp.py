@@ -1,4 +1,4 @@
-"""llama.cpp as a peer of `eval/bench.py`, through the low-level binding of llama-cpp-python: all rows of a batch in one call."""
+"""llama.cpp as a peer of `bench.py`, through the low-level binding of llama-cpp-python: all rows of a batch in one call."""
 
 import ctypes
 import importlib.metadata

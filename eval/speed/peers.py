@@ -1,4 +1,4 @@
-"""Other libraries that are timed in turns with ours, each in a process of its own, whose other side is `eval/peer_main.py`."""
+"""Other libraries that are timed in turns with ours, each in a process of its own, whose other side is `peer_main.py`."""
 
 import contextlib
 import json

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.cache.whole import nbytes
-from kvcascade.eval.buffers import resident
+from kvcascade.eval.memory.buffers import resident
 from kvcascade.eval.records import Record
 from kvcascade.kernels.write import argmin
 from kvcascade.model import generate, gpt

@@ -12,8 +12,8 @@ import numpy as np
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.cache.whole import Cache
-from kvcascade.eval.peers import Peer, PeerFailed
 from kvcascade.eval.records import Record, full_bytes
+from kvcascade.eval.speed.peers import Peer, PeerFailed
 from kvcascade.model import generate
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.generate import DISPATCH, State

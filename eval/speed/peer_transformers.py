@@ -1,4 +1,4 @@
-"""transformers as a peer of `eval/bench.py`: its caches, in float32, eagerly or compiled."""
+"""transformers as a peer of `bench.py`: its caches, in float32, eagerly or compiled."""
 
 import importlib.metadata
 import time

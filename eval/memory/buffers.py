@@ -16,8 +16,9 @@ import numpy as np
 from kvcascade.cache.layer import LayerCache
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.cache.whole import Cache, nbytes
-from kvcascade.eval import bench, whole_step
+from kvcascade.eval.kernels import whole_step
 from kvcascade.eval.records import Record
+from kvcascade.eval.speed import bench
 from kvcascade.kernels import traffic
 from kvcascade.model import generate
 from kvcascade.model.config import ModelConfig

@@ -12,9 +12,10 @@ import numpy as np
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.cache.whole import Cache, nbytes
-from kvcascade.eval import bench, buffers
+from kvcascade.eval.memory import buffers
 from kvcascade.eval.records import Record
-from kvcascade.eval.trace import trace
+from kvcascade.eval.speed import bench
+from kvcascade.eval.speed.trace import trace
 from kvcascade.kernels import native, traffic
 from kvcascade.kernels.decode import decode
 from kvcascade.model import generate, sampling

@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 
 from kvcascade.cache.spec import CacheSpec, parse
-from kvcascade.eval import child, memory, whole_step
+from kvcascade.eval import child
+from kvcascade.eval.kernels import whole_step
+from kvcascade.eval.memory import arithmetic
 from kvcascade.eval.records import Record, full_bytes
 from kvcascade.kernels import aot
 from kvcascade.model.config import ModelConfig, built
 
-CHILD = (sys.executable, "-m", "kvcascade.eval.fit")
+CHILD = (sys.executable, "-m", "kvcascade.eval.memory.fit")
 GRAIN = 256
 """Tokens to which the longest context is found."""
 COMPILES = 10
@@ -87,7 +89,7 @@ def measure(task: Task, batch: int, context: int) -> Record:
     Its program ends with the logits: what draws from them is held beside it, and counted among the arguments.
     """
     _, plan, _ = whole_step.compile_step(task.model, parse(task.cache), batch, context, aot.gpu(task.gpu))
-    arguments = plan.argument_size_in_bytes + batch * memory.drawing(task.model)
+    arguments = plan.argument_size_in_bytes + batch * arithmetic.drawing(task.model)
     outputs = plan.output_size_in_bytes - plan.alias_size_in_bytes
     return {
         "arguments": arguments,
@@ -103,7 +105,7 @@ def solve(task: Task, measure: Callable[[Task, int, int], Record] = measure) -> 
     longest = one_user(task, spec, measure)
     found = []
     for context in task.contexts:
-        expected = memory.decode_step(config, spec, context)
+        expected = arithmetic.decode_step(config, spec, context)
         plans: dict[int, Record] = {}
 
         def held(batch: int, context=context, plans=plans) -> int:
@@ -132,11 +134,11 @@ def solve(task: Task, measure: Callable[[Task, int, int], Record] = measure) -> 
 
 def one_user(task: Task, spec: CacheSpec, measure: Callable[[Task, int, int], Record]) -> Record:
     """The longest context of one user, in whole `GRAIN`s of tokens; none where the cache does not grow with the context."""
-    guess = memory.longest(task.model, spec, task.budget)
+    guess = arithmetic.longest(task.model, spec, task.budget)
     if guess is None:
         return {"context": None, "exact": True, "compiles": 0}
     limit = task.model.context // GRAIN if task.model.positions == "learned" else None
-    expected = lambda grains: memory.decode_step(task.model, spec, grains * GRAIN)
+    expected = lambda grains: arithmetic.decode_step(task.model, spec, grains * GRAIN)
     plans: dict[int, Record] = {}
 
     def held(grains: int) -> int:
@@ -150,7 +152,7 @@ def one_user(task: Task, spec: CacheSpec, measure: Callable[[Task, int, int], Re
     return {"context": found.most * GRAIN, "exact": found.exact, "compiles": found.compiles} | compared
 
 
-def compare(expected: memory.Memory, rows: int, plan: Record) -> Record:
+def compare(expected: arithmetic.Memory, rows: int, plan: Record) -> Record:
     """What so many rows hold by XLA's plan and by the arithmetic; where they are further apart than `CLOSE`, a sentence says in what."""
     difference = plan["held"] / expected.total(rows) - 1
     parts = {
@@ -179,12 +181,12 @@ def fit(
     card: aot.GPU,
     specs: Sequence[CacheSpec],
     contexts: Sequence[int],
-    share: float = memory.SHARE,
+    share: float = arithmetic.SHARE,
     done: Callable[[], None] = lambda: None,
 ) -> list[Record]:
     """A record per context and cache, the first cache being the baseline of the others; each cache is compiled in a process of its own."""
     jax.config.update("jax_platforms", "cpu")  # this process only adds up; with the compilers, JAX would look for a GPU
-    budget = memory.budget(card.name, share)
+    budget = arithmetic.budget(card.name, share)
     tasks = [Task(card.name, config, str(spec), tuple(contexts), budget) for spec in specs]
     cases = [json.dumps(dataclasses.asdict(task)) for task in tasks]
     answers = child.results(CHILD, cases, aot.ENVIRONMENT, done)

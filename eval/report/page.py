@@ -9,9 +9,10 @@ import jinja2
 import markupsafe
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import costs, figures, stats, suite
+from kvcascade.eval import stats, suite
 from kvcascade.eval.record_keys import KEYS
 from kvcascade.eval.records import Record, Table, alike, markdown, of_kind, paired, retrieval_table
+from kvcascade.eval.report import costs, figures
 from kvcascade.kernels.files import write_whole
 
 
