@@ -1,5 +1,6 @@
 """Files of records, one JSON object per line: written whole, read whatever else is in them."""
 
+import fcntl
 import json
 import logging
 import os
@@ -27,17 +28,22 @@ def lines(records: list[dict]) -> bytes:
 
 
 def append(path: Path, records: list[dict]) -> None:
-    """Add records to a file, all or none; a last line without an end is ended first. What is not a file, such as a pipe, is written to."""
+    """Add records to a file, all or none, and on the disk when this returns; a last line without an end is ended first.
+
+    What is not a file, such as a pipe, is written to.
+    """
     new = lines(records)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab" if path.is_file() or not path.exists() else "wb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             file.write(new)
             return
+        fcntl.flock(file, fcntl.LOCK_EX)  # of several that write to one file each waits for the others
         before = file.seek(0, os.SEEK_END)
         try:
             file.write(new if _ended(path, before) else b"\n" + new)
             file.flush()
+            os.fsync(file.fileno())
         except OSError:
             os.truncate(path, before)
             raise
@@ -58,7 +64,10 @@ def read(path: Path) -> list[dict]:
 
 
 def usable(path: Path) -> tuple[list[dict], list[str]]:
-    """The records of a file that can be used, and for each other line what is wrong with it; BadInput if there is no such file."""
+    """The records of a file that can be used, and for each other line what is wrong with it; BadInput if there is no such file.
+
+    Of one measurement that is there again the newest records are used, and one of which not all were written is left out.
+    """
     try:
         content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
@@ -82,7 +91,17 @@ def usable(path: Path) -> tuple[list[dict], list[str]]:
             left_out.append(f"{path}, line {number}: {reason}")
         elif record is not None:
             found.append(record)
-    return found, left_out
+    return _newest(found), left_out
+
+
+def _newest(records: list[dict]) -> list[dict]:
+    """Of a measurement that is there several times, or of which only a part was written, the last whole one."""
+    by_key: dict[str, list[dict]] = {}
+    for record in records:
+        if "key" in record and "of" in record:
+            by_key.setdefault(record["key"], []).append(record)
+    kept = {id(each) for mine in by_key.values() if len(mine) >= mine[0]["of"] for each in mine[-mine[0]["of"] :]}
+    return [record for record in records if "of" not in record or "key" not in record or id(record) in kept]
 
 
 def gather(paths: list[Path]) -> tuple[list[dict], list[str]]:

@@ -45,7 +45,10 @@ NATS = Number(0, 700)  # e^700 is the largest perplexity that a float can tell
 SHARE = Number(0, 1)
 FLAG = bool
 
-MADE = {"device": str, "versions": {}, "commit": str, "seconds": SIZE}
+MADE = {
+    "device": str, "versions": {}, "commit": str, "seconds": SIZE, "schema": Optional(Number(2, 2)), "key": Optional(str), "of": Optional(COUNT),
+    "code": Optional(str), "date": Optional(str), "processor": Optional(str), "command": Optional(str),
+}  # fmt: skip
 NAMED = MADE | {"model": str, "cache": str}
 GROWTH = {"contexts": [COUNT], "kv_bytes": [POSITIVE]}
 
@@ -60,7 +63,8 @@ KEYS: dict[str, dict[str, Any]] = {
     | {
         "data": str, "context": COUNT, "sequences": COUNT, "tokens": COUNT, "seed": ANY, "nll": NATS, "nll_windows": [NATS], "ppl": POSITIVE,
         "bits_per_byte": SIZE, "kv_bytes": POSITIVE, "kv_bytes_predicted": SIZE, "compression": ANY, "kept": SIZE,
-        "tokens_per_second": SIZE, "traces": SIZE, "weights": Optional(str), "parameter_bytes": Optional(SIZE),
+        "tokens_per_second": SIZE, "traces": SIZE, "weights": Optional(str), "parameter_bytes": Optional(SIZE), "rows": Optional(str),
+        "windows": Optional(str), "documents": Optional(COUNT), "document_windows": Optional([SIZE]), "draws": Optional(COUNT),
     },
     "quantize": MADE
     | {
@@ -71,14 +75,10 @@ KEYS: dict[str, dict[str, Any]] = {
     "retrieve": NAMED
     | {
         "task": str, "length": COUNT, "depth": SHARE, "samples": COUNT, "turns": COUNT, "answered": SIZE, "kv_bytes": SIZE,
-        "compression": ANY, "seed": ANY,
+        "compression": ANY, "seed": ANY, "puzzles": Optional([{"name": str, "answers": [str], "said": [str], "right": [bool]}]),
     },
     "layer": MADE | {"layer": str, "codec": str, "bytes_per_token": SIZE},
     "growth": NAMED | GROWTH,
-    "latency": NAMED
-    | {
-        "batch": COUNT, "first_ms": SIZE, "last_ms": SIZE, "step_ms": SIZE, "products_ms": SIZE, "ratio": SIZE, "compile_seconds": SIZE,
-    },
     "bench": NAMED
     | {
         "batch": COUNT, "context": COUNT, "steps": COUNT, "repeats": COUNT, "bandwidth": POSITIVE, "weights": Optional(str),
@@ -123,8 +123,9 @@ FIDELITY = {"kl": SIZE, "kl_windows": [SIZE], "same_top": SHARE, "same_top_windo
 
 
 def _evaluate(record: dict) -> str | None:
-    if len(record["nll_windows"]) != record["sequences"]:
-        return f"has {len(record['nll_windows'])} nll_windows for {record['sequences']} sequences"
+    for key in ("nll_windows", "document_windows"):
+        if key in record and len(record[key]) != record["sequences"]:
+            return f"has {len(record[key])} {key} for {record['sequences']} sequences"
     return _wrong(record, FIDELITY) if "kl" in record else None
 
 
@@ -207,4 +208,4 @@ def _wrong(value: Any, wanted: Any, name: str = "") -> str | None:
         )
     if not isinstance(value, wanted):
         return f"{name} is not {'text' if wanted is str else 'true or false'}"
-    return None
+    return f"{name} is empty" if value == "" and name.rpartition(".")[2] in ("model", "cache") else None

@@ -1,6 +1,7 @@
 """What a study measures: the caches it compares, and records of training and of bytes by layer kind."""
 
 import dataclasses
+import hashlib
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,10 +10,12 @@ import jax
 
 from kvcascade.cache.codec import CODECS
 from kvcascade.cache.spec import CacheSpec, parse
+from kvcascade.eval.measure import Job
 from kvcascade.eval.memory import buffers
 from kvcascade.eval.records import Record, full_bytes
 from kvcascade.model import gpt
 from kvcascade.model.config import ModelConfig
+from kvcascade.model.pretrained import Model
 from kvcascade.train import checkpoint
 
 # Grouped by what they are compared with: a method stands next to random eviction of the same bytes, and all next to `full`.
@@ -62,7 +65,45 @@ def _shrink(spec: CacheSpec, share: float) -> CacheSpec:
     return CacheSpec(tuple(parts))
 
 
-def training(name: str, path: Path, unigram_bits_per_byte: float) -> Record:
+def run_name(model: str, seed: int) -> str:
+    """The folder of a model trained from a seed: the first has the model's own name."""
+    return f"{model}-{seed}" if seed else model
+
+
+def by_model(trainings: list[Record]) -> dict[str, list[Record]]:
+    """The trainings of each model, one for each seed."""
+    found: dict[str, list[Record]] = {}
+    for run in trainings:
+        name = run["model"]
+        found.setdefault(name.removesuffix(f"-{run['seed']}") if run["seed"] else name, []).append(run)
+    return found
+
+
+def training_job(name: str, path: Path, unigram_bits_per_byte: float) -> Job:
+    """How a run learned."""
+    about = {"kind": "train", "model": name, "log": hashlib.sha256((path / "log.jsonl").read_bytes()).hexdigest()[:16]}
+    return Job(about, "train", lambda: [about | training(path, unigram_bits_per_byte)], f"{name}: how it learned")
+
+
+def growth_job(model: Model, specs: list[CacheSpec]) -> Job:
+    """Bytes of caches by context."""
+    about = {
+        "kind": "growth",
+        "model": model.name,
+        "shape": dataclasses.asdict(model.config),
+        "caches": [*map(str, specs)],
+    }
+    run = lambda: [{"kind": "growth", "model": model.name} | one for one in buffers.growth(model.config, specs)]
+    return Job(about, "eval/memory", run, "bytes by context")
+
+
+def layers_job(config: ModelConfig) -> Job:
+    """Bytes per token by kind of layer."""
+    about = {"kind": "layer", "shape": dataclasses.asdict(config)}
+    return Job(about, "eval/memory", lambda: layer_kinds(config), "bytes by kind of layer")
+
+
+def training(path: Path, unigram_bits_per_byte: float) -> Record:
     """How a run learned: its validation curve, its speed, its shape, its best checkpoint."""
     config, _ = checkpoint.open_run(path)
     log = checkpoint.read_log(path)
@@ -70,8 +111,6 @@ def training(name: str, path: Path, unigram_bits_per_byte: float) -> Record:
     best = min(curve, key=lambda line: line["validation_loss"])
     _, abstract = gpt.graph(config.model)
     return {
-        "kind": "train",
-        "model": name,
         "data": config.data.source,
         "tokenizer": config.data.tokenizer,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract)),

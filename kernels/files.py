@@ -1,5 +1,7 @@
 """Files that appear whole or not at all, and where those go that can be made again."""
 
+import functools
+import hashlib
 import os
 import secrets
 from pathlib import Path
@@ -25,6 +27,14 @@ def make_room(folder: Path, room: int) -> None:
             break
         taken -= path.stat().st_size
         path.unlink(missing_ok=True)
+
+
+@functools.cache
+def source_key(*folders: str) -> str:
+    """A hash of the sources in some of the project's folders, such as `cache` or `eval/quality`: what a result depends on besides its arguments."""
+    root = Path(__file__).parent.parent
+    sources = [path.read_bytes() for folder in folders for path in sorted((root / folder).glob("*.*"))]
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 
 
 def cache_dir() -> Path:

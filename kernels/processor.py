@@ -23,6 +23,12 @@ def identity() -> str:
     return "".join([platform.machine(), "\n", *known]) if known else str(platform.uname())
 
 
+def name() -> str:
+    """Return what the processor is called; the architecture where the system does not say."""
+    found = re.search(r"^(?:model name|Model|cpu model)\s*:\s*(.+)$", _text(ROOT / "proc/cpuinfo"), re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
+
+
 def count() -> int:
     """Return how many threads can work at once: of the processors that this process may use, as many as its quota pays for."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,8 +1,13 @@
 """Pretrained models from GGUF files and Hugging Face directories: their shape, their weights, their tokeniser."""
 
 import dataclasses
+import functools
+import hashlib
 from pathlib import Path
 from typing import Literal
+
+import jax
+import numpy as np
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.model import kept, quantised, shapes, texts
@@ -46,6 +51,16 @@ class Model:
     data: str = "stdlib"
     """The text that it is evaluated on where none is named."""
     seed: int = 0
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What tells its weights from others, whatever they are called."""
+        found = hashlib.sha256()
+        for path, leaf in jax.tree.leaves_with_path(self.params):
+            content = np.ascontiguousarray(leaf)
+            found.update(f"{jax.tree_util.keystr(path)} {content.dtype} {content.shape}".encode())
+            found.update(content.view(np.uint8).data)
+        return found.hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a whole text, with what its tokeniser puts before and after one."""

@@ -7,14 +7,13 @@ import logging
 import os
 import pickle
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from kvcascade.kernels import native, processor
-from kvcascade.kernels.files import cache_dir, make_room, write_whole
+from kvcascade.kernels.files import cache_dir, make_room, source_key, write_whole
 from kvcascade.model.config import ModelConfig
 
 ROOM = 2**28
@@ -76,16 +75,12 @@ def _compiling() -> Iterator[None]:
 @functools.cache
 def _circumstances() -> tuple[str, ...]:
     """What a program depends on besides its step and its arguments."""
-    root = Path(__file__).parent.parent
-    sources = [
-        path.read_bytes() for folder in ("cache", "kernels", "model") for path in sorted((root / folder).glob("*.*"))
-    ]
     told = {
         name: value for name, value in os.environ.items() if name.startswith(("JAX_", "XLA_", "KVCASCADE_CXX", "CXX"))
     }
     device = jax.devices()[0]
     return (
-        hashlib.sha256(b"".join(sources)).hexdigest(),
+        source_key("cache", "kernels", "model"),
         jax.__version__,
         f"{device.platform} {device.device_kind} {device.client.platform_version}",
         processor.identity(),

@@ -45,6 +45,16 @@ Part = Annotated[float, Bounds(0, 1, above=True)]
 Seconds = Annotated[float, Bounds(0, LONG, above=True)]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """Where measurements are kept."""
+
+    out: Path | None = None
+    """File that each measurement is appended to as it ends, as JSON lines; what it has of the same weights, text, protocol and code is not measured again."""
+    again: bool = False
+    """Measure also what the file has."""
+
+
 def arguments_of[T](cls: type[T], command: str, arguments: list[str], default: T | None = None) -> T:
     """Read a subcommand's arguments into its dataclass; BadInput for a flag that is not there and a value that cannot be."""
     with _one_line():
@@ -84,6 +94,13 @@ def _at_home(args: Any) -> Any:
         elif isinstance(value, tuple) and value and all(isinstance(each, Path) for each in value):
             paths[name] = tuple(each.expanduser() for each in value)
     return dataclasses.replace(args, **paths)
+
+
+def share(flag: str, typed: str) -> float:
+    """A share as it is typed, `0.1%`; BadInput for anything else."""
+    if not re.fullmatch(r"\d+(\.\d+)?%", typed) or not float(typed[:-1]):
+        raise BadInput(f"--{flag} is {typed}; it must be a share such as 0.1%")
+    return float(typed[:-1]) / 100
 
 
 def text(typed: str) -> str:

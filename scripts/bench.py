@@ -1,7 +1,6 @@
 """How fast a model prefills and decodes: `kvcascade bench --model smollm2 --cache full --cache "sink 4 | recent 124"`; a minute per batch and context."""
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -9,15 +8,14 @@ import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import record_files, records
 from kvcascade.eval.speed import bench, peers
 from kvcascade.model import generate, pretrained
 from kvcascade.scripts import console
-from kvcascade.scripts.arguments import Count, arguments_of
+from kvcascade.scripts.arguments import Count, Recorded, arguments_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(Recorded):
     """Time prefill and greedy decode steps on random tokens, everything compiled and warm, against the memory's bandwidth."""
 
     model: str
@@ -40,8 +38,6 @@ class Args:
     """A Python that has transformers, kvpress or llama_cpp, which are timed in turns on the same pretrained model; by default this one."""
     variant: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Only the peers whose name has this in it, as `llamacpp` or `DynamicCache`; give it several times for more."""
-    out: Path | None = None
-    """File that one JSON object per row is appended to."""
 
 
 def main(arguments: list[str]) -> None:
@@ -57,21 +53,12 @@ def main(arguments: list[str]) -> None:
     contexts = args.context or (64, min(1024, config.context - after))
     for context in contexts:
         generate.check_context(config, context + after)
-    record_files.check_writable(args.out)
     others = peers.find(args.peer, pretrained.locate(args.model), args.variant) if known else []
-    found = []
+    cases = [(batch, context) for batch in args.batch for context in contexts]
+    jobs = [bench.job(models, specs, others, *case, args.steps, args.repeats, prefills) for case in cases]
     try:
-        with console.progress("bench", len(args.batch) * len(contexts)) as show:
-            for batch in args.batch:
-                for context in contexts:
-                    start = time.monotonic()
-                    some = bench.bench(models, specs, others, batch, context, args.steps, args.repeats, prefills)
-                    seconds = time.monotonic() - start
-                    found += [records.stamp(one, seconds) for one in some]
-                    show(len(found) // len(some), f"batch {batch}, context {context}")
+        found = console.measured("bench", jobs, args)
     finally:
         for other in others:
             other.close()
-    if args.out:
-        record_files.append(args.out, found)
     console.table(*bench.table(found))

@@ -38,8 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="replace")  # a locale may have no letter for what is said
     try:
         _run(sys.argv[1:] if arguments is None else arguments)
-    except KeyboardInterrupt:
-        _fail("stopped", 130)
+    except KeyboardInterrupt as stopped:
+        _fail(str(stopped) or "stopped", 128 + getattr(stopped, "signal", 2))
 
 
 def _run(arguments: list[str]) -> None:

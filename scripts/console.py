@@ -13,8 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from kvcascade.cache.errors import BadInput
+from kvcascade.eval import measure, record_files
+from kvcascade.eval.measure import Job
+from kvcascade.eval.records import Record
 from kvcascade.model import pretrained
 from kvcascade.model.pretrained import Model
+from kvcascade.scripts.arguments import Recorded
 
 err = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
 
@@ -64,6 +68,38 @@ def open_model(name: str, weights: str = "float32") -> Model:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         show(None, f"{size / 2**20:,.0f} MiB of parameters; the process took {peak / 2**20:,.0f} MiB at most")
     return model
+
+
+def measured(title: str, jobs: Sequence[Job], args: Recorded) -> list[Record]:
+    """The records of some jobs, measured where the file has them not, with a progress bar; a line says what was there, or what is left to do."""
+    if args.again and args.out is None:
+        raise BadInput("--again measures what --out has already, and there is no --out")
+    record_files.check_writable(args.out)
+    done = 0
+
+    def tell(index: int, words: str) -> None:
+        nonlocal done
+        done = index
+        show(index, words)
+
+    try:
+        with progress(title, len(jobs)) as show:
+            found = measure.measure(jobs, args.out, args.again, tell)
+    except measure.Stopped as stopped:
+        kept = (
+            f"; {done} of {len(jobs)} are in {args.out}, and the same command goes on with the others"
+            if args.out
+            else ""
+        )
+        raise measure.Stopped(stopped.signal, f"stopped{kept}") from None
+    if found.before:
+        say(f"{found.before} of {len(jobs)} were in {args.out} already; --again measures them anew")
+    return found.records
+
+
+def say(words: str) -> None:
+    """A line for the person who waits, on stderr."""
+    print(f"kvcascade: {words}", file=sys.stderr)
 
 
 class Answer:

@@ -1,22 +1,19 @@
 """How many users fit: `kvcascade crash --model smollm2 --cache full --cache neurokv`; a minute per cache, a hard limit of memory around each child."""
 
 import dataclasses
-import signal
-import sys
-from pathlib import Path
+import os
 from typing import Annotated
 
 import tyro
 
 from kvcascade.cache.spec import parse
-from kvcascade.eval import record_files, records
 from kvcascade.eval.memory import crash, limits
 from kvcascade.scripts import console
-from kvcascade.scripts.arguments import Count, CountOrNone, Seconds, Share, arguments_of
+from kvcascade.scripts.arguments import Count, CountOrNone, Recorded, Seconds, Share, arguments_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(Recorded):
     """Decode with full caches for more and more users, in child processes under a hard limit of memory, until one is killed by it."""
 
     model: str
@@ -35,27 +32,15 @@ class Args:
     """What matrices are kept in: float32, bfloat16, int8 or int4; by default float32, and bfloat16 for a model known by its shape."""
     seconds: Seconds = 300.0
     """How long a child may take."""
-    out: Path | None = None
-    """File that one JSON object per cache is appended to."""
 
 
 def main(arguments: list[str]) -> None:
     """Test every cache, print a table and the sentence that it comes to, append the records."""
     args = arguments_of(Args, "crash", arguments)
     specs, limit = [parse(text) for text in args.cache or ("full",)], limits.parse_bytes(args.limit)
-    record_files.check_writable(args.out)
-    # Ctrl-C unwinds as it is; SIGTERM would leave the child's cgroup.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    found = []
-    with console.progress("crash", len(specs)) as show:
-        for done, spec in enumerate(specs):
-            words = lambda users, done=done, spec=spec: show(done, f"{spec}: {users}")
-            size = (args.context, limit, args.resolution, args.steps)
-            found.append(crash.crash(args.model, spec, *size, args.weights, args.seconds, words))
-        show(len(specs), "")
-    # Only now: naming the device opens it, and an open GPU's memory is taken from the children.
-    found = [records.stamp(one, one["seconds"]) for one in found]
-    if args.out:
-        record_files.append(args.out, found)
+    # Of an open GPU's memory this process is to take nothing that the children could have.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    size = (args.context, limit, args.resolution, args.steps, args.weights, args.seconds)
+    found = console.measured("crash", [crash.job(args.model, spec, *size) for spec in specs], args)
     console.table(*crash.table(found))
     print("\n".join(crash.sentences(found)))

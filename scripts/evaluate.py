@@ -1,23 +1,20 @@
 """Perplexity, bytes and speed of a model behind caches: `kvcascade evaluate --model runs/toy --cache full --cache "sink 4 | recent 124"`; seconds per cache."""
 
 import dataclasses
-import time
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import record_files, records
-from kvcascade.eval.quality import fidelity, perplexity
-from kvcascade.model import tokenizer
-from kvcascade.scripts import console
-from kvcascade.scripts.arguments import Count, CountOrNone, Window, arguments_of
-from kvcascade.train import run
+from kvcascade.eval.quality import evaluation, perplexity
+from kvcascade.eval.quality.evaluation import Protocol
+from kvcascade.scripts import console, texts
+from kvcascade.scripts.arguments import Count, CountOrNone, Recorded, Seed, Window, arguments_of, share
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(Recorded):
     """Score windows of a text, teacher-forced, one token at a time through each cache."""
 
     model: str
@@ -29,7 +26,13 @@ class Args:
     context: Window = 512
     """Tokens per window."""
     sequences: Count = 8
-    """Windows, the first ones of the text."""
+    """Windows."""
+    windows: Literal["spread", "first"] = "spread"
+    """Spread over all documents of the text, or the first ones."""
+    seed: Seed = 0
+    """Where the spread begins."""
+    until: str | None = None
+    """Add windows, twice as many each time, until every interval is narrower than this, such as 0.1%: of the change in perplexity against the full cache."""
     batch: Count = 8
     """Windows at once."""
     prefix: CountOrNone = 0
@@ -40,34 +43,28 @@ class Args:
     """What a pretrained model's matrices are kept in: float32, bfloat16, int8 or int4."""
     bos: Literal["auto", "yes", "no"] = "auto"
     """Whether each window begins with BOS, which is not scored: auto as the model's tokenizer does with a text."""
-    out: Path | None = None
-    """File that one JSON object per cache is appended to."""
 
 
 def main(arguments: list[str]) -> None:
     """Evaluate each cache, print a table, append the records."""
     args = arguments_of(Args, "evaluate", arguments)
     specs = [parse(text) for text in args.cache or ("full",)]
+    until = share("until", args.until) if args.until is not None else None
     model = console.open_model(args.model, args.weights)
     perplexity.check(model.config, specs, args.context, args.prefix, min(args.batch, args.sequences))
-    record_files.check_writable(args.out)
-    bos = model.begins_with_bos(args.bos)
-    rows = run.evaluation_windows(model, args.data, args.context, args.sequences, bos)
-    lengths = tokenizer.token_bytes(model.encoding)
-    found = []
-    with console.progress("evaluate", len(specs)) as show:
-        for index, spec in enumerate(specs):
-            start = time.monotonic()
-            scores = perplexity.score(model.config, model.params, spec, rows, args.batch, args.prefix)
-            data_name = args.data or model.data
-            record = records.evaluation(model, spec, data_name, rows, args.prefix, lengths, scores, args.batch, bos)
-            found.append(records.stamp(record, time.monotonic() - start))
-            show(index + 1, str(spec))
-    if args.fidelity:
-        with console.progress("fidelity", None) as show:
-            tell = lambda done, of: show(done, f"of {of} steps")
-            compared = fidelity.fidelity(model.config, model.params, specs, rows, args.batch, tell)
-        found = [record | records.fidelity(each) for record, each in zip(found, compared, strict=True)]
-    if args.out:
-        record_files.append(args.out, found)
-    console.table(*records.evaluation_table(found))
+    protocol = Protocol(min(args.batch, args.sequences), args.prefix, args.fidelity)
+    choose = lambda count: texts.windows(model, args.data, args.context, count, args.windows, args.seed, args.bos)
+    rows, known = choose(args.sequences), [None] * len(specs)
+    while True:
+        count = len(rows.rows_BT)
+        jobs = [evaluation.job(model, spec, rows, protocol, before) for spec, before in zip(specs, known, strict=True)]
+        found = console.measured(f"evaluate {count} windows", jobs, args)
+        if until is None or (width := evaluation.width(found)) <= until:
+            break
+        console.say(f"with {count} windows the widest interval is {width:.3%}")
+        try:
+            rows, known = choose(2 * count), found
+        except BadInput as error:
+            console.say(f"not narrower than {args.until}: {error}")
+            break
+    console.table(*evaluation.table(found))

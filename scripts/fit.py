@@ -2,26 +2,23 @@
 
 import dataclasses
 import sys
-import time
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import record_files, records
 from kvcascade.eval.kernels import check
 from kvcascade.eval.memory import arithmetic, fit
 from kvcascade.kernels import aot
 from kvcascade.model import known
 from kvcascade.scripts import console
-from kvcascade.scripts.arguments import Count, Part, arguments_of
+from kvcascade.scripts.arguments import Count, Part, Recorded, arguments_of
 from kvcascade.train import run
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(Recorded):
     """Compile a model's decode step for a card and find the most users, and for one user the longest context, that its memory holds."""
 
     gpu: str
@@ -36,8 +33,6 @@ class Args:
     """What matrices are kept in: float32, bfloat16, int8 or int4; by default bfloat16 for a model that is known by its shape, float32 for others."""
     share: Part = arithmetic.SHARE
     """Of the card's memory, what the program may have; the rest is for CUDA, the libraries and the allocator's gaps."""
-    out: Path | None = None
-    """File that one JSON object per cache and context is appended to."""
 
 
 def main(arguments: list[str]) -> None:
@@ -54,15 +49,8 @@ def main(arguments: list[str]) -> None:
         (card,) = check.cards([args.gpu])
     except aot.NotInstalled as error:
         raise BadInput(str(error)) from error
-    record_files.check_writable(args.out)
-    start = time.monotonic()
-    with console.progress("fit", len(specs)) as show:
-        done = iter(range(1, len(specs) + 1))
-        tell = lambda: show(next(done), "caches")
-        found = fit.fit(args.model, config, card, specs, contexts, args.share, tell)
-    found = [records.stamp(one, time.monotonic() - start) for one in found]
-    if args.out:
-        record_files.append(args.out, found)
+    jobs = [fit.job(args.model, config, card, spec, specs[0], contexts, args.share) for spec in specs]
+    found = console.measured("fit", jobs, args)
     console.table(*fit.table(found))
     print(*fit.notes(found), sep="\n")
     if any("failed" in one for one in found):

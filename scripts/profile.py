@@ -2,22 +2,19 @@
 
 import dataclasses
 import io
-import time
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from kvcascade.cache.spec import parse
-from kvcascade.eval import record_files, records
-from kvcascade.eval.memory import buffers
-from kvcascade.eval.speed import bench, profile, profile_report
+from kvcascade.eval.speed import profile, profile_report
 from kvcascade.scripts import console
-from kvcascade.scripts.arguments import Count, arguments_of
+from kvcascade.scripts.arguments import Count, Recorded, arguments_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(Recorded):
     """Divide the time and the bytes of a decode step among the parts of the model, and measure how its memory grows with the context."""
 
     model: str
@@ -32,8 +29,6 @@ class Args:
     """What a pretrained model's matrices are kept in: float32, bfloat16, int8 or int4."""
     dir: Path = Path("runs/profile")
     """Folder for profile.txt, step.csv, memory.csv, step.svg and memory.svg."""
-    out: Path | None = None
-    """File that one JSON object per cache is appended to."""
 
 
 def main(arguments: list[str]) -> None:
@@ -43,26 +38,13 @@ def main(arguments: list[str]) -> None:
     model = console.open_model(args.model, args.weights)
     context = min(1024, model.config.context) if args.context is None else args.context
     profile.check(model.config, specs, context)
-    record_files.check_writable(args.out)
-    found = []
-    with console.progress("profile", 2 * len(specs)) as show:
-        bandwidth = 0.0
-        for spec in specs:
-            start = time.monotonic()
-            bandwidth = max(bandwidth, bench.bandwidth())
-            record = profile.profile(model, spec, args.batch, context)
-            show(2 * len(found) + 1, f"steps behind {spec}")
-            record["growth"] = buffers.measured(model, spec, args.batch, context)
-            found.append(records.stamp(record, time.monotonic() - start))
-            show(2 * len(found), f"memory of {spec}")
-    found = [record | {"bandwidth": bandwidth} for record in found]
+    jobs = [profile.job(model, spec, args.batch, context) for spec in specs]
+    found = console.measured("profile", jobs, args)
     text = io.StringIO()
     for record in found:
         console.table(*profile_report.table(record), file=text)
         print(*profile_report.sentences(record), "", sep="\n", file=text)
     for some in (profile_report.summary, profile_report.memory_table):
         console.table(*some(found), file=text)
-    if args.out:
-        record_files.append(args.out, found)
     profile_report.write(args.dir, found, text.getvalue())
     print(text.getvalue() + f"{args.dir}: profile.txt, step.csv, memory.csv, step.svg, memory.svg")

@@ -11,11 +11,12 @@ import tyro
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.eval import record_files, records
-from kvcascade.eval.quality import perplexity, weights
-from kvcascade.model import pretrained, rounding, tokenizer, written
-from kvcascade.scripts import console
+from kvcascade.eval.quality import evaluation, perplexity, weights
+from kvcascade.eval.quality.evaluation import Protocol
+from kvcascade.model import pretrained, rounding, written
+from kvcascade.scripts import console, texts
 from kvcascade.scripts.arguments import Count, Window, arguments_of
-from kvcascade.train import data, run
+from kvcascade.train import data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Args:
     context: Window = 512
     """Tokens per window."""
     sequences: Count = 8
-    """Windows of the held-out text, the first ones."""
+    """Windows of the held-out text, spread over it."""
     out: Path | None = None
     """File that one JSON object is appended to."""
 
@@ -61,10 +62,8 @@ def main(arguments: list[str]) -> None:
     written.hub_config(model.config, model.name)  # refused before the work
     spec = parse("full")
     perplexity.check(model.config, [spec], args.context, 0, args.sequences)
-    record_files.check_writable(args.out)
-    bos = model.begins_with_bos("auto")
     held_out = args.held_out or args.data
-    rows = run.evaluation_windows(model, held_out, args.context, args.sequences, bos)
+    rows = texts.windows(model, held_out, args.context, args.sequences)
     text = data.unseen(args.data) if args.data.startswith("file:") else data.load(args.data).train
     tokens = data.tokenize(text, model.encoding)
     whole = data.windows(tokens, args.context, len(tokens) // args.context)
@@ -73,6 +72,8 @@ def main(arguments: list[str]) -> None:
             f"{args.data} has {len(whole)} windows of {args.context} tokens, fewer than --samples {args.samples}"
         )
     picked = whole[np.linspace(0, len(whole) - 1, args.samples).astype(int)]
+    record_files.check_writable(args.out)
+    protocol = Protocol(args.sequences)
     start = time.monotonic()
     with console.progress(args.method, None) as show:
         tell = lambda done, of: show(done, f"of {of} matrices")
@@ -80,11 +81,7 @@ def main(arguments: list[str]) -> None:
     took = time.monotonic() - start
     size = written.write(args.to, dataclasses.replace(model, params=params), codes, args.group)
     after = console.open_model(str(args.to), args.weights)
-    lengths = tokenizer.token_bytes(model.encoding)
-    found = []
-    for each in (model, after):
-        scores = perplexity.score(each.config, each.params, spec, rows, args.sequences)
-        found.append(records.evaluation(each, spec, held_out, rows, 0, lengths, scores, args.sequences, bos))
+    found = [evaluation.job(each, spec, rows, protocol).run()[0] for each in (model, after)]
     about = {"method": args.method, "group": args.group, "calibration": args.data, "samples": args.samples}
     record = weights.quantized(*found, **about, file_bytes=size, quantize_seconds=round(took, 2))
     record = records.stamp(record, time.monotonic() - start)

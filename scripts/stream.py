@@ -1,23 +1,20 @@
 """Decode on and on: `kvcascade stream --model smollm2 --weights int8 --cache "sink 4 | recent 124" --tokens 100000`; minutes."""
 
 import dataclasses
-import time
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import record_files, records
 from kvcascade.eval.speed import stream
 from kvcascade.model.known import stretch
 from kvcascade.scripts import console
-from kvcascade.scripts.arguments import Count, arguments_of
+from kvcascade.scripts.arguments import Count, Recorded, arguments_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(Recorded):
     """Decode many tokens greedily through each cache, and show milliseconds per token and the process's memory as they go."""
 
     model: str
@@ -30,8 +27,6 @@ class Args:
     """Rows at once."""
     weights: str = "float32"
     """What a pretrained model's matrices are kept in: float32, bfloat16, int8 or int4."""
-    out: Path | None = None
-    """File that one JSON object per cache is appended to."""
 
 
 def main(arguments: list[str]) -> None:
@@ -42,13 +37,5 @@ def main(arguments: list[str]) -> None:
         raise BadInput(f"--tokens is {args.tokens}; it must be at least {stream.STRETCH}")
     model = console.open_model(args.model, args.weights)
     stretch(model.config, args.tokens)
-    record_files.check_writable(args.out)
-    found = []
-    for spec in specs:
-        start = time.monotonic()
-        with console.progress(str(spec), args.tokens) as show:
-            one = stream.stream(model, spec, args.batch, args.tokens, lambda done, show=show: show(done, ""))
-        found.append(records.stamp(one, time.monotonic() - start))
-        if args.out:
-            record_files.append(args.out, found[-1:])
-    console.table(*stream.table(found))
+    jobs = [stream.job(model, spec, args.batch, args.tokens) for spec in specs]
+    console.table(*stream.table(console.measured("stream", jobs, args)))

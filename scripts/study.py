@@ -2,21 +2,24 @@
 
 Trains a GPT with multi-head attention, retrains it with grouped-query attention from scratch and from its mean-pooled checkpoint,
 evaluates each behind the caches of `eval/suite.py`, and writes DIR/report.html, DIR/records.jsonl and DIR/tables.md.
-A study that was stopped goes on where it was.
+A study that was stopped goes on where it was, in its trainings and in its measurements.
 """
 
 import dataclasses
-import time
+import itertools
 from pathlib import Path
 from typing import Literal
 
 from kvcascade.eval import record_files, records, suite
-from kvcascade.eval.memory import buffers
-from kvcascade.eval.quality import perplexity
+from kvcascade.eval.measure import Job
+from kvcascade.eval.quality import evaluation
+from kvcascade.eval.quality.evaluation import Protocol
 from kvcascade.eval.report import page
-from kvcascade.eval.speed import latency
-from kvcascade.scripts import console
-from kvcascade.scripts.arguments import arguments_of
+from kvcascade.eval.speed import bench
+from kvcascade.kernels.files import write_whole
+from kvcascade.model.pretrained import Model
+from kvcascade.scripts import console, texts
+from kvcascade.scripts.arguments import Recorded, arguments_of
 from kvcascade.train import checkpoint, config, data, run
 
 
@@ -32,12 +35,14 @@ class Scale:
     """Windows scored per cache."""
     every: int = 1
     """1 evaluates all of the suite's caches, n every n-th."""
+    seeds: int = 1
+    """Trainings of each model, from seed 0 on; caches are measured on the first."""
 
 
 SCALES = {
     "smoke": Scale("nano", steps=60, share=0.3, windows=4, every=5),
     "quick": Scale("toy", steps=120, share=0.25, windows=8),
-    "full": Scale("toy", steps=1800, share=0.1, windows=16),
+    "full": Scale("toy", steps=1800, share=0.1, windows=64, seeds=3),
 }
 
 
@@ -54,60 +59,59 @@ class Args:
 
 
 def main(arguments: list[str]) -> None:
-    """Run what is not done yet, then measure everything and write the page."""
+    """Run what is not done yet, then measure what is not recorded yet, and write the page."""
     args = arguments_of(Args, "study", arguments)
     scale = SCALES[args.preset]
-    base = config.PRESETS[scale.preset]
-    train = dataclasses.replace(base.train, steps=scale.steps, evaluate_every=max(1, scale.steps // 18))
-    mha = dataclasses.replace(base, train=train, data=dataclasses.replace(base.data, source=args.data))
-    gqa = dataclasses.replace(mha, model=dataclasses.replace(mha.model, kv_heads=mha.model.heads // 4))
-    wanted = {"mha": mha, "gqa": gqa, "uptrained": None}
-    for name, settings in wanted.items():
-        path = args.dir / name
-        if not (path / "config.json").exists():
-            if settings:
-                run.start(path, settings)
-            else:
-                run.convert(args.dir / "mha", path, gqa.model.kv_heads, "mean", scale.share)
-        elif settings:
-            run.check_same(path, settings)
-        with console.training(f"train {name}", checkpoint.open_run(path)[0].train.steps) as show:
-            run.resume(path, show)
-    found = _measure(args.dir, list(wanted), scale)
+    trained = [_train(args.dir, scale, args.data, seed) for seed in range(scale.seeds)]
+    models = {name: dataclasses.replace(run.open_model(str(args.dir / name)), name=name) for name in trained[0]}
     file = args.dir / "records.jsonl"
-    file.unlink(missing_ok=True)
-    record_files.append(file, found)
+    found = console.measured(
+        "measure", _jobs(args.dir, models, [*itertools.chain(*trained)], scale), Recorded(out=file)
+    )
+    write_whole(file, record_files.lines(found))  # what an earlier study left goes
     command = f"kvcascade study --preset {args.preset}" + ("" if args.data == "stdlib" else f" --data {args.data}")
     page.write(args.dir / "report.html", found, command)
     tables = page.readme_tables(found)
     (args.dir / "tables.md").write_text("\n\n".join(tables.values()) + "\n", "utf-8")
     evaluations = records.of_kind(found, "evaluate")
-    for name in wanted:
-        console.table(*records.evaluation_table([r for r in evaluations if r["model"] == name]))
+    for name in models:
+        console.table(*evaluation.table([r for r in evaluations if r["model"] == name]))
     print(tables["findings"] + f"\n\nThe whole story: {args.dir / 'report.html'}")
 
 
-def _measure(folder: Path, names: list[str], scale: Scale) -> list[records.Record]:
-    models = {name: dataclasses.replace(run.open_model(str(folder / name)), name=name) for name in names}
-    first, last = models[names[0]], models[names[-1]]
-    corpus = run.load_corpus(*checkpoint.open_run(folder / names[0]))
+def _train(folder: Path, scale: Scale, data: str, seed: int) -> list[str]:
+    """Train the three models from one seed, as far as they are not; return the names of their runs."""
+    base = config.PRESETS[scale.preset]
+    train = dataclasses.replace(base.train, steps=scale.steps, evaluate_every=max(1, scale.steps // 18), seed=seed)
+    mha = dataclasses.replace(base, train=train, data=dataclasses.replace(base.data, source=data))
+    gqa = dataclasses.replace(mha, model=dataclasses.replace(mha.model, kv_heads=mha.model.heads // 4))
+    wanted = {
+        suite.run_name(name, seed): settings for name, settings in (("mha", mha), ("gqa", gqa), ("uptrained", None))
+    }
+    for name, settings in wanted.items():
+        path = folder / name
+        if not (path / "config.json").exists():
+            if settings:
+                run.start(path, settings)
+            else:
+                run.convert(folder / suite.run_name("mha", seed), path, gqa.model.kv_heads, "mean", scale.share)
+        elif settings:
+            run.check_same(path, settings)
+        with console.training(f"train {name}", checkpoint.open_run(path)[0].train.steps) as show:
+            run.resume(path, show)
+    return [*wanted]
+
+
+def _jobs(folder: Path, models: dict[str, Model], trained: list[str], scale: Scale) -> list[Job]:
+    """How each run learned; each model behind each cache; the speed of the first and the last; bytes by context and by kind of layer."""
+    first, last = [*models.values()][0], [*models.values()][-1]
+    corpus = run.load_corpus(*checkpoint.open_run(folder / first.name))
     unigram = data.unigram_bits_per_byte(corpus.train, corpus.validation, corpus.token_bytes)
     context = first.config.context
-    rows = data.windows(corpus.validation, context, scale.windows)
+    rows = texts.windows(first, None, context, scale.windows)
     specs = suite.caches(context)[:: scale.every]
-    found = [records.stamp(suite.training(name, folder / name, unigram), 0) for name in names]
-    with console.progress("evaluate caches", len(names) * len(specs)) as show:
-        for name, model in models.items():
-            for spec in specs:
-                start = time.monotonic()
-                scores = perplexity.score(model.config, model.params, spec, rows, batch=8)
-                one = records.evaluation(model, spec, model.data, rows, 0, corpus.token_bytes, scores, 8)
-                found.append(records.stamp(one, time.monotonic() - start))
-                show(len(records.of_kind(found, "evaluate")), f"{name}: {spec}")
     timed = suite.scaled(suite.TIMED[:: scale.every], context)
-    for model in (first, last):
-        for one in latency.decode_step(model.config, model.params, timed, batch=8):
-            found.append(records.stamp({"model": model.name} | one, 0))
-    grown = buffers.growth(last.config, suite.scaled(suite.GROWING, context))
-    measured = [{"model": last.name} | one for one in grown]
-    return found + [records.stamp(one, 0) for one in measured + suite.layer_kinds(first.config)]
+    jobs = [suite.training_job(name, folder / name, unigram) for name in trained]
+    jobs += [evaluation.job(model, spec, rows, Protocol()) for model in models.values() for spec in specs]
+    jobs += [bench.job([model], timed, [], 8, context // 2, steps=24, repeats=5, prefills=5) for model in (first, last)]
+    return [*jobs, suite.growth_job(last, suite.scaled(suite.GROWING, context)), suite.layers_job(first.config)]

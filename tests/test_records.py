@@ -1,4 +1,4 @@
-"""Records: appended whole, read back, compared in pairs."""
+"""Records of evaluations: what they hold, and how they are compared."""
 
 import json
 
@@ -8,45 +8,56 @@ import pytest
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.eval import records
+from kvcascade.eval.quality import evaluation, perplexity
+from kvcascade.eval.quality.evaluation import Protocol
 from kvcascade.eval.quality.perplexity import Scores
+from kvcascade.eval.quality.windows import Windows
 from kvcascade.model import tokenizer
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.pretrained import Model
 
-CONFIG = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=64, vocab=61, context=16)
+CONFIG = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=64, vocab=256, context=16)
 MODEL = Model("runs/x", CONFIG, {}, tokenizer.bytes_encoding())
+WINDOWS = Windows(np.zeros((4, 16), np.int32), np.asarray([0, 0, 1, 2]), "stdlib", "text", "spread", 0, False)
 CONTRACT = """model cache data context sequences tokens nll ppl bits_per_byte kv_bytes kv_bytes_predicted kv_bytes_full compression
 tokens_per_second traces device seed commit seconds""".split()
 
 
-def record(cache: str = "full", shift: float = 0.0) -> records.Record:
-    """A record of made-up scores."""
-    spec = parse(cache)
-    nll_BT = np.random.default_rng(1).random((4, 15)) + shift
-    scores = Scores(nll_BT, spec.nbytes(CONFIG.layer_heads, 16), 100.0, 1, 0.5)
-    lengths = np.full(61, 2)
-    one = records.evaluation(MODEL, spec, "stdlib", np.zeros((4, 16), np.int32), 0, lengths, scores, 8)
-    return records.stamp(one, 1.5)
+@pytest.fixture
+def record(monkeypatch):
+    """Makes records of made-up scores."""
+
+    def make(cache: str = "full", shift: float = 0.0, windows: Windows = WINDOWS) -> records.Record:
+        spec = parse(cache)
+        nll_BT = np.random.default_rng(1).random((4, 15)) + shift
+        scores = Scores(nll_BT, spec.nbytes(CONFIG.layer_heads, 16), 100.0, 1, 0.5)
+        monkeypatch.setattr(perplexity, "score", lambda *arguments: scores)
+        (one,) = evaluation.job(MODEL, spec, windows, Protocol()).run()
+        return records.stamp(one, 1.5)
+
+    return make
 
 
-def test_a_record_holds_what_the_contract_names():
+def test_a_record_holds_what_the_contract_names(record):
     """Every field is there, and the derived ones follow from the others."""
     one = record()
     assert set(CONTRACT) <= set(one)
     assert one["kv_bytes_full"] == 2 * 2 * 2 * 8 * 16 * 2
     assert one["compression"] == 1 - one["kv_bytes"] / one["kv_bytes_full"]
     assert one["ppl"] == pytest.approx(np.exp(one["nll"]))
-    assert one["bits_per_byte"] == pytest.approx(one["nll"] / np.log(2) / 2)
+    assert one["bits_per_byte"] == pytest.approx(one["nll"] / np.log(2))
+    assert one["documents"] == 3 and one["document_windows"] == [0, 0, 1, 2]
+    assert one["processor"] and one["threads"] > 0 and one["command"].startswith("kvcascade ")
     json.dumps(one)
 
 
-def test_the_table_has_a_column_for_each_cell():
+def test_the_table_has_a_column_for_each_cell(record):
     """Each row is as long as the header."""
-    _, columns, rows = records.evaluation_table([record(), record("recent 4", 0.1)])
+    _, columns, rows = evaluation.table([record(), record("recent 4", 0.1)])
     assert {len(row) for row in rows} == {len(columns)}
 
 
-def test_a_figure_that_is_not_finite_is_no_record():
+def test_a_figure_that_is_not_finite_is_no_record(record):
     """Neither NaN nor infinity is stamped, wherever in the record it is."""
     for bad in ({"nll": float("nan")}, {"points": [[1, float("inf")]]}):
         with pytest.raises(BadInput, match=f"x, full: {next(iter(bad))} is not finite"):
@@ -55,14 +66,45 @@ def test_a_figure_that_is_not_finite_is_no_record():
         record(shift=1000)  # e^1000
 
 
-def test_the_paired_interval_takes_out_the_spread_between_windows():
+def test_the_paired_interval_takes_out_the_spread_between_windows(record):
     """A constant shift of every window has an interval of no width, however much the windows differ."""
-    low, high = records.paired(record("recent 4", 0.25), record())
+    low, high = evaluation.paired(record("recent 4", 0.25), record())
     assert low == pytest.approx(0.25, abs=1e-5) and high == pytest.approx(0.25, abs=1e-5)
 
 
-def test_windows_of_another_text_have_no_paired_interval():
-    """Records of one model on other windows stand in one table."""
-    other = record("recent 4") | {"data": "file:x"}
-    assert np.isnan(records.paired(other, record())).all()
-    assert records.paired(record("recent 4"), record()) == (0, 0)
+def test_windows_of_another_text_have_no_paired_interval(record):
+    """Records of one model on other windows stand in one table, and nothing is said of their difference."""
+    other = record("recent 4", windows=WINDOWS.part(0, 4)) | {"rows": "others"}
+    assert np.isnan(evaluation.paired(other, record())).all() and evaluation.baseline(other, [record()]) is None
+    assert evaluation.changes([record(), other]) == ["", ""]
+    assert evaluation.paired(record("recent 4"), record()) == (0, 0)
+
+
+def test_what_is_not_decided_is_marked(record):
+    """A change of every window by the same is decided, one that the windows do not agree on is not."""
+    full, sure, unsure = record(), record("recent 4", 0.1), record("recent 8", 0.1)
+    unsure["nll_windows"] = [x + d for x, d in zip(full["nll_windows"], (0.5, -0.3, 0.4, -0.2), strict=True)]
+    sure["nll_windows"] = [x + d for x, d in zip(full["nll_windows"], (0.1, 0.1001, 0.1, 0.1), strict=True)]
+    _, first, second = evaluation.changes([full, sure, unsure])
+    assert first.startswith("+10.5") and second.startswith("≈ ")
+
+
+def test_windows_that_an_earlier_record_has_are_not_scored_again(monkeypatch):
+    """A record that was added to equals one that was measured at once; random eviction has as many seeds, in turn."""
+    rows = np.random.default_rng(0).integers(0, 256, (12, 16)).astype(np.int32)
+    whole = Windows(rows, np.arange(12) // 2, "stdlib", "text", "spread", 0, False)
+    scored = []
+
+    def score(config, params, spec, rows, batch, prefix, other):
+        scored.append((str(spec), rows.tolist()))
+        nll_BT = rows[:, 1:] / 100 + spec.parts[0][2].tiers[0].policy.seed
+        return Scores(nll_BT, spec.nbytes(CONFIG.layer_heads, 16), 100.0, 1, 0.5)
+
+    monkeypatch.setattr(perplexity, "score", score)
+    spec, protocol = parse("random 4"), Protocol(batch=4)
+    (half,) = evaluation.job(MODEL, spec, whole.part(0, 4), protocol).run()
+    (added,) = evaluation.job(MODEL, spec, whole, protocol, half).run()
+    assert sum(len(each) for _, each in scored) == 12 and half["draws"] == 1 and added["draws"] == 3
+    assert [name for name, _ in scored] == ["random 4", "random[seed=1] 4", "random[seed=2] 4"]
+    (once,) = evaluation.job(MODEL, spec, whole, protocol).run()
+    assert added == once

@@ -23,7 +23,7 @@ def test_the_page_is_self_contained_and_complete(recorded, tmp_path):
     assert not re.search(r'(src|href)="(?!#)|url\(http|@import', html.split("<svg")[0])
     drawings = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
     models = records.of_kind(recorded, "train")
-    assert len(drawings) == 4 + len(models)
+    assert len(drawings) == 3 + len(models)
     for drawing in drawings:
         ElementTree.fromstring(drawing)
     for one in records.of_kind(recorded, "evaluate"):
@@ -40,9 +40,7 @@ def test_the_page_of_a_pretrained_model(tmp_path):
     for drawing in drawings:
         ElementTree.fromstring(drawing)
     assert [
-        title
-        for title in ("Learning", "Fidelity", "What can still be found", "Decode latency")
-        if f"<h2>{title}" in html
+        title for title in ("Learning", "Fidelity", "What can still be found", "Speed") if f"<h2>{title}" in html
     ] == [
         "Fidelity",
         "What can still be found",

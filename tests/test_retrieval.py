@@ -8,19 +8,19 @@ import pytest
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.eval import stats
-from kvcascade.eval.quality import retrieval
+from kvcascade.eval.quality import puzzles, retrieval
 from kvcascade.model import generate, gpt, tokenizer
 from kvcascade.model.config import ModelConfig
 
 ENCODING = tokenizer.bytes_encoding()
 
 
-@pytest.mark.parametrize("task", retrieval.TASKS)
+@pytest.mark.parametrize("task", puzzles.TASKS)
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
 def test_a_sample_is_whole_and_comes_again(task, depth):
     """Contexts have exactly the length; what is asked for is in them (arithmetic: its parts); the same seed gives the same sample."""
-    one = retrieval.sample(task, ENCODING, 700, depth, 3)
-    assert one == retrieval.sample(task, ENCODING, 700, depth, 3) != retrieval.sample(task, ENCODING, 700, depth, 4)
+    one = puzzles.sample(task, ENCODING, 700, depth, 3)
+    assert one == puzzles.sample(task, ENCODING, 700, depth, 3) != puzzles.sample(task, ENCODING, 700, depth, 4)
     text = ENCODING.decode(one.context)
     assert len(one.context) == 700
     for _, answer in one.turns:
@@ -33,9 +33,56 @@ def test_a_sample_is_whole_and_comes_again(task, depth):
         assert abs(where - depth) < 0.15
 
 
+def test_no_two_puzzles_are_alike():
+    """Over tasks, lengths, depths, seeds and numbers; what is asked for differs as well, where there is much to choose from."""
+    made = [
+        puzzles.sample(task, ENCODING, length, depth, seed, number)
+        for task in puzzles.TASKS
+        for length in (600, 700)
+        for depth in (0.0, 0.5)
+        for seed in (0, 1)
+        for number in range(3)
+    ]
+    assert len({each.name for each in made}) == len(made) == len({tuple(each.context) for each in made})
+    assert len({each.answers for each in made if each.name.startswith("passkey")}) == 24
+
+
+def test_tasks_weigh_alike_and_one_at_chance_is_left_out():
+    """The mean is over tasks, whatever the number of turns; what the full cache guesses is named and not in it; bytes are of one length."""
+
+    def record(cache, task, right, answers, length=100):
+        told = [
+            {"name": f"{i}", "answers": [answer], "said": [""], "right": [r]}
+            for i, (answer, r) in enumerate(zip(answers, right, strict=True))
+        ]
+        return {
+            "model": "m", "cache": cache, "task": task, "length": length, "depth": 0.5, "samples": len(right), "turns": len(right),
+            "answered": sum(right), "puzzles": told, "kv_bytes": length, "compression": 0.5,
+        }  # fmt: skip
+
+    many = [str(i) for i in range(40)]
+    found = [
+        record("full", "a", [True] * 40, many), record("full", "b", [True] * 20 + [False] * 20, ["1"] * 25 + many[:15]),
+        record("recent 4", "a", [True] * 20 + [False] * 20, many), record("recent 4", "b", [True] * 40, ["1"] * 25 + many[:15]),
+        record("full", "a", [True] * 40, many, 200), record("recent 4", "a", [False] * 40, many, 200),
+    ]  # fmt: skip
+    assert retrieval.chance(found[1:2]) == 26 / 40 and retrieval.measurable(found, 100) == ["a"]
+    mean = retrieval.average(found, "recent 4", 100)
+    assert mean is not None and mean.share == 0.5 and 0.3 < mean.low < 0.4 and 0.6 < mean.high < 0.7
+    _, columns, rows = retrieval.table(found)
+    assert {len(row) for row in rows} == {len(columns)} and [row[:2] for row in rows[:2]] == [
+        ["chance", "100"],
+        ["full", "100"],
+    ]
+    assert "not measurable" in rows[0][5] and rows[0][4] == "2%" and rows[3][5] == ""
+    assert np.isnan(retrieval.at(found, "recent 4", 200, 0.25))
+    one, two = retrieval.Share(0.5, 0.4, 0.6), retrieval.Share(1.0, 0.9, 1.0)
+    assert retrieval.macro([one, two]).low == pytest.approx(0.75 - np.hypot(0.1, 0.1) / 2)
+
+
 def test_arithmetic_adds_up():
     for seed in range(20):
-        one = retrieval.sample("arithmetic", ENCODING, 400, 0.3, seed)
+        one = puzzles.sample("arithmetic", ENCODING, 400, 0.3, seed)
         text = ENCODING.decode(one.context)
         tom, ann, bob = (int(ENCODING.decode(answer)) for _, answer in one.turns)
         assert (
@@ -47,11 +94,11 @@ def test_arithmetic_adds_up():
 
 def test_what_cannot_be_made_is_refused():
     with pytest.raises(BadInput, match="no task 'x'"):
-        retrieval.sample("x", ENCODING, 100, 0.0, 0)
+        puzzles.sample("x", ENCODING, 100, 0.0, 0)
     with pytest.raises(BadInput, match="too few"):
-        retrieval.sample("multikey", ENCODING, 100, 0.0, 0)
+        puzzles.sample("multikey", ENCODING, 100, 0.0, 0)
     with pytest.raises(BadInput, match="depth"):
-        retrieval.sample("single", ENCODING, 100, 1.5, 0)
+        puzzles.sample("single", ENCODING, 100, 1.5, 0)
 
 
 CONFIG = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=64, vocab=256, context=256)
@@ -82,10 +129,10 @@ def test_an_answer_counts_if_greedy_decoding_gives_it(cache):
                 at += 1
             turns.append((question, answer))
             told.append((index + turn) % 2 == 0)
-        samples.append(retrieval.Sample(context, turns))
+        samples.append(puzzles.Sample(context, turns))
         wanted.append(told)
     found, size = retrieval.score(CONFIG, PARAMS, parse(cache), samples, retrieval.asked(samples), batch=2)
-    assert found == wanted
+    assert [[turn.right for turn in turns] for turns in found] == wanted
     assert size == parse(cache).nbytes(CONFIG.layer_heads, 64 + 2 * (7 + 3))
 
 
@@ -97,6 +144,6 @@ def test_wilson_is_between_0_and_1_and_around_the_share():
 def test_logits_that_are_not_numbers_are_refused():
     """They answer nothing, and are no wrong answer."""
     broken = PARAMS | {"norm": {"scale": PARAMS["norm"]["scale"].at[0].set(jnp.nan)}}
-    one = retrieval.Sample(list(range(8)), [([1, 2], [3])])
+    one = puzzles.Sample(list(range(8)), [([1, 2], [3])])
     with pytest.raises(BadInput, match="for position 9 of row 0 are not numbers"):
         retrieval.score(CONFIG, broken, parse("full"), [one], 3, 1)

@@ -20,10 +20,9 @@ def model(nano) -> Model:
 
 
 def test_a_bounded_cache_goes_on_past_the_models_context(model) -> None:
-    told = []
     spec = parse("sink 1 | recent 3 | heavy 2@int8")
-    found = stream.stream(model, spec, batch=2, tokens=3 * 1024, report=told.append)
-    assert told == [1024, 2048, 3072] == [done for done, *_ in found["points"]]
+    (found,) = stream.job(model, spec, batch=2, tokens=3 * 1024).run()
+    assert [1024, 2048, 3072] == [done for done, *_ in found["points"]]
     assert found["finite"] and found["traces"] == 1 and model.config.context < 1024
     assert found["kv_bytes"] == spec.nbytes(model.config.layer_heads, 3 * 1024)
     sizes = [size for *_, size in found["points"]]
@@ -43,10 +42,10 @@ def test_logits_that_are_not_finite_end_it(model) -> None:
     params["norm"]["scale"] = params["norm"]["scale"].at[0].set(jnp.nan)
     broken = dataclasses.replace(model, params=params)
     with pytest.raises(BadInput, match="not numbers within its first 64 tokens"):
-        stream.stream(broken, parse("recent 4"), 1, 1024, lambda done: None)
+        stream.stream(broken, parse("recent 4"), 1, 1024)
 
 
 def test_learned_positions_end(model) -> None:
     learned = dataclasses.replace(model, config=dataclasses.replace(model.config, positions="learned"))
     with pytest.raises(BadInput, match="learned positions"):
-        stream.stream(learned, parse("recent 4"), 1, 1024, lambda done: None)
+        stream.stream(learned, parse("recent 4"), 1, 1024)

@@ -13,7 +13,6 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.cache.whole import nbytes
 from kvcascade.eval.quality import perplexity
-from kvcascade.eval.speed import latency
 from kvcascade.kernels.backend import using
 from kvcascade.kernels.decode import decode
 from kvcascade.kernels.heads import Heads, Rope
@@ -149,13 +148,6 @@ def test_a_run_of_such_a_model_is_described_by_its_file() -> None:
     del content["model"]["unlike"][2]["kv"]
     with pytest.raises(BadInput, match="x: model.unlike is incomplete: .*'kv'"):
         settings.from_dict(content, "x")
-
-
-def test_the_time_of_a_step_can_be_taken() -> None:
-    """Next to that of its matrices' products, which are of other widths in each layer."""
-    for config in (LAYERS, WIDE):
-        (found,) = latency.decode_step(config, gpt.init(config, 0), [parse("full")], 1)
-        assert found["products_ms"] > 0
 
 
 # Gemma, end to end

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import itertools
 import logging
 import re
 import sysconfig
@@ -29,6 +30,7 @@ HUB = {
     "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
 }
 LONGEST = 200_000  # characters for tiktoken at once: it aborts on a million spaces in a row
+HEADING = re.compile(r"^ = (?!=)[^\n]*[^=\n] = ?$", re.MULTILINE)
 HUB_SECONDS = 3.0  # for each address of the hub, of which there are a few
 
 # Not text that a model could learn from, or not the same on every machine:
@@ -93,6 +95,27 @@ def tokenize(dataset: datasets.Dataset, encoding: tokenizer.Tokenizer) -> Intege
         raw = np.concatenate([np.empty(0, dtype), *pieces]).tobytes()
         tokenizer.keep(path, hashlib.sha256(raw).digest() + raw)
     return np.frombuffer(raw, dtype)
+
+
+def document_starts(
+    dataset: datasets.Dataset, tokens: Integer[np.ndarray, " T"], lengths: Integer[np.ndarray, " V"]
+) -> Integer[np.ndarray, " D"]:
+    """Where each document of a text begins in its tokens; `lengths` is in bytes per token.
+
+    Documents are the data set's rows; in a text with WikiText's headings (` = Title = `) its articles.
+    """
+    texts = [text if text.endswith("\n") else text + "\n" for text in dataset["text"][:]]
+    whole = "".join(texts)
+    headings = [match.start() for match in HEADING.finditer(whole)]
+    if len(headings) > 1:
+        places = [0, *(headings if whole[: headings[0]].strip() else headings[1:])]
+        sizes = [len(whole[start:stop].encode()) for start, stop in itertools.pairwise([*places, len(whole)])]
+    else:
+        sizes = [len(text.encode()) for text in texts]
+    ends = np.cumsum(lengths[tokens], dtype=np.int64)
+    # A tokeniser that changes its text, say the number of spaces, tells it in a few bytes more or less.
+    offsets = np.cumsum([0, *sizes[:-1]]) * (ends[-1] / max(1, sum(sizes)))
+    return np.searchsorted(ends, offsets, side="right")
 
 
 def _parts(text: str) -> Iterator[str]:

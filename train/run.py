@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
-from jaxtyping import Int32
+from jaxtyping import Integer
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.model import convert as pooling
@@ -76,20 +76,13 @@ def shape(name: str, weights: str | None = None) -> ModelConfig:
     return found if weights is None else dataclasses.replace(found, weights=weights)
 
 
-def evaluation_tokens(model: Model, source: str | None):
-    """Tokens to evaluate a model on: of its own text the validation split, which a run was not trained on; of another file all."""
-    if source is None or source == model.data:
-        return data.tokenize(data.load(model.data).validation, model.encoding)
-    return data.tokenize(data.unseen(source), model.encoding)
-
-
-def evaluation_windows(
-    model: Model, source: str | None, context: int, count: int, bos: bool
-) -> Int32[np.ndarray, "B T"]:
-    """The first windows of the text to evaluate a model on, so many, of so many tokens, of which BOS is the first if `bos`."""
-    begin = [model.bos] if bos else []
-    rows = data.windows(evaluation_tokens(model, source), context - len(begin), count)
-    return np.concatenate([np.full((count, len(begin)), begin, np.int32), rows], 1)
+def evaluation_text(model: Model, source: str | None) -> tuple[Integer[np.ndarray, " T"], Integer[np.ndarray, " D"]]:
+    """Tokens to evaluate a model on, and where its documents begin: of its own text the validation split, which a run was not trained on; of
+    another file all."""
+    own = source is None or source == model.data
+    text = data.load(model.data).validation if own else data.unseen(source or "")
+    tokens = data.tokenize(text, model.encoding)
+    return tokens, data.document_starts(text, tokens, tokenizer.token_bytes(model.encoding))
 
 
 def convert(source: Path, path: Path, kv_heads: int, method: str, share: float) -> int:

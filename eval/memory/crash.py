@@ -14,13 +14,34 @@ from pathlib import Path
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
+from kvcascade.eval.measure import Job
 from kvcascade.eval.memory import limits
 from kvcascade.eval.records import Record
+from kvcascade.kernels import processor
 
 type Child = Callable[[int], limits.Ended]
 """Runs so many users to its end."""
 
 PROGRAM = [sys.executable, "-m", "kvcascade.eval.memory.crash_child"]
+
+
+def job(
+    model: str,
+    spec: CacheSpec,
+    context: int,
+    limit: int,
+    resolution: float,
+    steps: int,
+    weights: str | None,
+    seconds: float,
+) -> Job:
+    """The measurement of one cache; a model is known by its name, since only children load it."""
+    about = {
+        "kind": "crash", "model": model, "cache": str(spec), "context": context, "limit": limit, "resolution": resolution, "steps": steps,
+        "weights": weights, "seconds": seconds, "processor": processor.name(),
+    }  # fmt: skip
+    run = lambda: [crash(model, spec, context, limit, resolution, steps, weights, seconds)]
+    return Job(about, "eval/memory", run, str(spec))
 
 
 def crash(

@@ -10,6 +10,7 @@ import jax
 from kvcascade.cache.spec import CacheSpec, parse
 from kvcascade.eval import child
 from kvcascade.eval.kernels import whole_step
+from kvcascade.eval.measure import Job
 from kvcascade.eval.memory import arithmetic
 from kvcascade.eval.records import Record, full_bytes
 from kvcascade.kernels import aot
@@ -175,37 +176,35 @@ def compare(expected: arithmetic.Memory, rows: int, plan: Record) -> Record:
     }
 
 
-def fit(
+def job(
     name: str,
     config: ModelConfig,
     card: aot.GPU,
-    specs: Sequence[CacheSpec],
+    spec: CacheSpec,
+    baseline: CacheSpec,
     contexts: Sequence[int],
     share: float = arithmetic.SHARE,
-    done: Callable[[], None] = lambda: None,
-) -> list[Record]:
-    """A record per context and cache, the first cache being the baseline of the others; each cache is compiled in a process of its own."""
-    jax.config.update("jax_platforms", "cpu")  # this process only adds up; with the compilers, JAX would look for a GPU
+) -> Job:
+    """A record per context of one cache, which is compared with another; it is compiled in a process of its own."""
     budget = arithmetic.budget(card.name, share)
-    tasks = [Task(card.name, config, str(spec), tuple(contexts), budget) for spec in specs]
-    cases = [json.dumps(dataclasses.asdict(task)) for task in tasks]
-    answers = child.results(CHILD, cases, aot.ENVIRONMENT, done)
+    task = Task(card.name, config, str(spec), tuple(contexts), budget)
+    case = json.dumps(dataclasses.asdict(task))
     common = {
-        "kind": "fit",
-        "model": name,
-        "weights": config.weights,
-        "gpu": card.name,
-        "gpu_memory": card.memory,
-        "share": share,
-        "budget": budget,
-    }
-    found = []
-    for index, context in enumerate(contexts):
-        for spec, case in zip(specs, cases, strict=True):
-            answer = answers[case]
-            answer = answer["found"][index] if "found" in answer else {"context": context, **answer}
-            found.append(common | {"cache": str(spec), "baseline": str(specs[0])} | answer)
-    return found
+        "kind": "fit", "model": name, "weights": config.weights, "gpu": card.name, "gpu_memory": card.memory, "share": share, "budget": budget,
+        "cache": str(spec), "baseline": str(baseline),
+    }  # fmt: skip
+
+    def run() -> list[Record]:
+        jax.config.update(
+            "jax_platforms", "cpu"
+        )  # this process only adds up; with the compilers, JAX would look for a GPU
+        answer = child.results(CHILD, [case], aot.ENVIRONMENT, lambda: None)[case]
+        return [
+            common | (answer["found"][index] if "found" in answer else {"context": context, **answer})
+            for index, context in enumerate(contexts)
+        ]
+
+    return Job(common | {"task": json.loads(case)}, "eval/memory", run, str(spec))
 
 
 def main(arguments: list[str]) -> None:

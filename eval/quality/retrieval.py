@@ -1,183 +1,121 @@
 """What a cache still lets a model find: questions about a context, asked after it was compressed.
 
-Contexts are made here from a seed, after RULER (Hsieh et al. 2024), pass-key retrieval (Mohtashami & Jaggi 2023), and, since finding
-needles certifies little, copying and chained arithmetic. A context enters in one prefill; then the question comes, one token at a time,
-followed by its answer as the model is asked to give it. An answer counts if greedy decoding would give every token of it.
+A context enters in one prefill; then the question comes, one token at a time, followed by its answer as the model is asked to give it.
+An answer counts if greedy decoding would give every token of it.
 """
 
 import dataclasses
-import random
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Int
 
-from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.cache.whole import nbytes
+from kvcascade.eval import stats
+from kvcascade.eval.measure import Job
+from kvcascade.eval.quality.puzzles import Sample, sample
+from kvcascade.eval.records import Record, full_bytes
 from kvcascade.model import generate
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
+from kvcascade.model.pretrained import Model
 from kvcascade.model.sampling import NOT_A_NUMBER
-from kvcascade.model.tokenizer import Tokenizer, encode_within
-
-NOISE = (
-    "The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.", "A door closed in the hall.",
-    "The train was late that day.", "Nobody had seen the cat.", "It rained for an hour.", "They talked about the weather.",
-    "The book lay on the table.", "A dog barked twice.", "She walked to the station.", "The coffee was cold.", "He forgot the umbrella.",
-    "The shop opens at nine.", "Somebody laughed upstairs.", "The letter came on Monday.", "A boat crossed the lake.", "The lamp was lit.",
-)  # fmt: skip
-WORDS = (
-    "apple", "river", "stone", "cloud", "tiger", "music", "paper", "bread", "chair", "green", "house", "light", "money", "night", "ocean",
-    "plant", "queen", "radio", "sugar", "table", "uncle", "voice", "water", "young", "zebra", "bridge", "candle", "dragon", "engine",
-    "flower", "garden", "hammer", "island", "jacket", "kitten", "ladder", "marble", "needle", "orange", "pencil", "rabbit", "silver",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class Puzzle:
-    """What is hidden in a context, each sentence at its depth (0: start, 1: end; None: where the task says), and what is asked then."""
+class Turn:
+    """What came of a question."""
 
-    hidden: Sequence[tuple[float | None, str]]
-    turns: list[tuple[str, str]]
-    """Questions and answers; the answer follows the question as its continuation."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """A puzzle in tokens: a context of an exact length, and the turns over it."""
-
-    context: list[int]
-    turns: list[tuple[list[int], list[int]]]
+    right: bool
+    said: list[int]
+    """The likeliest token at each place of the answer, those before it given."""
 
 
-def _number(rng: random.Random, digits: int) -> str:
-    return str(rng.randrange(10 ** (digits - 1), 10**digits))
-
-
-def _passkey(rng: random.Random, depth: float) -> Puzzle:
-    key = _number(rng, 5)
-    return Puzzle(
-        [(depth, f"The pass key is {key}. Remember it.")], [("What is the pass key? The pass key is", f" {key}")]
-    )
-
-
-def _needle(word: str, number: str) -> str:
-    return f"The magic number of {word} is {number}."
-
-
-def _ask(word: str) -> str:
-    return f"What is the magic number of {word}? The magic number of {word} is"
-
-
-def _single(rng: random.Random, depth: float) -> Puzzle:
-    word, number = rng.choice(WORDS), _number(rng, 5)
-    return Puzzle([(depth, _needle(word, number))], [(_ask(word), f" {number}")])
-
-
-def _multikey(rng: random.Random, depth: float) -> Puzzle:
-    words, numbers = rng.sample(WORDS, 4), [_number(rng, 5) for _ in range(4)]
-    hidden = [(None if i else depth, _needle(w, n)) for i, (w, n) in enumerate(zip(words, numbers, strict=True))]
-    return Puzzle(hidden, [(_ask(words[0]), f" {numbers[0]}")])
-
-
-def _multivalue(rng: random.Random, depth: float) -> Puzzle:
-    word, numbers = rng.choice(WORDS), [_number(rng, 3) for _ in range(3)]
-    hidden = [(depth, f"One magic number of {word} is {number}.") for number in numbers]
-    question = f"What are the magic numbers of {word}, in the order of the text? The magic numbers of {word} are"
-    return Puzzle(hidden, [(question, f" {numbers[0]}, {numbers[1]}, {numbers[2]}")])
-
-
-def _tracking(rng: random.Random, depth: float) -> Puzzle:
-    names, value = rng.sample("ABCDEFGHJKLMNPQRSTUVWXYZ", 3), _number(rng, 3)
-    first, second, third = names
-    hidden = [(depth, f"{first} = {value}."), (None, f"{second} = {first}."), (None, f"{third} = {second}.")]
-    return Puzzle(hidden, [(f"What is the value of {third}? {third} =", f" {value}")])
-
-
-def _common(rng: random.Random, depth: float) -> Puzzle:
-    often, *others = rng.sample(WORDS, 8)
-    words = [often] * 8 + others
-    rng.shuffle(words)
-    return Puzzle(
-        [(depth, f"The words are: {', '.join(words)}.")], [("The word that comes most often is", f" {often}")]
-    )
-
-
-def _copying(rng: random.Random, depth: float) -> Puzzle:
-    words = rng.sample(WORDS, 6)
-    return Puzzle(
-        [(depth, f"The list is: {' '.join(words)}.")], [(f"Again, the list is: {words[0]}", " " + " ".join(words[1:]))]
-    )
-
-
-def _arithmetic(rng: random.Random, depth: float) -> Puzzle:
-    values, steps = [rng.randrange(1, 5)], []
-    for _ in range(2):
-        steps.append(rng.randrange(1, 3))
-        values.append(values[-1] + steps[-1])
-    hidden = [
-        (depth, f"Tom has {values[0]} apples."), (None, f"Ann has {steps[0]} more than Tom."), (None, f"Bob has {steps[1]} more than Ann."),
-    ]  # fmt: skip
-    names = ("Tom", "Ann", "Bob")
-    return Puzzle(hidden, [(f"How many apples has {n}? {n} has", f" {v}") for n, v in zip(names, values, strict=True)])
-
-
-def _multiturn(rng: random.Random, depth: float) -> Puzzle:
-    words, numbers = rng.sample(WORDS, 3), [_number(rng, 5) for _ in range(3)]
-    hidden = [(None if i else depth, _needle(w, n)) for i, (w, n) in enumerate(zip(words, numbers, strict=True))]
-    return Puzzle(hidden, [(_ask(w), f" {n}") for w, n in zip(words, numbers, strict=True)])
-
-
-TASKS: dict[str, Callable[[random.Random, float], Puzzle]] = {
-    "passkey": _passkey,
-    "single": _single,
-    "multikey": _multikey,
-    "multivalue": _multivalue,
-    "tracking": _tracking,
-    "common": _common,
-    "copying": _copying,
-    "arithmetic": _arithmetic,
-    "multiturn": _multiturn,
-}
-
-
-def sample(task: str, encoding: Tokenizer, length: int, depth: float, seed: int, before: Sequence[int] = ()) -> Sample:
-    """Make a context of exactly `length` tokens with a puzzle in it, `before` at its begin; the same arguments give the same sample.
-
-    What has no depth of its own is hidden after the rest, in equal steps to the end. Raises BadInput where the context is too short.
-    """
-    if task not in TASKS:
-        raise BadInput(f"no task {task!r}; there are {', '.join(TASKS)}")
-    if not 0 <= depth <= 1:
-        raise BadInput(f"a depth of {depth}; it must be between 0 and 1")
-    rng = random.Random(f"{task} {seed}")  # of a text: the same on every machine
-    puzzle = TASKS[task](rng, depth)
-    tokens = lambda text: encode_within(encoding, text)
-    hidden = [tokens(" " + text) for _, text in puzzle.hidden]
-    room = length - sum(map(len, hidden)) - len(before)
-    if room < 0:
-        raise BadInput(f"{length} tokens are too few for the task {task}, which hides {length - room}")
-    noise: list[list[int]] = []
-    while sum(map(len, noise)) < room:
-        noise.append(tokens(" " + rng.choice(NOISE)))
-    noise[-1:] = [noise[-1][: room - sum(map(len, noise[:-1]))]] if noise else []
-    later = sum(where is None for where, _ in puzzle.hidden)
-    places, seen = [], 0
-    for where, _ in puzzle.hidden:
-        seen += where is None
-        share = depth + (1 - depth) * seen / (later + 1) if where is None else where
-        places.append(round(share * max(len(noise) - 1, 0)))  # before the last, which may be cut short
-    context = list(before)
-    for index, sentence in enumerate([*noise, []]):
-        context += [token for place, each in zip(places, hidden, strict=True) if place == index for token in each]
-        context += sentence
-    turns = [
-        (tokens(("\n" if i else "\n\n") + question), tokens(answer))
-        for i, (question, answer) in enumerate(puzzle.turns)
+def jobs(
+    model: Model,
+    specs: Sequence[CacheSpec],
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    samples: int,
+    seed: int,
+    batch: int,
+) -> list[Job]:
+    """A measurement for each cache, task and length, which gives a record for each depth; every puzzle is another one."""
+    made = {
+        (task, length): [
+            [sample(task, model.encoding, length, depth, seed, number, model.before) for number in range(samples)]
+            for depth in depths
+        ]
+        for task in tasks
+        for length in lengths
+    }
+    room = asked(each for by_depth in made.values() for puzzles in by_depth for each in puzzles)
+    return [
+        _job(model, spec, task, length, dict(zip(depths, by_depth, strict=True)), room, seed, batch)
+        for spec in specs
+        for (task, length), by_depth in made.items()
     ]
-    return Sample(context, turns)
+
+
+def _job(
+    model: Model,
+    spec: CacheSpec,
+    task: str,
+    length: int,
+    by_depth: dict[float, list[Sample]],
+    room: int,
+    seed: int,
+    batch: int,
+) -> Job:
+    flat = [each for puzzles in by_depth.values() for each in puzzles]
+    about = {
+        "kind": "retrieve", "model": model.name, "weights": model.config.weights, "weights_key": model.fingerprint, "cache": str(spec),
+        "task": task, "length": length, "room": room, "seed": seed,
+    }  # fmt: skip
+
+    def run() -> list[Record]:
+        found, size = score(model.config, model.params, spec, flat, room, batch)
+        turns = iter(found)
+        return [
+            about | _record(model, depth, puzzles, [next(turns) for _ in puzzles], size, length + room)
+            for depth, puzzles in by_depth.items()
+        ]
+
+    more = {"depths": [*by_depth], "samples": len(flat) // len(by_depth), "batch": batch}
+    return Job(about | more, "eval/quality", run, f"{spec}: {task} in {length}")
+
+
+def _record(
+    model: Model, depth: float, puzzles: list[Sample], found: list[list[Turn]], size: int, context: int
+) -> Record:
+    """What is said of one task at one depth behind one cache; bytes are of the context with room for the turns."""
+    right = [turn.right for turns in found for turn in turns]
+    full = full_bytes(model.config, context)
+    text = lambda tokens: b"".join(map(model.encoding.decode_single_token_bytes, tokens)).decode(errors="replace")
+    return {
+        "depth": depth,
+        "samples": len(puzzles),
+        "turns": len(right),
+        "answered": sum(right),
+        "score": sum(right) / len(right),
+        "puzzles": [
+            {
+                "name": puzzle.name,
+                "answers": list(puzzle.answers),
+                "said": [text(turn.said) for turn in turns],
+                "right": [turn.right for turn in turns],
+            }
+            for puzzle, turns in zip(puzzles, found, strict=True)
+        ],
+        "kv_bytes": size,
+        "kv_bytes_full": full,
+        "compression": 1 - size / full,
+    }
 
 
 def asked(samples: Iterable[Sample]) -> int:
@@ -187,8 +125,8 @@ def asked(samples: Iterable[Sample]) -> int:
 
 def score(
     config: ModelConfig, params: Params, spec: CacheSpec, samples: list[Sample], room: int, batch: int
-) -> tuple[list[list[bool]], int]:
-    """Whether each turn of each sample is answered, turn after turn over one cache, and the bytes of a row's cache.
+) -> tuple[list[list[Turn]], int]:
+    """What came of each turn of each sample, turn after turn over one cache, and the bytes of a row's cache.
 
     Samples have contexts of one length; `room` is for the turns of any of them, and the same for all tasks, so that each
     length is compiled once. Raises BadInput if context and turns are longer than the model's context, or logits are not numbers.
@@ -197,7 +135,7 @@ def score(
     whole = length + room
     generate.check_context(config, whole)
     spec.nbytes(config.layer_heads, whole)
-    found: list[list[bool]] = []
+    found: list[list[Turn]] = []
     batch, size = min(batch, len(samples)), 0
     for first in range(0, len(samples), batch):
         part = samples[first : first + batch]
@@ -220,15 +158,115 @@ def score(
             guesses.append(jnp.where(jnp.isfinite(logits_BV.max(-1)), logits_BV.argmax(-1), NOT_A_NUMBER))
         guessed = np.asarray(jnp.stack(guesses, 1))
         generate.check_numbers((guessed == NOT_A_NUMBER) & (where >= 0), np.full(batch, length + 1), first)
-        right = guessed[:, :-1] == fed[:, 1:]
-        found += [_answered(each, right[row]) for row, each in enumerate(part)]
+        found += [_answered(each, guessed[row]) for row, each in enumerate(part)]
     return found, size
 
 
-def _answered(sample: Sample, right: Bool[np.ndarray, " T"]) -> list[bool]:
+def _answered(sample: Sample, guessed: Int[np.ndarray, " T"]) -> list[Turn]:
     found, at = [], 0
     for question, answer in sample.turns:
         at += len(question)
-        found.append(bool(right[at - 1 : at - 1 + len(answer)].all()))
+        said = guessed[at - 1 : at - 1 + len(answer)].tolist()
+        found.append(Turn(said == answer, said))
         at += len(answer)
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A share of what was asked, with its 95 % interval."""
+
+    share: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.share:.0%} ({self.low:.0%} … {self.high:.0%})"
+
+
+def answered(found: list[Record]) -> Share:
+    """The share of turns answered, with the Wilson interval of as many puzzles: the turns of one share a context, and count as one."""
+    share = sum(r["answered"] for r in found) / sum(r["turns"] for r in found)
+    puzzles = sum(r["samples"] for r in found)
+    return Share(share, *stats.wilson(share * puzzles, puzzles))
+
+
+def macro(shares: Sequence[Share]) -> Share:
+    """The mean over tasks, each of the same weight; its interval by theirs (MOVER: Zou and Donner 2008)."""
+    mean = sum(each.share for each in shares) / len(shares)
+    below = math.hypot(*(each.share - each.low for each in shares)) / len(shares)
+    above = math.hypot(*(each.high - each.share for each in shares)) / len(shares)
+    return Share(mean, max(0.0, mean - below), min(1.0, mean + above))
+
+
+def chance(found: list[Record]) -> float:
+    """The share of turns that the best answer to be given always would answer."""
+    answers = Counter(answer for r in found for puzzle in r.get("puzzles", []) for answer in puzzle["answers"])
+    return max(answers.values(), default=0) / max(1, answers.total())
+
+
+def measurable(found: list[Record], length: int) -> list[str]:
+    """The tasks that the full cache does better than chance in contexts of a length; all where there is no full cache."""
+    tasks = dict.fromkeys(r["task"] for r in found if r["length"] == length)
+    full = lambda task: [r for r in found if (r["cache"], r["task"], r["length"]) == ("full", task, length)]
+    return [task for task in tasks if not (mine := full(task)) or answered(mine).low > chance(mine)]
+
+
+def average(found: list[Record], cache: str, length: int) -> Share | None:
+    """The mean over the tasks that can be measured of what a cache answers in contexts of a length; None where one of them was not asked."""
+    parts = [
+        [r for r in found if (r["cache"], r["task"], r["length"]) == (cache, task, length)]
+        for task in measurable(found, length)
+    ]
+    return macro([answered(mine) for mine in parts]) if parts and all(parts) else None
+
+
+def at(found: list[Record], cache: str, length: int, depth: float) -> float:
+    """The mean over the tasks that can be measured of what a cache answers at one length and depth; NaN where one of them was not asked."""
+    here = [r for r in found if (r["cache"], r["length"], r["depth"]) == (cache, length, depth)]
+    parts = [[r for r in here if r["task"] == task] for task in measurable(found, length)]
+    return macro([answered(mine) for mine in parts]).share if parts and all(parts) else math.nan
+
+
+def table(found: list[Record]) -> tuple[str, list[str], list[list[str]]]:
+    """Title, columns and rows of one model: chance first, then a row for each length and cache, a column for each task over all depths."""
+    tasks = list(dict.fromkeys(r["task"] for r in found))
+    rows = []
+    for length in sorted({r["length"] for r in found}):
+        of_length = [r for r in found if r["length"] == length]
+        each = lambda task, of_length=of_length: [r for r in of_length if r["task"] == task]
+        counted = measurable(found, length)
+        guessed = [
+            f"{chance(mine):.0%}" + ("" if task in counted else ": not measurable") if (mine := each(task)) else ""
+            for task in tasks
+        ]
+        rows.append(["chance", f"{length:,}", "", "", *guessed, ""])
+        for cache in dict.fromkeys(r["cache"] for r in of_length):
+            mine = [r for r in of_length if r["cache"] == cache]
+            cells = [str(answered(some)) if (some := [r for r in mine if r["task"] == task]) else "" for task in tasks]
+            whole = average(found, cache, length)
+            rows.append(
+                [
+                    cache,
+                    f"{length:,}",
+                    f"{mine[0]['kv_bytes']:,}",
+                    f"{mine[0]['compression']:.1%}",
+                    *cells,
+                    str(whole) if whole else "",
+                ]
+            )
+    return (
+        f"{found[0]['model']}: {protocol(found)}",
+        ["cache", "context", "KV bytes", "saved", *tasks, "mean of tasks"],
+        rows,
+    )
+
+
+def protocol(found: list[Record]) -> str:
+    """In a sentence what was asked how often."""
+    depths = len({r["depth"] for r in found})
+    puzzles = sum(r["samples"] for r in found if (r["cache"], r["task"]) == (found[0]["cache"], found[0]["task"]))
+    return (
+        f"share of turns answered, 95 % Wilson intervals; {puzzles} puzzles a task, no two alike, at {depths} depths; "
+        "tasks that the full cache does no better than the best constant answer are not in the mean"
+    )

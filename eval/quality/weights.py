@@ -10,7 +10,21 @@ from kvcascade.eval.records import Record, Table, of_kind
 
 def quantized(before: Record, after: Record, **about) -> Record:
     """The record of a model that was rounded, from its evaluations before and after."""
-    same = {key: before[key] for key in ("model", "data", "context", "sequences", "tokens", "bos")}
+    same = {
+        key: before[key]
+        for key in (
+            "model",
+            "data",
+            "context",
+            "sequences",
+            "tokens",
+            "bos",
+            "rows",
+            "windows",
+            "documents",
+            "document_windows",
+        )
+    }
     pairs = {
         f"{key}_{when}": each[key]
         for when, each in (("before", before), ("after", after))
@@ -38,7 +52,10 @@ def table(found: list[Record]) -> Table:
     for weights, how, size, mine, theirs in lines:
         change = ""
         if mine != ppl and len(theirs) == len(windows):
-            low, high = (math.expm1(x) for x in stats.interval(np.asarray(theirs) - np.asarray(windows)))
+            low, high = (
+                math.expm1(x)
+                for x in stats.interval(np.asarray(theirs) - np.asarray(windows), found[0].get("document_windows"))
+            )
             change = f"{mine / ppl - 1:+.2%} ({low:+.2%} … {high:+.2%})"
         rows.append([weights, how, f"{size:,}", f"{size / whole:.1%}", f"{mine:.3f}", change])
     return columns, rows

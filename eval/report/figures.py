@@ -1,8 +1,11 @@
 """The report's figures, as SVG text."""
 
 import io
+import itertools
+import math
 import re
 import textwrap
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from kvcascade.eval import suite
+from kvcascade.eval.quality import evaluation, retrieval
 from kvcascade.eval.records import Record
 
 # Okabe and Ito's colours: told apart by colour-blind readers as well.
@@ -53,52 +58,79 @@ def bytes_label(value: float | int, _=None) -> str:
     return ""
 
 
+def styled[T](values: Iterable[T]) -> Iterator[tuple[dict[str, Any], T]]:
+    """A colour for each of some lines, and where there are more than colours, another kind of line."""
+    styles = itertools.product(("-", "--", ":", "-."), COLOURS)
+    return (
+        (dict(zip(("linestyle", "color"), style, strict=True)), value)
+        for style, value in zip(styles, values, strict=False)
+    )
+
+
 def loss_curves(trainings: list[Record]) -> str:
-    """Validation loss against tokens seen, with one standard error, for each run; the uptrained one from its first step on."""
+    """Validation loss against tokens seen: of each model the mean over seeds and their range, or with one seed its standard error."""
     with plt.rc_context(STYLE):
         figure, axes = _axes()
         shown = []
-        for colour, run in zip(COLOURS, trainings, strict=False):
-            steps, losses, errors, _ = zip(*run["curve"], strict=True)
-            tokens = [step * run["tokens_per_step"] / 1e6 for step in steps]
-            axes.plot(tokens, losses, color=colour, label=run["model"], marker="o", markersize=3)
-            low, high = ([x + sign * e for x, e in zip(losses, errors, strict=True)] for sign in (-1, 1))
-            axes.fill_between(tokens, low, high, color=colour, alpha=0.12, linewidth=0)
+        for style, (name, runs) in styled(suite.by_model(trainings).items()):
+            points = [
+                list(zip(*(run["curve"][index] for run in runs), strict=True))
+                for index in range(min(len(r["curve"]) for r in runs))
+            ]
+            tokens = [steps[0] * runs[0]["tokens_per_step"] / 1e6 for steps, *_ in points]
+            losses = [sum(each) / len(each) for _, each, *_ in points]
+            low, high = [min(each) for _, each, *_ in points], [max(each) for _, each, *_ in points]
+            if len(runs) == 1:
+                low, high = (
+                    [x + sign * errors[0] for x, (_, _, errors, _) in zip(losses, points, strict=True)]
+                    for sign in (-1, 1)
+                )
+            axes.plot(tokens, losses, label=name, marker="o", markersize=3, **style)
+            axes.fill_between(tokens, low, high, color=style["color"], alpha=0.12, linewidth=0)
             shown += losses[len(losses) // 5 :]
         axes.set_ylim(min(shown) - 0.15, max(shown) + 0.25)
-        axes.set_xlabel("million tokens trained on by this run")
+        axes.set_xlabel("million tokens trained on by this run (the first points lie above)")
         axes.set_ylabel("validation loss, nats per token")
         axes.legend()
         return to_svg(figure)
 
 
 def quality_against_bytes(evaluations: list[Record], groups: dict[str, str]) -> str:
-    """Perplexity against measured bytes of a row's cache; colour is the group of caches that are compared, hollow is random eviction."""
+    """Perplexity against measured bytes of a row's cache; bars are 95 % intervals of the change against the full cache.
+
+    Colour is the group of caches that are compared, hollow is random eviction; caches that none of fewer bytes beats have their names.
+    """
     with plt.rc_context(STYLE):
         figure, axes = _axes()
-        names = list(dict.fromkeys(groups[r["cache"]] for r in evaluations))
-        for record in evaluations:
-            colour = COLOURS[names.index(groups[record["cache"]])]
-            hollow = record["cache"].startswith("random")
-            axes.plot(
-                record["kv_bytes"], record["ppl"], color=colour, marker="o", markersize=8, linestyle="", markeredgewidth=1.8,
-                markerfacecolor="none" if hollow else colour,
+        colours = {
+            name: style["color"] for style, name in styled(dict.fromkeys(groups[r["cache"]] for r in evaluations))
+        }
+        front = math.inf
+        for record in sorted(evaluations, key=lambda r: (r["kv_bytes"], r["ppl"])):
+            colour, full = colours[groups[record["cache"]]], evaluation.baseline(record, evaluations)
+            low, high = evaluation.paired(record, full) if full and full is not record else (math.nan, math.nan)
+            bar = None
+            if full and math.isfinite(low):
+                ends = [full["ppl"] * math.exp(low), full["ppl"] * math.exp(high)]
+                bar = [[max(0.0, record["ppl"] - ends[0])], [max(0.0, ends[1] - record["ppl"])]]
+            lot = record["cache"].startswith("random")
+            axes.errorbar(
+                record["kv_bytes"], record["ppl"], yerr=bar, color=colour, marker="o", markersize=7, markeredgewidth=1.6, elinewidth=1.2,
+                capsize=2.5, markerfacecolor="white" if lot else colour,
             )  # fmt: skip
-        for name, colour in zip(names, COLOURS, strict=False):
+            if record["ppl"] < front and not lot:
+                front = record["ppl"]
+                axes.annotate(
+                    record["cache"], (record["kv_bytes"], record["ppl"]), (5, -11), textcoords="offset points", fontsize=7.5, color="#333",
+                    family="monospace",
+                )  # fmt: skip
+        for name, colour in colours.items():
             axes.plot([], [], color=colour, marker="o", linestyle="", label=name)
         axes.plot(
-            [], [], color="#666", marker="o", linestyle="", markerfacecolor="none", label="hollow: random eviction"
+            [], [], color="#666", marker="o", linestyle="", markerfacecolor="white", label="hollow: random eviction"
         )
         for full in [r for r in evaluations if r["cache"] == "full"][:1]:
             axes.axhline(full["ppl"], color="#888", linewidth=1, linestyle="--")
-            axes.annotate(
-                "full cache",
-                (full["kv_bytes"], full["ppl"]),
-                (0, -14),
-                textcoords="offset points",
-                color="#555",
-                ha="right",
-            )
         perplexities = [r["ppl"] for r in evaluations]
         if max(perplexities) > 1.5 * min(perplexities):  # in a narrower range a logarithmic axis would have no ticks
             axes.set_yscale("log")
@@ -109,6 +141,7 @@ def quality_against_bytes(evaluations: list[Record], groups: dict[str, str]) -> 
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(LogLocator(2))
         axes.xaxis.set_major_formatter(FuncFormatter(bytes_label))
+        axes.margins(x=0.12)
         axes.set_xlabel("measured bytes of one row's cache")
         axes.set_ylabel("perplexity (lower is better)")
         axes.legend(fontsize=9)
@@ -127,7 +160,7 @@ def bytes_by_kind(layers: list[Record]) -> str:
                 for kind in kinds
             ]
             places = [place + (index - (len(codecs) - 1) / 2) * 0.26 for place in range(len(kinds))]
-            bars = axes.bar(places, sizes, 0.24, color=COLOURS[index], label=codec)
+            bars = axes.bar(places, sizes, 0.24, color=COLOURS[index % len(COLOURS)], label=codec)
             axes.bar_label(bars, [f"{size:.0f}" for size in sizes], padding=2, fontsize=9)
         axes.set_xticks(range(len(kinds)), kinds)
         axes.set_ylabel("bytes per token and layer")
@@ -140,12 +173,11 @@ def growth(records: list[Record]) -> str:
     """Bytes of one row's cache against the context; dashed, where they are known, the temporaries of a decode step."""
     with plt.rc_context(STYLE):
         figure, axes = _axes()
-        for colour, record in zip(COLOURS, records, strict=False):
-            axes.plot(
-                record["contexts"], record["kv_bytes"], color=colour, marker="o", markersize=4, label=record["cache"]
-            )
+        for style, record in styled(records):
+            axes.plot(record["contexts"], record["kv_bytes"], marker="o", markersize=4, label=record["cache"], **style)
             if "temporary_bytes" in record:
-                axes.plot(record["contexts"], record["temporary_bytes"], color=colour, linestyle="--", linewidth=1.2)
+                dashed: dict[str, Any] = style | {"linestyle": "--"}
+                axes.plot(record["contexts"], record["temporary_bytes"], linewidth=1.2, **dashed)
         temporaries = any("temporary_bytes" in record for record in records)
         if temporaries:
             axes.plot(
@@ -160,27 +192,6 @@ def growth(records: list[Record]) -> str:
         axes.set_ylabel("measured bytes of one row's cache")
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14)} if temporaries else {}
         axes.legend(fontsize=9, **below)
-        return to_svg(figure)
-
-
-def latency(records: list[Record]) -> str:
-    """Time of a decode step by cache, early and late in the context, next to its matrix products alone."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(SIZE[0], 1.2 + 0.62 * len(records)))
-        for place, record in enumerate(reversed(records)):
-            for offset, key, colour in (
-                (0.25, "first_ms", COLOURS[5]),
-                (0.0, "last_ms", COLOURS[0]),
-                (-0.25, "products_ms", "#999999"),
-            ):
-                bar = axes.barh(place + offset, record[key], 0.23, color=colour)
-                axes.bar_label(bar, [f"{record[key]:.2f}"], padding=3, fontsize=9)
-        labels = ("first third of the context", "last third", "matrix products alone")
-        handles = [Patch(color=colour) for colour in (COLOURS[5], COLOURS[0], "#999999")]
-        axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.4, -0.16), ncols=3, fontsize=9)
-        axes.set_yticks(range(len(records)), [f"{r['model']}: {r['cache']}" for r in reversed(records)])
-        axes.set_xlabel("milliseconds per decode step of the batch")
-        axes.grid(axis="y", visible=False)
         return to_svg(figure)
 
 
@@ -232,13 +243,14 @@ def step_shares(records: list[Record]) -> str:
         return to_svg(figure)
 
 
-def retrieval(records: list[Record]) -> str:
-    """A heat map per cache: the share of turns answered by depth and length, over all tasks."""
+def found_at(records: list[Record]) -> str:
+    """A heat map per cache: what is answered by depth and length, the mean over the tasks that can be measured; grey was not measured."""
     caches = list(dict.fromkeys(r["cache"] for r in records))
     lengths, depths = sorted({r["length"] for r in records}), sorted({r["depth"] for r in records})
     columns = min(4, len(caches))
     rows = -(-len(caches) // columns)
     style: dict[Any, Any] = STYLE | {"axes.grid": False, "font.size": 9}
+    colours = plt.get_cmap("viridis").with_extremes(bad="#d0d0d0")
     with plt.rc_context(style):
         figure, panels = plt.subplots(
             rows, columns, figsize=(2.1 * columns + 0.6, 2.1 * rows + 0.3), squeeze=False, sharex=True, sharey=True
@@ -247,20 +259,13 @@ def retrieval(records: list[Record]) -> str:
             if index >= len(caches):
                 panel.set_axis_off()
                 continue
-            share = []
-            for depth in depths:
-                share.append([])
-                for length in lengths:
-                    cell = [
-                        r for r in records if (r["cache"], r["depth"], r["length"]) == (caches[index], depth, length)
-                    ]
-                    share[-1].append(sum(r["answered"] for r in cell) / max(1, sum(r["turns"] for r in cell)))
-            panel.imshow(share, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+            share = [[retrieval.at(records, caches[index], length, depth) for length in lengths] for depth in depths]
+            panel.imshow(share, vmin=0, vmax=1, cmap=colours, aspect="auto")
             for y, line in enumerate(share):
                 for x, value in enumerate(line):
-                    panel.text(
-                        x, y, f"{value:.0%}", ha="center", va="center", color="black" if value > 0.6 else "white"
-                    )
+                    if not math.isnan(value):
+                        colour = "black" if value > 0.6 else "white"
+                        panel.text(x, y, f"{value:.0%}", ha="center", va="center", color=colour)
             panel.set_title("\n".join(textwrap.wrap(caches[index], 26)), fontsize=8, family="monospace")
             panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
             panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
@@ -274,12 +279,12 @@ def stream(records: list[Record]) -> str:
     """Milliseconds per token against tokens generated, a line per cache."""
     with plt.rc_context(STYLE):
         figure, axes = _axes()
-        for colour, record in zip(COLOURS, records, strict=False):
+        for style, record in styled(records):
             done, ms, _ = zip(*record["points"], strict=True)
             axes.plot(
                 done,
                 ms,
-                color=colour,
+                **style,
                 marker="o",
                 markersize=3,
                 label=f"{Path(record['model']).name}: {record['cache']}",
@@ -331,10 +336,11 @@ def peak_memory(records: list[Record]) -> str:
         )
         for panel, model in zip(panels.flat, models, strict=True):
             mine = [r for r in records if r["model"] == model]
-            for colour, record in zip(COLOURS, mine, strict=False):
+            for style, record in styled(mine):
+                colour = style["color"]
                 limit, last = record["limit"] / 1e9, record["users_predicted"]
                 line = [record["peak_one"] / 1e9 + n * record["user_bytes_predicted"] / 1e9 for n in (0, last - 1)]
-                panel.plot([1, last], line, color=colour, linewidth=1)
+                panel.plot([1, last], line, linewidth=1, **style)
                 lived = [(c["users"], c["peak"] / 1e9) for c in record["children"] if c["lived"]]
                 died = [(c["users"], limit) for c in record["children"] if not c["lived"]]
                 panel.plot(*zip(*lived, strict=True), color=colour, marker="o", linestyle="", label=record["cache"])

@@ -1,8 +1,8 @@
 """One page and the README's tables, made from records alone."""
 
-import math
 import re
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jinja2
@@ -10,8 +10,9 @@ import markupsafe
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.eval import stats, suite
+from kvcascade.eval.quality import evaluation, retrieval
 from kvcascade.eval.record_keys import KEYS
-from kvcascade.eval.records import Record, Table, alike, markdown, of_kind, paired, retrieval_table
+from kvcascade.eval.records import Record, Table, markdown, of_kind
 from kvcascade.eval.report import costs, figures
 from kvcascade.kernels.files import write_whole
 
@@ -35,102 +36,111 @@ def render(template: str, path: Path, values: dict) -> None:
 
 def sections(records: list[Record]) -> dict:
     """What the page shows of what there is: figures, the table behind each, the findings in words, the protocol."""
-    kinds = ("train", "evaluate", "retrieve", "layer", "growth", "latency")
-    trainings, evaluations, retrievals, layers, grown, latencies = (of_kind(records, kind) for kind in kinds)
+    kinds = ("train", "evaluate", "retrieve", "layer", "growth")
+    trainings, evaluations, retrievals, layers, grown = (of_kind(records, kind) for kind in kinds)
     costly = costs.sections(records)
     if not evaluations and not retrievals and not any(costly.values()):
         raise BadInput("there is nothing to report in these records")
-    groups = {r["cache"]: suite.group_of(r["cache"], r["context"]) for r in evaluations}
-    figure = lambda draw, *arguments: markupsafe.Markup(draw(*arguments))
-    quality = []
-    for name in dict.fromkeys(r["model"] for r in evaluations):
-        mine = [r for r in evaluations if r["model"] == name]
-        quality.append({
-            "model": name, "figure": figure(figures.quality_against_bytes, mine, groups), "table": quality_table(mine, groups),
-        })  # fmt: skip
     return {
         "findings": findings(records),
-        "trainings": trainings and {"figure": figure(figures.loss_curves, trainings), "table": models_table(trainings)},
-        "quality": quality,
+        "trainings": trainings and {"figure": _svg(figures.loss_curves, trainings), "table": models_table(trainings)},
+        "quality": [_quality(mine) for mine in comparable(evaluations)],
         "fidelity": [
-            {"model": each["model"], "table": fidelity_table(mine)}
-            for each in quality
-            if (mine := [r for r in evaluations if r["model"] == each["model"] and "kl" in r])
+            {"title": _title(mine[0]), "table": fidelity_table(mine)}
+            for mine in comparable(evaluations)
+            if "kl" in mine[0]
         ],
-        "retrieval": retrievals
-        and {"figure": figure(figures.retrieval, retrievals), "table": retrieval_table(retrievals)[1:]},
-        "layers": layers and {"figure": figure(figures.bytes_by_kind, layers), "table": _layers_table(layers)},
+        "retrieval": [
+            {"figure": _svg(figures.found_at, mine), "title": title, "table": table}
+            for mine in grouped(retrievals, "model", "weights", "weights_key")
+            for title, *table in (retrieval.table(mine),)
+        ],
+        "layers": layers and {"figure": _svg(figures.bytes_by_kind, layers), "table": _layers_table(layers)},
         "growth": grown
-        and {"figure": figure(figures.growth, grown), "table": _growth_table(grown), "model": grown[0]["model"]},
-        "latency": latencies
-        and {
-            "figure": figure(figures.latency, latencies),
-            "table": latency_table(latencies),
-            "batch": latencies[0]["batch"],
-        },
+        and {"figure": _svg(figures.growth, grown), "table": _growth_table(grown), "model": grown[0]["model"]},
         **costly,
         "protocol": _protocol(records),
     }
 
 
-def _protocol(records: list[Record]) -> dict:
-    """What was measured on what, by which versions; of costs alone there is neither a text nor a seed."""
-    trainings, evaluations, retrievals = (of_kind(records, kind) for kind in ("train", "evaluate", "retrieve"))
-    told = [*evaluations, *retrievals] or [r for r in records if r["kind"] in KEYS]
-    first = told[0]
-    own = bool(trainings) and trainings[0]["model"] == first["model"]
-    seconds = sum(t["train_seconds"] for t in trainings), sum(r["seconds"] for r in told)
-    return _text(evaluations, retrievals, own) | {
-        "model": ", ".join(dict.fromkeys(r["model"] for r in told if "model" in r)),
-        "device": first["device"],
-        "versions": ", ".join(f"{name} {version}" for name, version in first["versions"].items()),
-        "commit": first["commit"],
-        "seconds": f"{seconds[0]:,.0f} training, {seconds[1]:,.0f} measuring",
+def _svg(draw: Callable[..., str], *arguments: object) -> markupsafe.Markup:
+    return markupsafe.Markup(draw(*arguments))
+
+
+def grouped(records: list[Record], *keys: str) -> list[list[Record]]:
+    """The records in groups that agree in some keys, in the order of their first."""
+    found: dict[tuple, list[Record]] = {}
+    for record in records:
+        found.setdefault(tuple(record.get(key) for key in keys), []).append(record)
+    return [*found.values()]
+
+
+def comparable(evaluations: list[Record]) -> list[list[Record]]:
+    """Evaluations in groups within which they may be compared: of one model, on the same windows of one text."""
+    return grouped(
+        evaluations, "model", "weights", "weights_key", "data", "context", "sequences", "rows", "bos", "prefix"
+    )
+
+
+def _title(first: Record) -> str:
+    return f"{first['model']}, {evaluation.protocol(first)}"
+
+
+def _quality(mine: list[Record]) -> dict:
+    groups = {r["cache"]: suite.group_of(r["cache"], r["context"]) for r in mine}
+    return {
+        "title": _title(mine[0]),
+        "figure": _svg(figures.quality_against_bytes, mine, groups),
+        "table": quality_table(mine, groups),
     }
 
 
-def _text(evaluations: list[Record], retrievals: list[Record], own: bool) -> dict:
-    """What the protocol says of the text that caches were scored on."""
-    if evaluations:
-        first = evaluations[0]
-        windows = f"{first['sequences']} consecutive windows of {first['context']} tokens, {first['tokens']:,} tokens scored per cache"
-        data = f"{first['data']}{', validation files only' if own else ''}"
-        return {"text": data, "windows": windows, "seed": first["seed"]}
-    if retrievals:
-        first = retrievals[0]
-        windows = f"{first['samples']} samples per task, length and depth"
-        return {"text": "made from the seed", "windows": windows, "seed": first["seed"]}
-    return {}
+def _protocol(records: list[Record]) -> dict:
+    """By which versions of what it was measured, and how long that took."""
+    told = [r for r in records if r["kind"] in KEYS]
+    each = lambda key: ", ".join(dict.fromkeys(str(r[key]) for r in told if key in r))
+    versions = dict.fromkeys(f"{name} {version}" for r in told for name, version in r["versions"].items())
+    training = sum(r["train_seconds"] for r in of_kind(records, "train"))
+    dates = sorted(r["date"][:10] for r in told if "date" in r)
+    return {
+        "model": each("model"),
+        "text": each("data") or "made from the seed",
+        "seed": each("seed"),
+        "device": each("device"),
+        "processor": each("processor"),
+        "versions": ", ".join(versions),
+        "commit": each("commit"),
+        "date": " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "",
+        "seconds": f"{training:,.0f} training, {sum(r['seconds'] for r in told):,.0f} measuring",
+    }
 
 
 def findings(records: list[Record]) -> list[str]:
     """What the study found, in sentences made from its figures."""
     trainings, evaluations = of_kind(records, "train"), of_kind(records, "evaluate")
     found = []
-    by_name = {run["model"]: run for run in trainings}
-    mha, gqa, uptrained = (by_name.get(name) for name in ("mha", "gqa", "uptrained"))
+    mha, gqa, uptrained = (suite.by_model(trainings).get(name, []) for name in ("mha", "gqa", "uptrained"))
     if mha:
+        bits = statistics.fmean(r["validation_bits_per_byte"] for r in mha)
         found.append(
-            f"MHA learned the text to {mha['validation_bits_per_byte']:.3f} bits per byte on files it never saw; "
-            f"knowing only how often each token occurs gives {mha['unigram_bits_per_byte']:.3f}."
+            f"MHA learned the text to {bits:.3f} bits per byte on files it never saw; "
+            f"knowing only how often each token occurs gives {mha[0]['unigram_bits_per_byte']:.3f}."
         )
     if mha and gqa:
-        share = gqa["kv_bytes_per_token"] / mha["kv_bytes_per_token"]
+        share = gqa[0]["kv_bytes_per_token"] / mha[0]["kv_bytes_per_token"]
         found.append(
-            f"GQA from scratch keeps {share:.0%} of MHA's bytes per token and ends at {_change(gqa, mha, 'validation_loss')} of its validation loss."
+            f"GQA from scratch keeps {share:.0%} of MHA's bytes per token and ends {_beside(gqa, mha)} MHA's validation loss."
         )
     if gqa and uptrained:
-        reached = next((step for step, loss, *_ in uptrained["curve"] if loss <= gqa["validation_loss"]), None)
+        reached = next((step for step, loss, *_ in uptrained[0]["curve"] if loss <= gqa[0]["validation_loss"]), None)
+        steps = gqa[0]["steps"]
         if reached:
-            match = f"matches the loss of GQA from scratch at step {reached}, {reached / gqa['steps']:.0%} of its steps"
+            match = f"matches the loss of GQA from scratch at step {reached}, {reached / steps:.0%} of its steps"
         else:
-            match = (
-                f"does not reach the loss of GQA from scratch in {uptrained['steps'] / gqa['steps']:.0%} of its steps"
-            )
-        end = f"it ends at {_change(uptrained, gqa, 'validation_loss')} of that loss after {uptrained['steps']} steps"
+            match = f"does not reach the loss of GQA from scratch in {uptrained[0]['steps'] / steps:.0%} of its steps"
+        end = f"it ends {_beside(uptrained, gqa)} that loss after {uptrained[0]['steps']} steps"
         found.append(f"GQA uptrained from MHA's mean-pooled heads {match}; {end}.")
-    for model in dict.fromkeys(r["model"] for r in evaluations):
-        mine = [r for r in evaluations if r["model"] == model]
+    for mine in comparable(evaluations):
         found += [line for saved in (2 / 3, 0.9) if (line := _best_at(mine, saved))]
     if not evaluations:
         return found
@@ -143,46 +153,69 @@ def findings(records: list[Record]) -> list[str]:
     return found
 
 
-def _change(record: Record, baseline: Record, key: str) -> str:
-    return f"{record[key] / baseline[key] - 1:+.1%}"
+def _beside(mine: list[Record], others: list[Record]) -> str:
+    """How far validation losses are above or below those of another model with the same seeds."""
+    loss = {r["seed"]: r["validation_loss"] for r in others}
+    changes = [r["validation_loss"] / loss[r["seed"]] - 1 for r in mine if r["seed"] in loss]
+    mean = statistics.fmean(changes)
+    spread = (
+        f" ({min(changes):+.1%} … {max(changes):+.1%} over {len(changes)} seeds)"
+        if len(changes) > 1
+        else ", by one seed,"
+    )
+    return f"{abs(mean):.1%} {'above' if mean > 0 else 'below'}{spread}"
 
 
 def _best_at(evaluations: list[Record], saved: float) -> str | None:
-    """The cache with the lowest perplexity of those that save so many bytes, next to the best random eviction there."""
-    full = next((r for r in evaluations if r["cache"] == "full"), evaluations[0])
+    """The cache with the lowest perplexity of those that save so many bytes, beside the best random eviction there."""
     fits = sorted((r for r in evaluations if r["compression"] >= saved), key=lambda r: r["ppl"])
-    if not fits:
+    kept = [r for r in fits if not r["cache"].startswith("random")]
+    lot = next((r for r in fits if r not in kept), None)
+    if not kept or (full := evaluation.baseline(kept[0], evaluations)) is None:
         return None
-    best = fits[0]
-    lot = next((r for r in fits if r["cache"].startswith("random")), None)
-    against = f" (random eviction: {_change(lot, full, 'ppl')})" if lot else ""
+    best = kept[0]
+    against = ""
+    if lot:
+        told_apart = stats.decided([evaluation.paired(best, lot, stats.p_value)])[0]
+        against = f"; random eviction {evaluation.against(lot, full)}{'' if told_apart else ', which is not told apart from it'}"
     return (
-        f"{best['model']}, at least {saved:.0%} of the bytes saved: `{best['cache']}` saves {best['compression']:.1%} "
-        f"at {_change(best, full, 'ppl')} perplexity{against}."
+        f"{best['model']}, at least {saved:.0%} of the bytes saved: `{best['cache']}`, the best of {len(kept)}, saves {best['compression']:.1%} "
+        f"at {evaluation.against(best, full)} perplexity{against}."
     )
 
 
 def models_table(trainings: list[Record]) -> Table:
-    """The trained models: shape, bytes per token, loss with its standard error, speed."""
-    columns = ["model", "KV heads", "parameters", "KV bytes/token", "steps", "validation loss", "bits/byte", "tokens/s"]
-    rows = [
-        [
-            run["model"],
-            f"{run['shape']['kv_heads']} of {run['shape']['heads']}",
-            f"{run['parameters'] / 1e6:.2f} M",
-            f"{run['kv_bytes_per_token']:,}",
-            f"{run['steps']:,}",
-            f"{run['validation_loss']:.4f} ± {run['validation_stderr']:.4f}",
-            f"{run['validation_bits_per_byte']:.4f}",
-            f"{run['tokens_per_second']:,.0f}",
-        ]
-        for run in trainings
+    """The trained models: shape, bytes per token, loss over seeds, speed."""
+    columns = [
+        "model",
+        "KV heads",
+        "parameters",
+        "KV bytes/token",
+        "steps",
+        "seeds",
+        "validation loss",
+        "bits/byte",
+        "tokens/s",
     ]
+    rows = []
+    for name, runs in suite.by_model(trainings).items():
+        first = runs[0]
+        losses, bits, speeds = (
+            [run[key] for run in runs] for key in ("validation_loss", "validation_bits_per_byte", "tokens_per_second")
+        )
+        spread = (
+            f" ({min(losses):.4f} … {max(losses):.4f})" if len(runs) > 1 else f" ± {first['validation_stderr']:.4f}"
+        )
+        rows.append([
+            name, f"{first['shape']['kv_heads']} of {first['shape']['heads']}", f"{first['parameters'] / 1e6:.2f} M",
+            f"{first['kv_bytes_per_token']:,}", f"{first['steps']:,}", str(len(runs)), f"{statistics.fmean(losses):.4f}{spread}",
+            f"{statistics.fmean(bits):.4f}", f"{statistics.median(speeds):,.0f}",
+        ])  # fmt: skip
     return columns, rows
 
 
 def quality_table(evaluations: list[Record], groups: dict[str, str]) -> Table:
-    """The caches of one model: tokens kept, bytes, perplexity against the full cache with a paired interval, speed."""
+    """The caches of one model on the same windows: tokens kept, bytes, perplexity against the full cache with a paired interval, speed."""
     columns = [
         "cache",
         "compared within",
@@ -190,20 +223,17 @@ def quality_table(evaluations: list[Record], groups: dict[str, str]) -> Table:
         "KV bytes",
         "saved",
         "PPL",
-        "Δ PPL",
-        "95 % of Δ",
+        "Δ PPL (95 %)",
         "bits/byte",
         "tokens/s",
     ]
-    rows = []
-    for r in evaluations:
-        full = next((each for each in evaluations if each["cache"] == "full" and alike(each, r)), r)
-        low, high = (math.expm1(x) for x in paired(r, full))
-        change = ["", ""] if r is full else [f"{r['ppl'] / full['ppl'] - 1:+.2%}", f"{low:+.2%} … {high:+.2%}"]
-        rows.append([
-            r["cache"], groups[r["cache"]], str(r["kept"]), f"{r['kv_bytes']:,}", f"{r['compression']:.1%}", f"{r['ppl']:.3f}",
-            *change, f"{r['bits_per_byte']:.4f}", f"{r['tokens_per_second']:,.0f}",
-        ])  # fmt: skip
+    rows = [
+        [
+            r["cache"], groups[r["cache"]], str(r["kept"]), f"{r['kv_bytes']:,}", f"{r['compression']:.1%}", f"{r['ppl']:.3f}", change,
+            f"{r['bits_per_byte']:.4f}", f"{r['tokens_per_second']:,.0f}",
+        ]
+        for r, change in zip(evaluations, evaluation.changes(evaluations), strict=True)
+    ]  # fmt: skip
     return columns, rows
 
 
@@ -212,35 +242,11 @@ def fidelity_table(evaluations: list[Record]) -> Table:
     columns = ["cache", "saved", "PPL", "KL, nats", "95 % of KL", "same top-1", "95 % of same"]
     rows = []
     for r in evaluations:
-        kl, same = stats.interval(r["kl_windows"]), stats.interval(r["same_top_windows"])
+        kl, same = (stats.interval(r[f"{key}_windows"], r.get("document_windows")) for key in ("kl", "same_top"))
         rows.append([
             r["cache"], f"{r['compression']:.1%}", f"{r['ppl']:.3f}", f"{r['kl']:.5f}", f"{kl[0]:.5f} … {kl[1]:.5f}",
             f"{r['same_top']:.2%}", f"{same[0]:.2%} … {same[1]:.2%}",
         ])  # fmt: skip
-    return columns, rows
-
-
-def latency_table(latencies: list[Record]) -> Table:
-    """Decode steps in milliseconds next to their matrix products alone."""
-    columns = [
-        "model",
-        "cache",
-        "first third, ms",
-        "last third, ms",
-        "median, ms",
-        "products, ms",
-        "step / products",
-        "compile, s",
-    ]
-    rows = [
-        [
-            r["model"],
-            r["cache"],
-            *(f"{r[key]:.2f}" for key in ("first_ms", "last_ms", "step_ms", "products_ms", "ratio")),
-            f"{r['compile_seconds']:.1f}",
-        ]
-        for r in latencies
-    ]
     return columns, rows
 
 
@@ -258,28 +264,32 @@ def _growth_table(records: list[Record]) -> Table:
 def readme_tables(records: list[Record]) -> dict[str, str]:
     """The README's generated parts by the name in their markers."""
     trainings, evaluations = of_kind(records, "train"), of_kind(records, "evaluate")
-    groups = {r["cache"]: suite.group_of(r["cache"], r["context"]) for r in evaluations}
-    models = [run["model"] for run in trainings]
-    columns = ["cache", "tokens kept", "bytes saved", *(f"PPL {m} (Δ)" for m in models)]
-    rows = []
-    full = {m: next(r["ppl"] for r in evaluations if r["model"] == m and r["cache"] == "full") for m in models}
-    for cache in groups:
-        mine = {r["model"]: r for r in evaluations if r["cache"] == cache}
-        one = mine[models[0]]
-        cells = [
-            f"{mine[m]['ppl']:.2f}" + (f" ({mine[m]['ppl'] / full[m] - 1:+.1%})" if cache != "full" else "")
-            for m in models
+    models = list(dict.fromkeys(r["model"] for r in evaluations))
+    columns = ["cache", "tokens kept", "bytes saved", *(f"PPL {m}, Δ (95 %)" for m in models)]
+    cells = {
+        (r["model"], r["cache"]): f"{r['ppl']:.2f} {change}".strip()
+        for m in models
+        for mine in [[r for r in evaluations if r["model"] == m]]
+        for r, change in zip(mine, evaluation.changes(mine), strict=True)
+    }
+    rows = [
+        [
+            f"`{r['cache']}`",
+            str(r["kept"]),
+            f"{r['compression']:.1%}",
+            *(cells.get((m, r["cache"]), "") for m in models),
         ]
-        rows.append([f"`{cache}`", str(one["kept"]), f"{one['compression']:.1%}", *cells])
+        for r in evaluations
+        if r["model"] == models[0]
+    ]
     first = evaluations[0]
     protocol = (
-        f"{first['sequences']} windows of {first['context']} tokens of {first['data']}'s validation files, one token at a time through the cache; "
-        f"seed {first['seed']}, {first['device']}, commit {first['commit']}."
+        f"{evaluation.protocol(first)}, of files that no model was trained on, one token at a time through the cache; ≈: not decided, all "
+        f"caches taken together. Seed {first['seed']}, {first['device']}, commit {first['commit']}."
     )
     return {
         "models": markdown(models_table(trainings)),
         "caches": markdown((columns, rows)) + f"\n\n{protocol}",
-        "latency": markdown(latency_table(of_kind(records, "latency"))),
         "findings": "\n".join(f"- {line}" for line in findings(records)),
     }
 
@@ -287,26 +297,21 @@ def readme_tables(records: list[Record]) -> dict[str, str]:
 def pretrained_table(records: list[Record]) -> str:
     """A pretrained model's caches in one table: bytes, perplexity, fidelity, and what was found; and the protocol."""
     evaluations, retrievals = of_kind(records, "evaluate"), of_kind(records, "retrieve")
-    full = next(r for r in evaluations if r["cache"] == "full")
-    columns = ["cache", "bytes saved", "PPL", "Δ PPL (95 %)", "KL, nats", "same top-1", "answered (95 %)"]
+    longest = max((r["length"] for r in retrievals), default=0)
+    columns = ["cache", "bytes saved", "PPL", "Δ PPL (95 %)", "KL, nats", "same top-1", f"answered in {longest} tokens"]
     rows = []
-    for r in evaluations:
-        low, high = (math.expm1(x) for x in paired(r, full))
-        change = "" if r is full else f"{r['ppl'] / full['ppl'] - 1:+.2%} ({low:+.2%} … {high:+.2%})"
-        mine = [one for one in retrievals if one["cache"] == r["cache"]]
-        hits, turns = sum(one["answered"] for one in mine), sum(one["turns"] for one in mine)
-        found = "{:.0%} ({:.0%} … {:.0%})".format(hits / turns, *stats.wilson(hits, turns)) if turns else ""
+    for r, change in zip(evaluations, evaluation.changes(evaluations), strict=True):
+        found = retrieval.average(retrievals, r["cache"], longest) if retrievals else None
         kl = [f"{r['kl']:.4f}", f"{r['same_top']:.1%}"] if "kl" in r else ["", ""]
-        rows.append([f"`{r['cache']}`", f"{r['compression']:.1%}", f"{r['ppl']:.3f}", change, *kl, found])
-    first, asked = full, retrievals[0]
-    tasks, lengths = (", ".join(map(str, dict.fromkeys(r[key] for r in retrievals))) for key in ("task", "length"))
-    depths = len({r["depth"] for r in retrievals})
+        rows.append([f"`{r['cache']}`", f"{r['compression']:.1%}", f"{r['ppl']:.3f}", change, *kl, str(found or "")])
+    first = evaluations[0]
     protocol = (
-        f"PPL, KL(full ‖ cache) and same top-1: {first['sequences']} windows of {first['context']} tokens of "
-        f"{first['data'].removeprefix('file:')}; 95 % intervals over windows. "
-        f"Answered: {tasks} in contexts of {lengths} tokens, {asked['samples']} samples at each of {depths} depths; Wilson intervals. "
+        f"PPL, KL(full ‖ cache) and same top-1: {evaluation.protocol(first)}; ≈: not decided, all caches taken together. "
         f"Seed {first['seed']}, {first['device']}, commit {first['commit']}."
     )
+    if retrievals:
+        tasks = ", ".join(retrieval.measurable(retrievals, longest))
+        protocol += f" Answered: mean of {tasks}; {retrieval.protocol(retrievals)}."
     return markdown((columns, rows)) + f"\n\n{protocol}"
 
 

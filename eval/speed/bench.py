@@ -12,8 +12,10 @@ import numpy as np
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.cache.whole import Cache
+from kvcascade.eval.measure import Job
 from kvcascade.eval.records import Record, full_bytes
 from kvcascade.eval.speed.peers import Peer, PeerFailed
+from kvcascade.kernels import processor
 from kvcascade.model import generate
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.generate import DISPATCH, State
@@ -78,7 +80,7 @@ class Ours:
             "weights": config.weights,
             "cache": str(self._spec),
             "kv_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self._state.cache)) // self._batch,
-            "kv_bytes_full": full_bytes(config, self._context),
+            "kv_bytes_full": full_bytes(config, self._room),
             "weight_bytes": read,
             "step_bytes": read + occupied_bytes(self._state.cache),
             "traces": self.traces,
@@ -149,6 +151,26 @@ class Timed:
             "alone_ms_50_90_99": (np.quantile(self.alone, [0.5, 0.9, 0.99]) * 1e3).tolist(),
             "decode_tokens_per_second": batch / step,
         }
+
+
+def job(
+    models: list[Model],
+    specs: list[CacheSpec],
+    peers: list[Peer],
+    batch: int,
+    context: int,
+    steps: int,
+    repeats: int,
+    prefills: int,
+) -> Job:
+    """The measurement of all caches and peers at one batch and context."""
+    about = {
+        "kind": "bench", "model": models[0].name, "weights_keys": [model.fingerprint for model in models],
+        "caches": [str(spec) for spec in specs], "peers": [peer.name for peer in peers], "batch": batch, "context": context, "steps": steps,
+        "repeats": repeats, "prefills": prefills, "processor": processor.name(), "threads": processor.count(),
+    }  # fmt: skip
+    run = lambda: bench(models, specs, peers, batch, context, steps, repeats, prefills)
+    return Job(about, "eval/speed", run, f"batch {batch}, context {context}")
 
 
 def bench(

@@ -12,11 +12,12 @@ import numpy as np
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.cache.whole import Cache, nbytes
+from kvcascade.eval.measure import Job
 from kvcascade.eval.memory import buffers
 from kvcascade.eval.records import Record
 from kvcascade.eval.speed import bench
 from kvcascade.eval.speed.trace import trace
-from kvcascade.kernels import native, traffic
+from kvcascade.kernels import native, processor, traffic
 from kvcascade.kernels.decode import decode
 from kvcascade.model import generate, sampling
 from kvcascade.model.config import ModelConfig
@@ -62,6 +63,21 @@ class _Program(NamedTuple):
     text: str
     compiled: jax.stages.Compiled
     launches: list[traffic.Launch]
+
+
+def job(model: Model, spec: CacheSpec, batch: int, context: int) -> Job:
+    """The measurement of one cache: its step, and how its memory grows with the context."""
+    about = {
+        "kind": "profile", "model": model.name, "weights": model.config.weights, "weights_key": model.fingerprint, "cache": str(spec),
+        "batch": batch, "context": context, "seed": model.seed, "processor": processor.name(),
+    }  # fmt: skip
+
+    def run() -> list[Record]:
+        bandwidth = bench.bandwidth()
+        found = profile(model, spec, batch, context)
+        return [about | found | {"bandwidth": bandwidth, "growth": buffers.measured(model, spec, batch, context)}]
+
+    return Job(about, "eval/speed", run, str(spec))
 
 
 def profile(model: Model, spec: CacheSpec, batch: int, context: int) -> Record:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -13,8 +12,10 @@ import jax.numpy as jnp
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.cache.whole import nbytes
+from kvcascade.eval.measure import Job
 from kvcascade.eval.memory.buffers import resident
 from kvcascade.eval.records import Record
+from kvcascade.kernels import processor
 from kvcascade.kernels.write import argmin
 from kvcascade.model import generate, gpt
 from kvcascade.model.known import stretch
@@ -24,11 +25,20 @@ DISPATCH = 64  # tokens that are decoded between two looks at the clock
 STRETCH = 1024  # tokens of a point of the curve
 
 
-def stream(model: Model, spec: CacheSpec, batch: int, tokens: int, report: Callable[[int], None]) -> Record:
+def job(model: Model, spec: CacheSpec, batch: int, tokens: int) -> Job:
+    """The measurement of one cache."""
+    about = {
+        "kind": "stream", "model": model.name, "weights": model.config.weights, "weights_key": model.fingerprint, "cache": str(spec), "batch": batch,
+        "tokens": tokens, "seed": model.seed, "processor": processor.name(),
+    }  # fmt: skip
+    return Job(about, "eval/speed", lambda: [about | stream(model, spec, batch, tokens)], str(spec))
+
+
+def stream(model: Model, spec: CacheSpec, batch: int, tokens: int) -> Record:
     """Decode so many tokens greedily, also past the model's own context; a point of time and memory per STRETCH.
 
     A point is [tokens so far, milliseconds per token (the median over its dispatches), resident bytes]. `traces` counts the step's.
-    `report` is told how many tokens there are. BadInput once logits are not finite.
+    BadInput once logits are not finite.
     """
     config = stretch(model.config, tokens)
     traces = []
@@ -59,11 +69,7 @@ def stream(model: Model, spec: CacheSpec, batch: int, tokens: int, report: Calla
         if done % STRETCH == 0:
             points.append([done, statistics.median(times), resident()])
             times = []
-            report(done)
-    return {
-        "kind": "stream", "model": model.name, "weights": config.weights, "cache": str(spec), "batch": batch, "tokens": tokens,
-        "points": points, "finite": bool(finite), "traces": len(traces), "kv_bytes": kv_bytes, "seed": model.seed,
-    }  # fmt: skip
+    return {"points": points, "finite": bool(finite), "traces": len(traces), "kv_bytes": kv_bytes}
 
 
 def table(found: list[Record]) -> tuple[str, list[str], list[list[str]]]:

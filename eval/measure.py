@@ -1,0 +1,122 @@
+"""Measurements that can be stopped: each is recorded as soon as it is there, and what is recorded is not measured again."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvcascade.eval import record_files, records
+from kvcascade.eval.records import Record
+from kvcascade.kernels.files import source_key
+
+
+class Stopped(KeyboardInterrupt):
+    """The user or the system asked for an end; `signal` says by what."""
+
+    def __init__(self, number: int, words: str = "stopped"):
+        super().__init__(words)
+        self.signal = number
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One measurement, which gives some records."""
+
+    about: dict[str, Any]
+    """Everything that its figures depend on but the code: JSON."""
+    room: str
+    """The folder of the code that measures, such as `eval/quality`."""
+    run: Callable[[], list[Record]]
+    words: str
+    """A few, for a person who waits."""
+
+    @functools.cached_property
+    def key(self) -> str:
+        """What tells it from other measurements, and from the same one by other code."""
+        told = json.dumps(self.about | {"code": code(self.room)}, sort_keys=True, allow_nan=False)
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def code(room: str) -> str:
+    """A hash of the code that a measurement depends on."""
+    return source_key("cache", "kernels", "model", room)
+
+
+@dataclasses.dataclass
+class Measured:
+    """What came of some jobs: their records in order, and how many of the jobs had been done before."""
+
+    records: list[Record]
+    before: int
+
+
+def measure(
+    jobs: Sequence[Job],
+    out: Path | None,
+    again: bool = False,
+    tell: Callable[[int, str], None] = lambda done, words: None,
+) -> Measured:
+    """Run jobs one after the other; append the records of each to a file as it ends, and skip what the file has, unless `again`.
+
+    SIGTERM and Ctrl-C raise Stopped as soon as a running computation ends, a second one ends the process at once; what was done is in the
+    file. `tell` hears how many are done and which is next. Raises BadInput for a figure that is not finite.
+    """
+    there = {} if again or out is None else done(out)
+    found, before = [], 0
+    with stoppable():
+        for index, job in enumerate(jobs):
+            tell(index, job.words)
+            if job.key in there:
+                before += 1
+            else:
+                there[job.key] = _recorded(job, out)
+            found += there[job.key]
+        tell(len(jobs), "")
+    return Measured(found, before)
+
+
+def _recorded(job: Job, out: Path | None) -> list[Record]:
+    start = time.monotonic()
+    new = job.run()
+    share = (time.monotonic() - start) / len(new)  # a job's seconds are counted once: its records share them
+    made = {"key": job.key, "of": len(new), "code": code(job.room)}
+    new = [records.stamp(each | made, share) for each in new]
+    if out is not None:
+        record_files.append(out, new)
+    return new
+
+
+def done(out: Path) -> dict[str, list[Record]]:
+    """The records of each job that a file has, by the job's key; nothing where there is no such file."""
+    found: dict[str, list[Record]] = {}
+    for record in record_files.usable(out)[0] if out.is_file() else []:
+        if "key" in record:
+            found.setdefault(record["key"], []).append(record)
+    return found
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Within it SIGTERM and SIGINT raise Stopped, the second one of a kind does what it does without; outside the main thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        signal.signal(number, signal.SIG_DFL)
+        raise Stopped(number)
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, stop) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
