@@ -3,8 +3,9 @@
 # make docs: counts again what docs/flash_attention.md says, two minutes in the same environment.
 # make native: builds the C++ kernels with other compilers, in fewer lanes and under sanitizers, and tests each; as root it installs the
 # compilers, and says which it did not find.
+# make docs-site: the pages of docs/ as a site in build/site, with every link checked.
 # All set up their .venv first, with uv where it is there and pip otherwise.
-.PHONY: setup demo smoke test lint readme native kernels docs clean
+.PHONY: setup demo smoke test lint readme native kernels docs docs-site clean
 
 PYTHON ?= python3
 STUDY ?= runs/study
@@ -70,9 +71,16 @@ readme: setup
 	.venv/bin/python -m kvcascade.scripts.readme
 	.venv/bin/python docs/flash_attention.py --fill
 
+docs-site: .venv-docs/ready
+	.venv-docs/bin/mkdocs build --quiet --strict
+
+.venv-docs/ready: pyproject.toml
+	@$(PYTHON) -m venv .venv-docs && .venv-docs/bin/python -m pip install --quiet --disable-pip-version-check 'mkdocs-material>=9.6,<10'
+	@touch $@
+
 docs: .venv-aot/ready
 	.venv-aot/bin/python docs/flash_attention.py
 
 clean:
-	rm -rf .venv .venv-aot build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-aot .venv-docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

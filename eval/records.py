@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import jax
+import rich.table
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.eval.record_keys import not_finite
@@ -81,6 +82,16 @@ def commit() -> str:
 def of_kind(records: list[Record], kind: str) -> list[Record]:
     """The records of one kind, in their order."""
     return [record for record in records if record["kind"] == kind]
+
+
+def rich_table(title: str, columns: list[str], rows: list[list[str]]) -> rich.table.Table:
+    """A table as a terminal shows it: its first column is text, the others are figures."""
+    shown = rich.table.Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        shown.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        shown.add_row(*row)
+    return shown
 
 
 def markdown(table: Table) -> str:

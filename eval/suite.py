@@ -34,6 +34,17 @@ CACHES = {
 }
 
 
+SUMMARY = (
+    "full",
+    "full@int8",
+    "full@int4h",
+    "random 128",
+    "sink 4 | recent 124",
+    "neurokv",
+    "sink 1 | recent 256 | heavy 32 | heavy 64@int8",
+)
+"""What the README shows of a pretrained model."""
+
 GROWING = ("full", "full@int8", "full@int4h", "neurokv", "sink 4 | recent 124", "sink 2 | recent 22 | heavy 64@int4h")
 TIMED = ("full", "full@int8", "recent 128", "sink 4 | recent 124", "recent 64 | heavy 64")
 

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import importlib.metadata
 import io
 import logging
 import os
@@ -25,6 +26,7 @@ COMMANDS = {
     "retrieve": "what a cache still lets a model find: needles, copying, arithmetic, several questions",
     "report": "a page of what was recorded",
     "generate": "continue a prompt through a cache",
+    "completion": "what a shell needs to complete commands",
 }
 
 COLD = ("bench", "compare", "study")
@@ -48,7 +50,10 @@ def _run(arguments: list[str]) -> None:
         print(
             "usage: kvcascade COMMAND [--help] …\n\nWhich keys and values should a transformer keep, how precisely, and where?\n"
         )
-        print("\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items()))
+        print("\n".join(f"  {name:11} {what}" for name, what in COMMANDS.items()))
+        sys.exit(0)
+    if command in ("-V", "--version"):
+        print(f"kvcascade {importlib.metadata.version('kvcascade')}")
         sys.exit(0)
     if command not in COMMANDS:
         close = difflib.get_close_matches(command, COMMANDS, n=1)

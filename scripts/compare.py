@@ -6,12 +6,13 @@ from typing import Annotated
 
 import tyro
 
+import kvcascade
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.eval.quality import evaluation, perplexity
 from kvcascade.eval.quality.evaluation import Protocol
 from kvcascade.model import tokenizer
-from kvcascade.scripts import console, texts
+from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, Recorded, Window, arguments_of
 
 
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> None:
     specs = [*dict.fromkeys(map(parse, ("full", *args.cache, f"random {context // 4}")))]
     for model in loaded:
         perplexity.check(model.config, specs, context, 0, args.batch)
-    rows = texts.windows(first, None, context, args.sequences)
+    rows = kvcascade.windows(first, None, context, args.sequences)
     protocol = Protocol(min(args.batch, args.sequences))
     jobs = [evaluation.job(model, spec, rows, protocol) for model in loaded for spec in specs]
     found = console.measured("compare", jobs, args)

@@ -1,6 +1,5 @@
 """What the scripts show a person: progress on stderr, tables on stdout."""
 
-import codecs
 import contextlib
 import resource
 import sys
@@ -10,10 +9,9 @@ from typing import TextIO
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import measure, record_files
+from kvcascade.eval import measure, record_files, records
 from kvcascade.eval.measure import Job
 from kvcascade.eval.records import Record
 from kvcascade.model import pretrained
@@ -102,28 +100,6 @@ def say(words: str) -> None:
     print(f"kvcascade: {words}", file=sys.stderr)
 
 
-class Answer:
-    """The text of one row as its tokens come, up to a stop text or an end token."""
-
-    def __init__(self, token_bytes: Callable[[int], bytes], end: frozenset[int], stop: tuple[str, ...]):
-        self._bytes, self._end, self._stop = token_bytes, end, stop
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span tokens
-        self.text, self.count, self.done = "", 0, False
-
-    def add(self, token: int) -> str:
-        """Take a token; return the text that it completed, nothing once the answer is done."""
-        if self.done:
-            return ""
-        self.count += 1
-        if token in self._end:
-            self.done = True
-            return ""
-        new = self._decoder.decode(self._bytes(token))
-        self.text += new
-        self.done = any(stop in self.text for stop in self._stop)
-        return new
-
-
 def answers(prompts: Sequence[str], texts: Sequence[str]) -> None:
     """Print prompts and what came after them, one below the other."""
     for prompt, text in zip(prompts, texts, strict=True):
@@ -132,10 +108,6 @@ def answers(prompts: Sequence[str], texts: Sequence[str]) -> None:
 
 def table(title: str, columns: list[str], rows: list[list[str]], file: TextIO | None = None) -> None:
     """Print a table to stdout or a file; its first column is text, the others are figures."""
-    shown = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        shown.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        shown.add_row(*row)
     # A file or a pipe has no width of its own; rich would take 80 columns and fold every figure.
-    Console(file=file, width=None if file is None and sys.stdout.isatty() else 160).print(shown)
+    width = None if file is None and sys.stdout.isatty() else 160
+    Console(file=file, width=width).print(records.rich_table(title, columns, rows))

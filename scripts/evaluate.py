@@ -5,11 +5,12 @@ from typing import Annotated, Literal
 
 import tyro
 
+import kvcascade
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.eval.quality import evaluation, perplexity
 from kvcascade.eval.quality.evaluation import Protocol
-from kvcascade.scripts import console, texts
+from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, CountOrNone, Recorded, Seed, Window, arguments_of, share
 
 
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> None:
     model = console.open_model(args.model, args.weights)
     perplexity.check(model.config, specs, args.context, args.prefix, min(args.batch, args.sequences))
     protocol = Protocol(min(args.batch, args.sequences), args.prefix, args.fidelity)
-    choose = lambda count: texts.windows(model, args.data, args.context, count, args.windows, args.seed, args.bos)
+    choose = lambda count: kvcascade.windows(model, args.data, args.context, count, args.windows, args.seed, args.bos)
     rows, known = choose(args.sequences), [None] * len(specs)
     while True:
         count = len(rows.rows_BT)

@@ -11,6 +11,7 @@ from kvcascade.cache.spec import parse
 from kvcascade.cache.whole import nbytes
 from kvcascade.eval.records import full_bytes
 from kvcascade.model import chat, generate, programs
+from kvcascade.model.answer import Answer
 from kvcascade.model.sampling import Sampling
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, arguments_of, text
@@ -57,7 +58,7 @@ def main(arguments: list[str]) -> None:
         )
     cache = generate.empty_cache(model.config, spec, len(prompts), context)
     size = nbytes(cache) // len(prompts)
-    rows = [console.Answer(model.encoding.decode_single_token_bytes, model.end, tuple(stops)) for _ in prompts]
+    rows = [Answer(model.encoding.decode_single_token_bytes, model.end, tuple(stops)) for _ in prompts]
     alone = len(prompts) == 1
     if alone and not args.chat:
         print(typed[0], end="", flush=True)

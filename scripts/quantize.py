@@ -8,13 +8,14 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
+import kvcascade
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.eval import record_files, records
 from kvcascade.eval.quality import evaluation, perplexity, weights
 from kvcascade.eval.quality.evaluation import Protocol
 from kvcascade.model import pretrained, rounding, written
-from kvcascade.scripts import console, texts
+from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, Window, arguments_of
 from kvcascade.train import data
 
@@ -63,7 +64,7 @@ def main(arguments: list[str]) -> None:
     spec = parse("full")
     perplexity.check(model.config, [spec], args.context, 0, args.sequences)
     held_out = args.held_out or args.data
-    rows = texts.windows(model, held_out, args.context, args.sequences)
+    rows = kvcascade.windows(model, held_out, args.context, args.sequences)
     text = data.unseen(args.data) if args.data.startswith("file:") else data.load(args.data).train
     tokens = data.tokenize(text, model.encoding)
     whole = data.windows(tokens, args.context, len(tokens) // args.context)

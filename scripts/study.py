@@ -10,6 +10,7 @@ import itertools
 from pathlib import Path
 from typing import Literal
 
+import kvcascade
 from kvcascade.eval import record_files, records, suite
 from kvcascade.eval.measure import Job
 from kvcascade.eval.quality import evaluation
@@ -18,7 +19,7 @@ from kvcascade.eval.report import page
 from kvcascade.eval.speed import bench
 from kvcascade.kernels.files import write_whole
 from kvcascade.model.pretrained import Model
-from kvcascade.scripts import console, texts
+from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Recorded, arguments_of
 from kvcascade.train import checkpoint, config, data, run
 
@@ -108,7 +109,7 @@ def _jobs(folder: Path, models: dict[str, Model], trained: list[str], scale: Sca
     corpus = run.load_corpus(*checkpoint.open_run(folder / first.name))
     unigram = data.unigram_bits_per_byte(corpus.train, corpus.validation, corpus.token_bytes)
     context = first.config.context
-    rows = texts.windows(first, None, context, scale.windows)
+    rows = kvcascade.windows(first, None, context, scale.windows)
     specs = suite.caches(context)[:: scale.every]
     timed = suite.scaled(suite.TIMED[:: scale.every], context)
     jobs = [suite.training_job(name, folder / name, unigram) for name in trained]

@@ -11,8 +11,8 @@ import tiny_models
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.model import chat, generate, pretrained
+from kvcascade.model.answer import Answer
 from kvcascade.model.sampling import Sampling
-from kvcascade.scripts.console import Answer
 
 
 def test_a_penalty_keeps_a_text_from_repeating(nano) -> None:

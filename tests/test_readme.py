@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from kvcascade.cache import policy
 from kvcascade.cache.cascade import Cascade
@@ -19,7 +18,9 @@ from kvcascade.scripts import readme
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-EXAMPLE, POLICY, DRAFT = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+CACHES = (ROOT / "docs" / "caches.md").read_text()
+SHORT, STRIDE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLE, POLICY, DRAFT = re.findall(r"```python\n(.*?)```", CACHES, re.DOTALL)
 
 
 def test_the_example_runs():
@@ -63,15 +64,26 @@ def test_the_draft_of_the_readme_is_committed_in_part():
         np.testing.assert_allclose(ours.astype("float32"), theirs.astype("float32"), atol=0.02)
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", readme.RESULTS.with_suffix(".svg")], ids=lambda path: path.name)
-def test_generated_parts_are_fresh(path):
-    """README.md and its figure are what the records make; `make readme` renews them."""
-    assert path.read_text() == readme.generated()[path]
+def test_generated_parts_are_fresh():
+    """README.md, the pages of docs/ and their figures are what the records make; `make readme` renews them."""
+    for path, content in readme.generated().items():
+        assert path.read_text() == content, path.name
+
+
+def test_the_readme_is_short_and_says_the_same_as_the_pages():
+    """At most 150 lines; the policy is the one of docs/caches.md, and what it calls is there."""
+    assert len(README.splitlines()) <= 150 and POLICY == STRIDE
+    names: dict = {}
+    exec(SHORT.replace("smollm2", "MODEL").split("model =")[0], names)
+    assert all(hasattr(names["kvc"], called) for called in re.findall(r"kvc\.(\w+)", SHORT))
 
 
 def test_each_spec_of_the_readme_parses():
     """The table of specs shows real ones."""
-    specs = re.findall(r"^\| `([^`]+)` \|", README.split("## The idea")[1].split("## Add a policy")[0], re.MULTILINE)
-    assert len(specs) >= 7
+    specs = re.findall(
+        r"^\| `([^`]+)` \|", README + CACHES.split("## The idea")[1].split("## Add a policy")[0], re.MULTILINE
+    )
+    specs = [text for text in specs if not text.startswith("--")]
+    assert len(specs) >= 14
     for text in specs:
         parse(text.replace("\\|", "|"))

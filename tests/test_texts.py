@@ -11,9 +11,9 @@ from gguf import TokenType
 from test_pretrained import write_gguf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+import kvcascade
 from kvcascade.cache.errors import BadInput
 from kvcascade.model import pretrained, tokenizer
-from kvcascade.scripts import texts as texts_of
 from kvcascade.train import data
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -174,8 +174,8 @@ def test_windows_begin_with_bos(tmp_path, monkeypatch):
         without.begins_with_bos("yes")
     (tmp_path / "text.txt").write_text("".join(chr(97 + i % 26) for i in range(100)))
     source = f"file:{tmp_path / 'text.txt'}"
-    rows = texts_of.windows(model, source, 8, 3, "first").rows_BT
-    plain = texts_of.windows(model, source, 21, 1, "first", bos="no").rows_BT
+    rows = kvcascade.windows(model, source, 8, 3, "first").rows_BT
+    plain = kvcascade.windows(model, source, 21, 1, "first", bos="no").rows_BT
     assert rows.shape == (3, 8) and (rows[:, 0] == 257).all()
     np.testing.assert_array_equal(rows[:, 1:].ravel(), plain[0])
 

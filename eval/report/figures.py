@@ -95,11 +95,12 @@ def loss_curves(trainings: list[Record]) -> str:
         return to_svg(figure)
 
 
-def quality_against_bytes(evaluations: list[Record], groups: dict[str, str]) -> str:
+def quality_against_bytes(evaluations: list[Record]) -> str:
     """Perplexity against measured bytes of a row's cache; bars are 95 % intervals of the change against the full cache.
 
     Colour is the group of caches that are compared, hollow is random eviction; caches that none of fewer bytes beats have their names.
     """
+    groups = {r["cache"]: suite.group_of(r["cache"], r["context"]) for r in evaluations}
     with plt.rc_context(STYLE):
         figure, axes = _axes()
         colours = {

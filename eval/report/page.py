@@ -24,14 +24,23 @@ def write(path: Path, records: list[Record], command: str, left_out: Sequence[st
 
 def render(template: str, path: Path, values: dict) -> None:
     """Write a page from one of the templates beside this file."""
-    environment = jinja2.Environment(
+    write_whole(path, _templates().get_template(template).render(values).encode("utf-8", "replace"))
+
+
+def html_table(title: str, columns: list[str], rows: list[list[str]]) -> str:
+    """A table as the page has it, under its title."""
+    macro = _templates().get_template("table.html.j2").make_module().table  # pyright: ignore[reportAttributeAccessIssue]
+    return markupsafe.Markup("<p>{}</p>{}").format(title, macro((columns, rows)))
+
+
+def _templates() -> jinja2.Environment:
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    write_whole(path, environment.get_template(template).render(values).encode("utf-8", "replace"))
 
 
 def sections(records: list[Record]) -> dict:
@@ -87,12 +96,8 @@ def _title(first: Record) -> str:
 
 
 def _quality(mine: list[Record]) -> dict:
-    groups = {r["cache"]: suite.group_of(r["cache"], r["context"]) for r in mine}
-    return {
-        "title": _title(mine[0]),
-        "figure": _svg(figures.quality_against_bytes, mine, groups),
-        "table": quality_table(mine, groups),
-    }
+    figure = _svg(figures.quality_against_bytes, mine)
+    return {"title": _title(mine[0]), "figure": figure, "table": quality_table(mine)}
 
 
 def _protocol(records: list[Record]) -> dict:
@@ -214,7 +219,7 @@ def models_table(trainings: list[Record]) -> Table:
     return columns, rows
 
 
-def quality_table(evaluations: list[Record], groups: dict[str, str]) -> Table:
+def quality_table(evaluations: list[Record]) -> Table:
     """The caches of one model on the same windows: tokens kept, bytes, perplexity against the full cache with a paired interval, speed."""
     columns = [
         "cache",
@@ -229,7 +234,7 @@ def quality_table(evaluations: list[Record], groups: dict[str, str]) -> Table:
     ]
     rows = [
         [
-            r["cache"], groups[r["cache"]], str(r["kept"]), f"{r['kv_bytes']:,}", f"{r['compression']:.1%}", f"{r['ppl']:.3f}", change,
+            r["cache"], suite.group_of(r["cache"], r["context"]), str(r["kept"]), f"{r['kv_bytes']:,}", f"{r['compression']:.1%}", f"{r['ppl']:.3f}", change,
             f"{r['bits_per_byte']:.4f}", f"{r['tokens_per_second']:,.0f}",
         ]
         for r, change in zip(evaluations, evaluation.changes(evaluations), strict=True)
@@ -313,6 +318,24 @@ def pretrained_table(records: list[Record]) -> str:
         tasks = ", ".join(retrieval.measurable(retrievals, longest))
         protocol += f" Answered: mean of {tasks}; {retrieval.protocol(retrievals)}."
     return markdown((columns, rows)) + f"\n\n{protocol}"
+
+
+def summary_table(records: list[Record]) -> str:
+    """The README's few caches of a pretrained model, each beside random eviction of as many bytes, and the protocol."""
+    shown = [r for r in of_kind(records, "evaluate") if r["cache"] in suite.SUMMARY]
+    columns, rows = ["cache", "bytes saved", "PPL", "Δ PPL (95 %)", "answered"], []
+    retrievals = of_kind(records, "retrieve")
+    longest = max((r["length"] for r in retrievals), default=0)
+    changes = dict(zip([r["cache"] for r in shown], evaluation.changes(shown), strict=True))
+    for r in shown:
+        found = retrieval.average(retrievals, r["cache"], longest) if retrievals else None
+        rows.append(
+            [f"`{r['cache']}`", f"{r['compression']:.1%}", f"{r['ppl']:.2f}", changes[r["cache"]], str(found or "")]
+        )
+    return (
+        f"{markdown((columns, rows))}\n\n{_title(shown[0])}; ≈: not decided. *Answered*: mean over retrieval tasks in {longest} tokens. "
+        f"Commit {shown[0]['commit']}."
+    )
 
 
 def fill(readme: str, parts: dict[str, str]) -> str:
