@@ -203,6 +203,40 @@ def test_half_written_checkpoints_are_ignored_and_cleared(copy: Path) -> None:
     assert Checkpoints(copy).steps() == [2, 3]
 
 
+HOLDER = """
+import sys, time
+from pathlib import Path
+from kvcascade.train import checkpoint
+
+with checkpoint.writing(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_has_one_writer(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While another process trains it, training, starting and converting are refused, and what that one is writing stays; killed, it is free."""
+    half = copy / "checkpoints" / "4.orbax-checkpoint-tmp"
+    half.mkdir()
+    (copy / "config.json").rename(copy / "aside")
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(copy)], stdin=-1, stdout=-1, text=True)
+    assert holder.stdout and holder.stdout.readline() == "held\n"
+    with pytest.raises(BadInput, match="run is being trained by another process; wait for it, or name another --run"):
+        Saver(copy)
+    with pytest.raises(BadInput, match="is being trained by another process"):
+        checkpoint.create(copy, RunConfig(MODEL), tokenizer.bytes_encoding())
+    (copy / "aside").rename(copy / "config.json")
+    monkeypatch.setattr(run, "load_corpus", None)  # told before the text is read
+    with pytest.raises(BadInput, match="is being trained by another process"):
+        run.resume(copy, lambda step, line: None)
+    assert half.is_dir() and Checkpoints(copy).steps() == [2, 3]
+    assert checkpoint.load_run(copy, LATEST).step == 3, "whoever reads is not held up"
+    holder.kill()
+    holder.communicate()
+    with Saver(copy), Saver(copy):
+        assert not half.exists()
+
+
 def test_a_swapped_tokenizer_is_detected(copy: Path) -> None:
     """Another tokenizer.json of the same size gives other tokens their names: told, not generated from."""
     shuffled = {bytes([255 - byte]): byte for byte in range(256)}

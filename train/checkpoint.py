@@ -1,4 +1,4 @@
-"""A run's folder: config.json, tokenizer.json, log.jsonl and checkpoints/."""
+"""A run's folder: config.json, tokenizer.json, log.jsonl, checkpoints/, and the lock that its one writer holds."""
 
 import contextlib
 import dataclasses
@@ -8,10 +8,11 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,26 +52,45 @@ def check_free(path: Path) -> None:
         raise BadInput(f"{path} holds checkpoints, but no config.json; name another --run")
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Be the one writer of a run's folder, which is made if need be; may be nested. BadInput if another process is writing, or nobody can."""
+    lock = filelock.FileLock(path / "lock", blocking=False, is_singleton=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout:
+        raise BadInput(f"{path} is being trained by another process; wait for it, or name another --run") from None
+    except OSError as error:
+        raise BadInput(f"cannot write to {path}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def create(path: Path, config: RunConfig, encoding: tiktoken.Encoding, state: State | None = None) -> None:
     """Make a run's folder with its configuration and tokeniser, and with a state to begin from as the checkpoint of step 0.
 
     config.json comes last, for it makes the folder a run. If anything fails, a folder that was not there before goes again;
-    BadInput if it cannot be written.
+    BadInput if it cannot be written, or holds a run already.
     """
     new = not path.exists()
-    try:
-        if state is not None:
-            with Saver(path) as saver:
-                saver.save(0, state, None)
-        tokenizer.save(encoding, path / "tokenizer.json")
-        content = configs.as_dict(config) | {"tokenizer": tokenizer.fingerprint(encoding)}
-        write_whole(path / "config.json", (json.dumps(content, indent=2) + "\n").encode())
-    except BaseException as error:
-        if new:
-            shutil.rmtree(path, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise BadInput(f"cannot make the run {path}: {error.strerror}") from error
-        raise
+    with writing(path):
+        check_free(path)  # another process may have made one since it was asked
+        try:
+            if state is not None:
+                with Saver(path) as saver:
+                    saver.save(0, state, None)
+            tokenizer.save(encoding, path / "tokenizer.json")
+            content = configs.as_dict(config) | {"tokenizer": tokenizer.fingerprint(encoding)}
+            write_whole(path / "config.json", (json.dumps(content, indent=2) + "\n").encode())
+        except BaseException as error:
+            if new:
+                shutil.rmtree(path, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise BadInput(f"cannot make the run {path}: {error.strerror}") from error
+            raise
 
 
 def open_run(path: Path) -> tuple[RunConfig, tiktoken.Encoding]:
@@ -168,7 +188,8 @@ class Checkpoints:
 class Saver(Checkpoints):
     """A run's checkpoints, to be written: in the background under a temporary name, the newest two and the best one kept.
 
-    Leaving it as a context waits for what is being written, and turns an OSError into BadInput.
+    It is the run's one writer: BadInput if there is another. Leaving it as a context waits for what is being written, and turns an
+    OSError into BadInput.
     """
 
     def __init__(self, path: Path):
@@ -177,24 +198,28 @@ class Saver(Checkpoints):
         context = ocp.Context()
         context.asynchronous.post_finalization_callback = self._write_sums
         self.pending = None
-        try:
-            for half in self._half_written():
-                shutil.rmtree(half)
-            self.checkpointer = ocp.training.Checkpointer(
-                str(self.path.resolve()), context=context, preservation_policy=_Kept()
-            )
-        except Exception as error:
-            raise self.failure(error) from error
+        with contextlib.ExitStack() as locked:
+            locked.enter_context(writing(path))
+            try:
+                for half in self._half_written():
+                    shutil.rmtree(half)
+                self.checkpointer = ocp.training.Checkpointer(
+                    str(self.path.resolve()), context=context, preservation_policy=_Kept()
+                )
+            except Exception as error:
+                raise self.failure(error) from error
+            self.locked = locked.pop_all()
 
     def __enter__(self) -> "Saver":
         return self
 
     def __exit__(self, _, error: BaseException | None, __) -> None:
-        try:
-            self.wait()
-        finally:
-            with contextlib.suppress(Exception):
-                self.checkpointer.close()
+        with self.locked:
+            try:
+                self.wait()
+            finally:
+                with contextlib.suppress(Exception):
+                    self.checkpointer.close()
         if isinstance(error, OSError):  # most likely the disk is full, and log.jsonl met it first
             raise self.failure(error) from error
 

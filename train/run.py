@@ -33,11 +33,15 @@ def start(path: Path, wanted: RunConfig) -> None:
 
 
 def resume(path: Path, report: Callable[[int, dict], None]) -> None:
-    """Train a run from its newest checkpoint, or from fresh parameters where there is none, to its last step."""
+    """Train a run from its newest checkpoint, or from fresh parameters where there is none, to its last step.
+
+    BadInput, with nothing touched, if another process trains it.
+    """
     settings, encoding = checkpoint.open_run(path)
-    corpus = load_corpus(settings, encoding)
-    state = loop.initial_state(settings, gpt.init(settings.model, settings.train.seed))
-    loop.fit(path, settings, corpus, state, report)
+    with checkpoint.writing(path):
+        corpus = load_corpus(settings, encoding)
+        state = loop.initial_state(settings, gpt.init(settings.model, settings.train.seed))
+        loop.fit(path, settings, corpus, state, report)
 
 
 def check_same(path: Path, wanted: RunConfig) -> None:
