@@ -86,7 +86,7 @@ def main(arguments: list[str]) -> None:
 def _measure(folder: Path, names: list[str], scale: Scale) -> list[records.Record]:
     models = {name: dataclasses.replace(run.open_model(str(folder / name)), name=name) for name in names}
     first, last = models[names[0]], models[names[-1]]
-    corpus = run.load_corpus(*checkpoint.open_run(folder / names[0]))
+    corpus = run.load_corpus(folder / names[0])
     unigram = data.unigram_bits_per_byte(corpus.train, corpus.validation, corpus.token_bytes)
     context = first.config.context
     rows = data.windows(corpus.validation, context, scale.windows)

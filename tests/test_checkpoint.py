@@ -224,7 +224,7 @@ def test_a_run_has_one_writer(copy: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(BadInput, match="run is being trained by another process; wait for it, or name another --run"):
         Saver(copy)
     with pytest.raises(BadInput, match="is being trained by another process"):
-        checkpoint.create(copy, RunConfig(MODEL), tokenizer.bytes_encoding())
+        checkpoint.create(copy, RunConfig(MODEL), tokenizer.bytes_encoding(), None)
     (copy / "aside").rename(copy / "config.json")
     monkeypatch.setattr(run, "load_corpus", None)  # told before the text is read
     with pytest.raises(BadInput, match="is being trained by another process"):
@@ -235,6 +235,73 @@ def test_a_run_has_one_writer(copy: Path, monkeypatch: pytest.MonkeyPatch) -> No
     holder.communicate()
     with Saver(copy), Saver(copy):
         assert not half.exists()
+
+
+@pytest.fixture
+def moved(copy: Path, pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That copy with a text of its own beside it, named without a folder when it was started."""
+    monkeypatch.setenv("KVCASCADE_CACHE", str(tmp_path / "cache"))
+    shutil.copy(pristine.parent / "text.txt", tmp_path / "text.txt")
+    content = json.loads((copy / "config.json").read_text())
+    content["data"]["source"] = f"file:{tmp_path}/text.txt"
+    (copy / "config.json").write_text(json.dumps(content))
+    return copy
+
+
+def test_a_changed_text_is_refused(moved: Path) -> None:
+    """Neither trained on nor evaluated on in silence; a run that noted no fingerprint is read as ever."""
+    text, report = moved.parent / "text.txt", lambda step, line: None
+    original = text.read_text()
+    text.write_text(original.replace("slot 150 ", "slot 151 "))
+    model, before = run.open_model(str(moved)), (moved / "log.jsonl").read_bytes()
+    for use in (lambda: run.resume(moved, report), lambda: run.evaluation_tokens(model, None)):
+        with pytest.raises(BadInput, match=f"file:{text} has changed since {moved} was started on it; put the old"):
+            use()
+    assert (moved / "log.jsonl").read_bytes() == before
+    with pytest.raises(BadInput, match="has changed since"):
+        run.evaluation_tokens(model, f"file:{text.parent}/run/../text.txt")
+    content = json.loads((moved / "config.json").read_text())
+    del content["text"]
+    (moved / "config.json").write_text(json.dumps(content))
+    run.resume(moved, report)
+    assert len(run.evaluation_tokens(run.open_model(str(moved)), None)) > 0
+    text.write_text(original)
+
+
+def test_the_standard_library_of_another_python_is_refused(moved: Path) -> None:
+    """The text that `stdlib` names is not the same everywhere; what it names there may well be, and is then fine."""
+    content = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(content | {"data": {"source": "stdlib", "tokenizer": "bytes"}}))
+    with pytest.raises(BadInput, match="stdlib has changed since .* use the Python that it was started under"):
+        run.load_corpus(moved)
+
+
+def test_what_a_run_was_trained_on_is_known_by_content(moved: Path, monkeypatch, caplog) -> None:
+    """Its text under any name gives the validation split, with a word; a text that holds parts of it is told loudly, another is not."""
+    caplog.set_level("INFO", "kvcascade")
+    folder, model = moved.parent, run.open_model(str(moved))
+    own = run.evaluation_tokens(model, None)
+    monkeypatch.chdir(folder)
+    assert not caplog.records
+    original = (folder / "text.txt").read_text()
+    (folder / "other name.txt").write_text(original)
+    for name in ("text.txt", "./text.txt", f"{folder}/text.txt", "other name.txt"):
+        np.testing.assert_array_equal(run.evaluation_tokens(model, f"file:{name}"), own)
+        (told,) = caplog.messages
+        assert told == f"file:{name} is the text that {moved} was trained on: of it, the validation split is taken"
+        caplog.clear()
+    unlike = "".join(f"{i * 7919 % 1000} heavy hitters, {i * 104729 % 977} sinks\n" for i in range(200))
+    (folder / "longer.txt").write_text(unlike + original[: len(unlike)])
+    assert len(run.evaluation_tokens(model, "file:longer.txt")) > 1.9 * len(unlike)
+    (told,) = caplog.messages
+    assert told == f"WARNING: {moved} was trained on 50% of file:longer.txt, word for word"
+    caplog.clear()
+    (folder / "unlike.txt").write_text(unlike)
+    assert len(run.evaluation_tokens(model, "file:unlike.txt")) > 0.9 * len(unlike)
+    assert not caplog.records
+    (folder / "text.txt").unlink()
+    np.testing.assert_array_equal(run.evaluation_tokens(model, "file:other name.txt"), own)
+    assert "cannot be told" in caplog.messages[0] and "there is no such file" in caplog.messages[0]
 
 
 def test_a_swapped_tokenizer_is_detected(copy: Path) -> None:

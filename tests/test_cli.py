@@ -243,6 +243,17 @@ def test_a_finished_run_can_be_resumed(here: Path, capfd: pytest.CaptureFixture)
         assert "trained 2 steps; the run is in run" in capfd.readouterr().out
 
 
+def test_a_run_finds_its_text_from_every_folder(here: Path, monkeypatch, capfd: pytest.CaptureFixture) -> None:
+    """It was started on `file:text.txt`; elsewhere it is trained and evaluated all the same, also by a name relative to there."""
+    elsewhere = here / "else" / "where"
+    elsewhere.mkdir(parents=True)
+    cli.main(shlex.split("train --config tiny.yaml --run new --train.steps 1"))
+    monkeypatch.chdir(elsewhere)
+    cli.main(shlex.split("train --run ../../new --resume --data.source file:../../text.txt"))
+    assert "trained 1 steps" in capfd.readouterr().out
+    cli.main(shlex.split("evaluate --model ../../new --context 16 --sequences 2 --cache full"))
+
+
 def test_a_run_without_a_checkpoint_starts_again(here: Path, capfd: pytest.CaptureFixture) -> None:
     """A start that was killed early leaves a configuration: --resume trains from the first step, to the same end."""
     log = here / "run" / "log.jsonl"

@@ -31,6 +31,8 @@ type State = dict[str, Any]
 BEST, LATEST = "best", "latest"
 METRIC = "validation_loss"
 SUMS = "sha256.json"
+NOTES = ("tokenizer", "text")
+"""What stands in config.json besides the settings."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +71,11 @@ def writing(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def create(path: Path, config: RunConfig, encoding: tiktoken.Encoding, state: State | None = None) -> None:
-    """Make a run's folder with its configuration and tokeniser, and with a state to begin from as the checkpoint of step 0.
+def create(
+    path: Path, config: RunConfig, encoding: tiktoken.Encoding, text: str | None, state: State | None = None
+) -> None:
+    """Make a run's folder with its configuration, its tokeniser and its text's fingerprint (None: not known), and with a state to
+    begin from as the checkpoint of step 0.
 
     config.json comes last, for it makes the folder a run. If anything fails, a folder that was not there before goes again;
     BadInput if it cannot be written, or holds a run already.
@@ -83,8 +88,7 @@ def create(path: Path, config: RunConfig, encoding: tiktoken.Encoding, state: St
                 with Saver(path) as saver:
                     saver.save(0, state, None)
             tokenizer.save(encoding, path / "tokenizer.json")
-            content = configs.as_dict(config) | {"tokenizer": tokenizer.fingerprint(encoding)}
-            write_whole(path / "config.json", (json.dumps(content, indent=2) + "\n").encode())
+            _write(path, configs.as_dict(config) | {"tokenizer": tokenizer.fingerprint(encoding), "text": text})
         except BaseException as error:
             if new:
                 shutil.rmtree(path, ignore_errors=True)
@@ -95,20 +99,37 @@ def create(path: Path, config: RunConfig, encoding: tiktoken.Encoding, state: St
 
 def open_run(path: Path) -> tuple[RunConfig, tiktoken.Encoding]:
     """Read a run's configuration and tokeniser; BadInput if the folder holds no run, or its tokeniser is not the one it was trained with."""
+    content = _read(path)
+    encoding = tokenizer.load(path / "tokenizer.json")
+    if tokenizer.fingerprint(encoding) != content["tokenizer"]:
+        raise BadInput(f"{path} was trained with another tokenizer than the one in its tokenizer.json")
+    sections = {name: part for name, part in content.items() if name not in NOTES}
+    return configs.from_dict(sections, path / "config.json"), encoding
+
+
+def text_fingerprint(path: Path) -> str | None:
+    """What `data.fingerprint` said of a run's text when the run was made; None for runs that did not note it."""
+    return _read(path).get("text")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What is in a run's config.json."""
     file = path / "config.json"
     try:
         content = json.loads(file.read_text("utf-8"))
-        trained_with = content.pop("tokenizer")
+        if not isinstance(content, dict) or "tokenizer" not in content:
+            raise ValueError("it names no tokenizer")
     except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"{path} holds no run: there is no config.json in it") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise BadInput(
             f"{file} is not a run's configuration, or is damaged ({type(error).__name__}: {error})"
         ) from error
-    encoding = tokenizer.load(path / "tokenizer.json")
-    if tokenizer.fingerprint(encoding) != trained_with:
-        raise BadInput(f"{path} was trained with another tokenizer than the one in its tokenizer.json")
-    return configs.from_dict(content, file), encoding
+    return content
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    write_whole(path / "config.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_log(path: Path) -> list[dict]:

@@ -3,12 +3,20 @@
 import dataclasses
 import difflib
 import math
+import os
 from pathlib import Path
 
 import yaml
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.model.config import ModelConfig, built
+
+
+def located(source: str) -> str:
+    """A text's name as it is valid in every folder: of `file:PATH` the absolute path."""
+    if not source.startswith("file:"):
+        return source
+    return f"file:{os.path.abspath(Path(source.removeprefix('file:')).expanduser())}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +27,9 @@ class DataConfig:
     """stdlib, file:PATH, or a Hugging Face data set such as wikitext-2."""
     tokenizer: str = "bpe"
     """bpe (trained on the corpus, so a run needs no network), gpt2, or bytes."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "source", located(self.source))
 
 
 @dataclasses.dataclass(frozen=True)

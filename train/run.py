@@ -1,12 +1,14 @@
 """A training run as a whole: its folder, its corpus, its model, from the first step or from where it stopped."""
 
+import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import tiktoken
-from jaxtyping import Int32
+from jaxtyping import Int32, Integer
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.model import convert as pooling
@@ -14,7 +16,9 @@ from kvcascade.model import gpt, known, pretrained, tokenizer
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.pretrained import Model
 from kvcascade.train import checkpoint, config, data, loop
-from kvcascade.train.config import RunConfig
+from kvcascade.train.config import RunConfig, located
+
+log = logging.getLogger("kvcascade")
 
 
 def start(path: Path, wanted: RunConfig) -> None:
@@ -23,23 +27,24 @@ def start(path: Path, wanted: RunConfig) -> None:
     BadInput, with nothing written, if a run is there already or the run's text or devices do not suit its settings.
     """
     checkpoint.check_free(path)
-    encoding = data.encoding_for(data.load(wanted.data.source), wanted.data.tokenizer, wanted.model.vocab)
+    text = data.load(wanted.data.source)
+    encoding = data.encoding_for(text, wanted.data.tokenizer, wanted.model.vocab)
     if encoding.n_vocab != wanted.model.vocab:
         raise BadInput(
             f"model.vocab is {wanted.model.vocab}, but the tokenizer {encoding.name} has {encoding.n_vocab} tokens"
         )
-    loop.check(wanted, load_corpus(wanted, encoding), loop.data_mesh())
-    checkpoint.create(path, wanted, encoding)
+    loop.check(wanted, _corpus(text, encoding), loop.data_mesh())
+    checkpoint.create(path, wanted, encoding, data.fingerprint(text))
 
 
 def resume(path: Path, report: Callable[[int, dict], None]) -> None:
     """Train a run from its newest checkpoint, or from fresh parameters where there is none, to its last step.
 
-    BadInput, with nothing touched, if another process trains it.
+    BadInput, with nothing touched, if another process trains it or its text is another one now.
     """
     settings, encoding = checkpoint.open_run(path)
     with checkpoint.writing(path):
-        corpus = load_corpus(settings, encoding)
+        corpus = load_corpus(path)
         state = loop.initial_state(settings, gpt.init(settings.model, settings.train.seed))
         loop.fit(path, settings, corpus, state, report)
 
@@ -51,11 +56,24 @@ def check_same(path: Path, wanted: RunConfig) -> None:
         raise BadInput(f"{path} was started with other settings: {'; '.join(found[:3])}; --resume takes the run's own")
 
 
-def load_corpus(settings: RunConfig, encoding: tiktoken.Encoding) -> loop.Corpus:
-    """The tokens that a run learns from and is validated on."""
-    text = data.load(settings.data.source)
+def load_corpus(path: Path) -> loop.Corpus:
+    """The tokens that a run learns from and is validated on; BadInput if the text is another one than when the run was made."""
+    settings, encoding = checkpoint.open_run(path)
+    return _corpus(_own_text(str(path), settings.data.source, checkpoint.text_fingerprint(path)), encoding)
+
+
+def _corpus(text: data.Text, encoding: tiktoken.Encoding) -> loop.Corpus:
     lengths = tokenizer.token_bytes(encoding)
     return loop.Corpus(data.tokenize(text.train, encoding), data.tokenize(text.validation, encoding), lengths)
+
+
+def _own_text(run: str, source: str, fingerprint: str | None) -> data.Text:
+    """A run's text, if it still is what it was."""
+    text = data.load(source)
+    if fingerprint and data.fingerprint(text) != fingerprint:
+        mend = "use the Python that it was started under" if source == "stdlib" else "put the old text back"
+        raise BadInput(f"{source} has changed since {run} was started on it; {mend}")
+    return text
 
 
 def open_model(name: str, report: pretrained.Report = lambda done, of: None, weights: str = "float32") -> Model:
@@ -65,7 +83,13 @@ def open_model(name: str, report: pretrained.Report = lambda done, of: None, wei
     trained = checkpoint.load_run(Path(name).expanduser())
     settings = trained.config
     return Model(
-        name, settings.model, trained.params, trained.encoding, data=settings.data.source, seed=settings.train.seed
+        name,
+        settings.model,
+        trained.params,
+        trained.encoding,
+        data=settings.data.source,
+        trained_on=checkpoint.text_fingerprint(trained.path) or "",
+        seed=settings.train.seed,
     )
 
 
@@ -80,11 +104,34 @@ def shape(name: str, weights: str | None = None) -> ModelConfig:
     return found if weights is None else dataclasses.replace(found, weights=weights)
 
 
-def evaluation_tokens(model: Model, source: str | None):
-    """Tokens to evaluate a model on: of its own text the validation split, which a run was not trained on; of another file all."""
-    if source is None or source == model.data:
-        return data.tokenize(data.load(model.data).validation, model.encoding)
-    return data.tokenize(data.unseen(source), model.encoding)
+def evaluation_tokens(model: Model, source: str | None) -> Integer[np.ndarray, " T"]:
+    """Tokens to evaluate a model on: of the text that a run was trained on the validation split, of another file all.
+
+    Texts are compared by content. Logs one line where the text asked for is the run's own, and a warning where it holds
+    parts of what the run was trained on, or that cannot be told. BadInput if the run's own text is another one now.
+    """
+    if model.trained_on is None:
+        return data.tokenize(data.unseen(source or model.data), model.encoding)
+    same = "%s is the text that %s was trained on: of it, the validation split is taken"
+    if source is None or located(source) == model.data:
+        if source:
+            log.info(same, source, model.name)
+        return data.tokenize(_own_text(model.name, model.data, model.trained_on).validation, model.encoding)
+    try:
+        own = _own_text(model.name, model.data, model.trained_on)
+    except BadInput as error:
+        own = None
+        log.warning("whether %s was trained on parts of %s cannot be told: %s", model.name, source, error)
+    known = model.trained_on or (own and data.fingerprint(own))
+    with contextlib.suppress(BadInput):  # too short to have two splits, so not what a run was trained on
+        if data.fingerprint(asked := data.load(source)) == known:
+            log.info(same, source, model.name)
+            return data.tokenize(asked.validation, model.encoding)
+    tokens = data.tokenize(data.unseen(source), model.encoding)
+    share = data.seen(tokens, data.tokenize(own.train, model.encoding)) if own else 0.0
+    if share >= 0.01:
+        log.warning("WARNING: %s was trained on %.0f%% of %s, word for word", model.name, 100 * share, source)
+    return tokens
 
 
 def evaluation_windows(
@@ -117,5 +164,6 @@ def convert(source: Path, path: Path, kv_heads: int, method: str, share: float) 
         log_every=shrink(train.log_every),
     )
     settings = dataclasses.replace(trained.config, model=shape, train=train)
-    checkpoint.create(path, settings, trained.encoding, loop.initial_state(settings, params))
+    text = checkpoint.text_fingerprint(source)
+    checkpoint.create(path, settings, trained.encoding, text, loop.initial_state(settings, params))
     return steps
