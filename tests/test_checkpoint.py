@@ -255,10 +255,12 @@ def test_a_changed_text_is_refused(moved: Path) -> None:
     text.write_text(original.replace("slot 150 ", "slot 151 "))
     model, before = run.open_model(str(moved)), (moved / "log.jsonl").read_bytes()
     for use in (lambda: run.resume(moved, report), lambda: run.evaluation_tokens(model, None)):
-        with pytest.raises(BadInput, match=f"file:{text} has changed since {moved} was started on it; put the old"):
+        with pytest.raises(
+            BadInput, match=f"file:{text} is not the text any more that {moved} was started on; put that back"
+        ):
             use()
     assert (moved / "log.jsonl").read_bytes() == before
-    with pytest.raises(BadInput, match="has changed since"):
+    with pytest.raises(BadInput, match="is not the text any more"):
         run.evaluation_tokens(model, f"file:{text.parent}/run/../text.txt")
     content = json.loads((moved / "config.json").read_text())
     del content["text"]
@@ -272,7 +274,7 @@ def test_the_standard_library_of_another_python_is_refused(moved: Path) -> None:
     """The text that `stdlib` names is not the same everywhere; what it names there may well be, and is then fine."""
     content = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps(content | {"data": {"source": "stdlib", "tokenizer": "bytes"}}))
-    with pytest.raises(BadInput, match="stdlib has changed since .* use the Python that it was started under"):
+    with pytest.raises(BadInput, match="stdlib is not the text any more that .* was started on; use that Python"):
         run.load_corpus(moved)
 
 

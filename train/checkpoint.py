@@ -31,7 +31,8 @@ type State = dict[str, Any]
 BEST, LATEST = "best", "latest"
 METRIC = "validation_loss"
 SUMS = "sha256.json"
-NOTES = ("tokenizer", "text")
+WINDOWS = "evaluate_windows"
+NOTES = ("tokenizer", "text", "earlier")
 """What stands in config.json besides the settings."""
 
 
@@ -112,6 +113,14 @@ def text_fingerprint(path: Path) -> str | None:
     return _read(path).get("text")
 
 
+def change(path: Path, config: RunConfig) -> None:
+    """Give a run other settings, from its newest checkpoint on; config.json keeps, as `earlier`, those of training up to there."""
+    content = _read(path)
+    earlier = {"until_step": max(Checkpoints(path).steps(), default=0), "train": content["train"]}
+    with writing(path):
+        _write(path, content | configs.as_dict(config) | {"earlier": [*content.get("earlier", []), earlier]})
+
+
 def _read(path: Path) -> dict[str, Any]:
     """What is in a run's config.json."""
     file = path / "config.json"
@@ -156,9 +165,9 @@ class Checkpoints:
         return sorted(int(folder.name) for folder in self.path.glob("*") if folder.name.isdecimal())
 
     def best(self) -> int | None:
-        """The step with the lowest validation loss; the newest where none has one. BadInput if a loss cannot be read."""
-        losses = {step: loss for step in self.steps() if (loss := self._validation_loss(step)) is not None}
-        return min(losses, key=lambda step: losses[step]) if losses else max(self.steps(), default=None)
+        """The step with the lowest validation loss, on the windows that are used last; the newest where none has one. BadInput if a loss cannot be read."""
+        found = {step: metrics for step in self.steps() if (metrics := self._metrics(step)) is not None}
+        return _best(found) if found else max(self.steps(), default=None)
 
     def load(self, step: int, abstract: State) -> State:
         """Read the parts of a checkpoint that `abstract` names, in its shapes; BadInput if it is damaged or of another shape."""
@@ -173,13 +182,14 @@ class Checkpoints:
             raise self._unreadable(step, "it is damaged") from error
         raise self._unreadable(step, "it is not of the model that config.json describes")
 
-    def _validation_loss(self, step: int) -> float | None:
+    def _metrics(self, step: int) -> dict[str, Any] | None:
         file = self.path / str(step) / "metrics" / "metrics"
         if not file.exists():  # saved between two validations, or a process was killed as it deleted this checkpoint
             return None
         self._check(step, "metrics/metrics")
         try:
-            return float(json.loads(file.read_text("utf-8"))[METRIC])
+            found = json.loads(file.read_text("utf-8"))
+            return found | {METRIC: float(found[METRIC])}
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise self._unreadable(step, "metrics/metrics is damaged") from error
 
@@ -244,10 +254,15 @@ class Saver(Checkpoints):
         if isinstance(error, OSError):  # most likely the disk is full, and log.jsonl met it first
             raise self.failure(error) from error
 
-    def save(self, step: int, state: State, validation_loss: float | None) -> None:
-        """Start writing a checkpoint once the one before is done; BadInput if that one failed, with what is safe named."""
+    def save(self, step: int, state: State, validation_loss: float | None, windows: int = 0) -> None:
+        """Start writing a checkpoint once the one before is done, with its loss on so many windows if it has one.
+
+        BadInput if the one before failed, with what is safe named.
+        """
         self.wait()
-        metrics: dict[str, Any] | None = None if validation_loss is None else {METRIC: validation_loss}
+        metrics: dict[str, Any] | None = (
+            None if validation_loss is None else {METRIC: validation_loss, WINDOWS: windows}
+        )
         try:
             # A copy of the dict, because orbax puts the metrics into the one that it is given.
             self.pending = self.checkpointer.save_checkpointables_async(step, dict(state), force=True, metrics=metrics)
@@ -291,9 +306,16 @@ class _Kept(ocp.training.preservation_policies.PreservationPolicy):
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         kept = sorted(checkpoint.step for checkpoint in checkpoints)[-2:]
-        if scored := [checkpoint for checkpoint in checkpoints if checkpoint.metrics]:
-            kept.append(min(scored, key=lambda checkpoint: checkpoint.metrics[METRIC]).step)
+        if scored := {checkpoint.step: checkpoint.metrics for checkpoint in checkpoints if checkpoint.metrics}:
+            kept.append(_best(scored))
         return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def _best(metrics: dict[int, dict[str, Any]]) -> int:
+    """The step with the lowest loss among those validated on as many windows as the newest: others cannot be compared with it."""
+    windows = metrics[max(metrics)].get(WINDOWS)
+    same = [step for step in sorted(metrics) if metrics[step].get(WINDOWS, windows) == windows]
+    return min(same, key=lambda step: metrics[step][METRIC])
 
 
 def _shapes(tree: Any) -> Counter:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,29 +37,44 @@ def start(path: Path, wanted: RunConfig) -> None:
     checkpoint.create(path, wanted, encoding, data.fingerprint(text))
 
 
-def resume(path: Path, report: Callable[[int, dict], None]) -> None:
+def resume(
+    path: Path, report: Callable[[int, dict], None], wanted: RunConfig | None = None, track: Sequence[str] = ()
+) -> None:
     """Train a run from its newest checkpoint, or from fresh parameters where there is none, to its last step.
 
-    BadInput, with nothing touched, if another process trains it or its text is another one now.
+    `wanted` may have other values for the settings in `config.MAY_CHANGE` and name another place of the text: they become the run's own.
+    BadInput, with nothing touched, if it differs in others, if another process trains the run, or if its text is another one now.
+    `report` and `track` as in `loop.fit`.
     """
-    settings, encoding = checkpoint.open_run(path)
+    settings, _ = checkpoint.open_run(path)
+    wanted = wanted or settings
+    moved = wanted.data != settings.data
+    if not config.may_become(settings, wanted) or (moved and not checkpoint.text_fingerprint(path)):
+        check_same(path, wanted)
     with checkpoint.writing(path):
-        corpus = load_corpus(path)
-        state = loop.initial_state(settings, gpt.init(settings.model, settings.train.seed))
-        loop.fit(path, settings, corpus, state, report)
+        corpus = load_corpus(path, wanted.data.source)
+        loop.check(wanted, corpus, loop.data_mesh())
+        if wanted != settings:
+            checkpoint.change(path, wanted)
+        state = loop.initial_state(wanted, gpt.init(wanted.model, wanted.train.seed))
+        loop.fit(path, wanted, corpus, state, report, track=track)
 
 
 def check_same(path: Path, wanted: RunConfig) -> None:
     """BadInput if a run was started with other settings than those wanted."""
     found = config.differences(checkpoint.open_run(path)[0], wanted)
     if found:
-        raise BadInput(f"{path} was started with other settings: {'; '.join(found[:3])}; --resume takes the run's own")
+        raise BadInput(
+            f"{path} was started with other settings: {'; '.join(found[:3])}; --resume takes the run's own, "
+            "or more steps and other intervals"
+        )
 
 
-def load_corpus(path: Path) -> loop.Corpus:
-    """The tokens that a run learns from and is validated on; BadInput if the text is another one than when the run was made."""
+def load_corpus(path: Path, source: str | None = None) -> loop.Corpus:
+    """The tokens that a run learns from and is validated on, now to be found as `source`; BadInput if they are others than at its start."""
     settings, encoding = checkpoint.open_run(path)
-    return _corpus(_own_text(str(path), settings.data.source, checkpoint.text_fingerprint(path)), encoding)
+    text = _own_text(str(path), source or settings.data.source, checkpoint.text_fingerprint(path))
+    return _corpus(text, encoding)
 
 
 def _corpus(text: data.Text, encoding: tiktoken.Encoding) -> loop.Corpus:
@@ -71,8 +86,8 @@ def _own_text(run: str, source: str, fingerprint: str | None) -> data.Text:
     """A run's text, if it still is what it was."""
     text = data.load(source)
     if fingerprint and data.fingerprint(text) != fingerprint:
-        mend = "use the Python that it was started under" if source == "stdlib" else "put the old text back"
-        raise BadInput(f"{source} has changed since {run} was started on it; {mend}")
+        mend = "use that Python" if source == "stdlib" else "put that back, or say where it is by --data.source"
+        raise BadInput(f"{source} is not the text any more that {run} was started on; {mend}")
     return text
 
 
