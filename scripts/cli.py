@@ -51,13 +51,17 @@ def main(arguments: list[str] | None = None) -> None:
 @contextlib.contextmanager
 def _second_interrupt_ends() -> Iterator[None]:
     """Let a second Ctrl-C end the process within a second, also from within a compilation, while Python is told of no signal."""
+    if threading.current_thread() is not threading.main_thread():  # whoever started it deals with signals
+        yield
+        return
     ear, mouth = os.pipe()
     os.set_blocking(mouth, False)
 
     def listen() -> None:
         heard = 0
-        while heard < 2 and (numbers := os.read(ear, 64)):
-            heard += numbers.count(signal.SIGINT)
+        with open(ear, "rb", buffering=0) as pipe:
+            while heard < 2 and (numbers := pipe.read(64)):
+                heard += numbers.count(signal.SIGINT)
         if heard >= 2:
             time.sleep(1)  # in which Python ends by itself where it can
             cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # a progress bar hides it

@@ -84,6 +84,16 @@ def test_keeps_the_newest_two_and_the_best(tmp_path: Path, losses: list, kept: l
     assert [value(tmp_path, step) for step in kept] == kept
 
 
+def test_losses_on_other_windows_are_not_compared(tmp_path: Path) -> None:
+    """A run that goes on with more windows has its best among what was validated on so many."""
+    with Saver(tmp_path) as saver:
+        for step, (loss, windows) in enumerate([(1.0, 4), (3.0, 8), (2.0, 8), (5.0, 8), (6.0, 8)], 1):
+            saver.save(step, state(step), loss, windows)
+        saver.wait()
+        assert (saver.steps(), saver.best()) == ([3, 4, 5], 3)
+    assert Checkpoints(tmp_path).best() == 3
+
+
 def test_the_best_is_kept_over_several_starts(tmp_path: Path) -> None:
     """A second process knows the losses that the first one wrote."""
     for step, loss in enumerate([2.0, 1.0, 3.0, 4.0, 5.0, 6.0], 1):

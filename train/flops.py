@@ -1,5 +1,7 @@
 """Floating-point operations of training by arithmetic, and how many a card can do."""
 
+from collections.abc import Sequence
+
 import jax
 
 from kvcascade.model import gpt
@@ -34,7 +36,6 @@ def per_token(config: ModelConfig) -> int:
     return 6 * weights + 12 * attention
 
 
-def peak(devices: list[jax.Device]) -> float | None:
-    """Operations per second that the devices can do together, in 16 bits; None where a card is not known, and for a CPU."""
-    known = [PEAK.get(device.device_kind) for device in devices]
-    return sum(filter(None, known)) if all(known) else None
+def peak(kinds: Sequence[str]) -> float | None:
+    """Operations per second that devices of these kinds can do together, in 16 bits; None where one is not known, as of a CPU."""
+    return sum(PEAK[kind] for kind in kinds) if PEAK.keys() >= {*kinds} else None

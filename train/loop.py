@@ -225,7 +225,10 @@ class _Log:
         self.train, self.saver, self.report = config.train, saver, report
         self.trackers = [lines, *trackers]
         self.tokens = config.train.batch_size * config.model.context  # per step
-        self.flops, self.peak = flops.per_token(config.model), flops.peak(list(mesh.devices.flat))
+        self.flops, self.peak = (
+            flops.per_token(config.model),
+            flops.peak([device.device_kind for device in mesh.devices.flat]),
+        )
         self.pending: tuple[int, dict[str, Array]] | None = None
         self.last, self.busy = max(saver.steps(), default=0), 0.0  # step of the last line, seconds of training since
         self.mark = time.monotonic()  # since when the device has been training
