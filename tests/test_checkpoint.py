@@ -313,6 +313,10 @@ def test_what_a_run_was_trained_on_is_known_by_content(moved: Path, monkeypatch,
     assert not caplog.records
     (folder / "text.txt").unlink()
     np.testing.assert_array_equal(run.evaluation_tokens(model, "file:other name.txt"), own)
+    (told,) = caplog.messages
+    assert "of it, the validation split is taken" in told
+    caplog.clear()
+    run.evaluation_tokens(model, "file:longer.txt")
     assert "cannot be told" in caplog.messages[0] and "there is no such file" in caplog.messages[0]
 
 

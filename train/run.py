@@ -132,19 +132,20 @@ def evaluation_tokens(model: Model, source: str | None) -> Integer[np.ndarray, "
         if source:
             log.info(same, source, model.name)
         return data.tokenize(_own_text(model.name, model.data, model.trained_on).validation, model.encoding)
+    own, why = None, None
     try:
         own = _own_text(model.name, model.data, model.trained_on)
     except BadInput as error:
-        own = None
-        log.warning("whether %s was trained on parts of %s cannot be told: %s", model.name, source, error)
+        why = error
     known = model.trained_on or (own and data.fingerprint(own))
     with contextlib.suppress(BadInput):  # too short to have two splits, so not what a run was trained on
         if data.fingerprint(asked := data.load(source)) == known:
             log.info(same, source, model.name)
             return data.tokenize(asked.validation, model.encoding)
     tokens = data.tokenize(data.unseen(source), model.encoding)
-    share = data.seen(tokens, data.tokenize(own.train, model.encoding)) if own else 0.0
-    if share >= 0.01:
+    if own is None:
+        log.warning("whether %s was trained on parts of %s cannot be told: %s", model.name, source, why)
+    elif (share := data.seen(tokens, data.tokenize(own.train, model.encoding))) >= 0.01:
         log.warning("WARNING: %s was trained on %.0f%% of %s, word for word", model.name, 100 * share, source)
     return tokens
 
