@@ -50,6 +50,8 @@ class Model:
     """Tokens that end a text or an answer."""
     data: str = "stdlib"
     """The text that it is evaluated on where none is named."""
+    trained_on: str | None = None
+    """The fingerprint of `data` where it was trained on that, empty if it was not noted; None where it is not known what it was trained on."""
     seed: int = 0
 
     @functools.cached_property

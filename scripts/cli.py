@@ -1,13 +1,18 @@
 """The `kvcascade` command: finds the subcommand, and turns what the user can mend into one line and status 2."""
 
+import contextlib
 import difflib
 import importlib
 import importlib.metadata
 import io
 import logging
 import os
+import signal
 import sys
+import threading
+import time
 import warnings
+from collections.abc import Iterator
 
 COMMANDS = {
     "study": "train MHA, retrain GQA, evaluate the caches, write a report",
@@ -39,9 +44,39 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a locale may have no letter for what is said
     try:
-        _run(sys.argv[1:] if arguments is None else arguments)
+        with _second_interrupt_ends():
+            _run(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt as stopped:
         _fail(str(stopped) or "stopped", 128 + getattr(stopped, "signal", 2))
+
+
+@contextlib.contextmanager
+def _second_interrupt_ends() -> Iterator[None]:
+    """Let a second Ctrl-C end the process within a second, also from within a compilation, while Python is told of no signal."""
+    if threading.current_thread() is not threading.main_thread():  # whoever started it deals with signals
+        yield
+        return
+    ear, mouth = os.pipe()
+    os.set_blocking(mouth, False)
+
+    def listen() -> None:
+        heard = 0
+        with open(ear, "rb", buffering=0) as pipe:
+            while heard < 2 and (numbers := pipe.read(64)):
+                heard += numbers.count(signal.SIGINT)
+        if heard >= 2:
+            time.sleep(1)  # in which Python ends by itself where it can
+            cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # a progress bar hides it
+            os.write(2, f"{cursor}kvcascade: stopped\n".encode())
+            os._exit(130)
+
+    before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(mouth)
 
 
 def _run(arguments: list[str]) -> None:

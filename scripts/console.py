@@ -3,6 +3,7 @@
 import contextlib
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
@@ -23,7 +24,17 @@ err = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
 
 @contextlib.contextmanager
 def progress(title: str, total: int | None) -> Iterator[Callable[[int | None, str], None]]:
-    """A progress bar on stderr; yields a function that takes how far the work is (None: as far as before) and a few words."""
+    """How far a task is, on stderr: a bar on a terminal, else a line now and then.
+
+    Yields a function that takes how far the work is (None: as far as before) and a few words.
+    """
+    if not err.is_terminal:
+        lines = _Lines(title, total)
+        try:
+            yield lines.show
+        finally:
+            lines.close()
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -36,15 +47,64 @@ def progress(title: str, total: int | None) -> Iterator[Callable[[int | None, st
         yield lambda done, words: bar.update(task, completed=done, words=words)
 
 
+class _Lines:
+    """A task's progress in lines, for a file or a pipe: every SHARE of it where that is known, else ever more seldom; and the end of it."""
+
+    SECONDS, SHARE = 3.0, 0.025  # at least so long, and so much of the task, between two lines
+
+    def __init__(self, title: str, total: int | None):
+        self.title, self.total = title, total
+        self.start = self.told = time.monotonic()
+        self.first: int | None = None  # how far it was when it was first heard of
+        self.done, self.words, self.last = 0, "", ""
+        self.due = 0.0  # how far the next line is
+
+    def show(self, done: int | None, words: str) -> None:
+        """Say how far it is, if it is time to."""
+        self.done, self.words = self.done if done is None else done, words
+        if self.first is None:
+            self.first = self.done
+        now = time.monotonic()
+        wait = self.SECONDS if self.total else max(self.SECONDS, 0.3 * (self.told - self.start))
+        if now - self.told >= wait and (not self.total or self.done >= self.due):
+            self.told, self.due = now, self.done + self.SHARE * (self.total or 0)
+            self._say(now)
+
+    def close(self) -> None:
+        """Say where it ended, if it began and that was not said."""
+        if self.first is not None:
+            self._say(time.monotonic())
+
+    def _say(self, now: float) -> None:
+        passed, moved = now - self.start, self.done - (self.first or 0)
+        far = f"{self.done:,}"
+        if self.total:
+            far += f"/{self.total:,} ({100 * self.done / self.total:.0f}%)"
+        told = f"{self.title}: {far}  {self.words}".rstrip()
+        if told == self.last:
+            return
+        self.last = told
+        if self.total and moved and self.done < self.total:
+            told += f"  {_clock(passed / moved * (self.total - self.done))} left"
+        print(f"{told}  after {_clock(passed)}", file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
 @contextlib.contextmanager
 def training(title: str, steps: int) -> Iterator[Callable[[int, dict], None]]:
-    """A progress bar that shows the lines of a run's log: loss, tokens per second, validation loss."""
+    """A progress bar that shows the lines of a run's log: loss, tokens per second, how much of the card that uses, validation loss."""
     words: dict[str, str] = {}
     with progress(title, steps) as show:
 
         def report(step: int, line: dict) -> None:
             if "loss" in line:
                 words["loss"] = f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s"
+            if "mfu" in line:
+                words["mfu"] = f"MFU {line['mfu']:.0%}"
             if "validation_loss" in line:
                 words["validation"] = f"validation {line['validation_loss']:.3f} ± {line['validation_stderr']:.3f}"
             show(step, "  ".join(words.values()))

@@ -106,7 +106,7 @@ def _train(folder: Path, scale: Scale, data: str, seed: int) -> list[str]:
 def _jobs(folder: Path, models: dict[str, Model], trained: list[str], scale: Scale) -> list[Job]:
     """How each run learned; each model behind each cache; the speed of the first and the last; bytes by context and by kind of layer."""
     first, last = [*models.values()][0], [*models.values()][-1]
-    corpus = run.load_corpus(*checkpoint.open_run(folder / first.name))
+    corpus = run.load_corpus(folder / first.name)
     unigram = data.unigram_bits_per_byte(corpus.train, corpus.validation, corpus.token_bytes)
     context = first.config.context
     rows = kvcascade.windows(first, None, context, scale.windows)

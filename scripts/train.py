@@ -2,15 +2,16 @@
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import arguments_of
-from kvcascade.train import checkpoint, config, run
+from kvcascade.train import checkpoint, config, run, tracking
 from kvcascade.train.config import RunConfig
 
 
@@ -24,19 +25,22 @@ class Args:
     run: Path | None = None
     """The run's folder; by default runs/ and the name of the configuration."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on from the newest checkpoint, with the run's own settings."""
+    """Go on from the newest checkpoint, with the run's own settings. More steps may be asked for, by a number or as --train.steps 2x (which
+    doubles them each time that it is said), and other intervals between checkpoints, validations and lines; the learning rate then follows the
+    schedule of the new length, so it jumps up."""
+    track: Annotated[tuple[Literal["tensorboard", "wandb"], ...], tyro.conf.UseAppendAction] = ()
+    """Where the numbers of log.jsonl go as well; give it several times for several."""
 
 
 def main(arguments: list[str]) -> None:
     """Parse the flags, make the run's folder or open it, and train to the last step."""
     args = _parse(arguments)
     path = args.run or Path("runs") / Path(args.config).stem
-    if args.resume:
-        run.check_same(path, args.settings)
-    else:
+    tracking.check(args.track)
+    if not args.resume:
         run.start(path, args.settings)
     with console.training(str(path), args.settings.train.steps) as report:
-        run.resume(path, report)
+        run.resume(path, report, args.settings, args.track)
     print(f"trained {args.settings.train.steps} steps; the run is in {path}")
 
 
@@ -51,4 +55,15 @@ def _parse(arguments: list[str]) -> Args:
     if known.resume and not (path / "config.json").exists():
         raise BadInput(f"{path} holds no run to resume; start one without --resume")
     base = checkpoint.open_run(path)[0] if known.resume and not known.config else config.load(known.config or "toy")
-    return arguments_of(Args, "train", arguments, Args(base, known.config or "toy"))
+    return arguments_of(Args, "train", _in_steps(arguments, base.train.steps), Args(base, known.config or "toy"))
+
+
+def _in_steps(arguments: list[str], steps: int) -> list[str]:
+    """The same with `2x` after --train.steps replaced by twice as many as there are."""
+    found = []
+    for before, each in zip(["", *arguments], arguments, strict=False):
+        times = re.fullmatch(r"(--train\.steps=)?(\d+(?:\.\d+)?)x", each)
+        if times and (times[1] or before == "--train.steps"):
+            each = f"{times[1] or ''}{round(float(times[2]) * steps)}"
+        found.append(each)
+    return found

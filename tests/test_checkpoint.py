@@ -84,6 +84,16 @@ def test_keeps_the_newest_two_and_the_best(tmp_path: Path, losses: list, kept: l
     assert [value(tmp_path, step) for step in kept] == kept
 
 
+def test_losses_on_other_windows_are_not_compared(tmp_path: Path) -> None:
+    """A run that goes on with more windows has its best among what was validated on so many."""
+    with Saver(tmp_path) as saver:
+        for step, (loss, windows) in enumerate([(1.0, 4), (3.0, 8), (2.0, 8), (5.0, 8), (6.0, 8)], 1):
+            saver.save(step, state(step), loss, windows)
+        saver.wait()
+        assert (saver.steps(), saver.best()) == ([3, 4, 5], 3)
+    assert Checkpoints(tmp_path).best() == 3
+
+
 def test_the_best_is_kept_over_several_starts(tmp_path: Path) -> None:
     """A second process knows the losses that the first one wrote."""
     for step, loss in enumerate([2.0, 1.0, 3.0, 4.0, 5.0, 6.0], 1):
@@ -121,7 +131,7 @@ def test_a_loaded_model_is_compiled_once(pristine: Path) -> None:
     """A decode step behind a fresh cache is compiled once for a loaded model, not again for the cache that comes out of it."""
     run, rows = checkpoint.load_run(pristine), np.zeros((2, 8), np.int32)
     perplexity.score(run.config.model, run.params, parse("recent 3"), rows, batch=2)
-    step = perplexity._compiled(run.config.model, parse("recent 3"), 2, 8)
+    step = perplexity._compiled(run.config.model, (parse("recent 3"),), 2, 8)
     assert step.traces == 1 and step.run._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -201,6 +211,113 @@ def test_half_written_checkpoints_are_ignored_and_cleared(copy: Path) -> None:
         pass
     assert not half.exists()
     assert Checkpoints(copy).steps() == [2, 3]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from kvcascade.train import checkpoint
+
+with checkpoint.writing(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_has_one_writer(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While another process trains it, training, starting and converting are refused, and what that one is writing stays; killed, it is free."""
+    half = copy / "checkpoints" / "4.orbax-checkpoint-tmp"
+    half.mkdir()
+    (copy / "config.json").rename(copy / "aside")
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(copy)], stdin=-1, stdout=-1, text=True)
+    assert holder.stdout and holder.stdout.readline() == "held\n"
+    with pytest.raises(BadInput, match="run is being trained by another process; wait for it, or name another --run"):
+        Saver(copy)
+    with pytest.raises(BadInput, match="is being trained by another process"):
+        checkpoint.create(copy, RunConfig(MODEL), tokenizer.bytes_encoding(), None)
+    (copy / "aside").rename(copy / "config.json")
+    monkeypatch.setattr(run, "load_corpus", None)  # told before the text is read
+    with pytest.raises(BadInput, match="is being trained by another process"):
+        run.resume(copy, lambda step, line: None)
+    assert half.is_dir() and Checkpoints(copy).steps() == [2, 3]
+    assert checkpoint.load_run(copy, LATEST).step == 3, "whoever reads is not held up"
+    holder.kill()
+    holder.communicate()
+    with Saver(copy), Saver(copy):
+        assert not half.exists()
+
+
+@pytest.fixture
+def moved(copy: Path, pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That copy with a text of its own beside it, named without a folder when it was started."""
+    monkeypatch.setenv("KVCASCADE_CACHE", str(tmp_path / "cache"))
+    shutil.copy(pristine.parent / "text.txt", tmp_path / "text.txt")
+    content = json.loads((copy / "config.json").read_text())
+    content["data"]["source"] = f"file:{tmp_path}/text.txt"
+    (copy / "config.json").write_text(json.dumps(content))
+    return copy
+
+
+def test_a_changed_text_is_refused(moved: Path) -> None:
+    """Neither trained on nor evaluated on in silence; a run that noted no fingerprint is read as ever."""
+    text, report = moved.parent / "text.txt", lambda step, line: None
+    original = text.read_text()
+    text.write_text(original.replace("slot 150 ", "slot 151 "))
+    model, before = run.open_model(str(moved)), (moved / "log.jsonl").read_bytes()
+    for use in (lambda: run.resume(moved, report), lambda: run.evaluation_text(model, None)):
+        with pytest.raises(
+            BadInput, match=f"file:{text} is not the text any more that {moved} was started on; put that back"
+        ):
+            use()
+    assert (moved / "log.jsonl").read_bytes() == before
+    with pytest.raises(BadInput, match="is not the text any more"):
+        run.evaluation_text(model, f"file:{text.parent}/run/../text.txt")
+    content = json.loads((moved / "config.json").read_text())
+    del content["text"]
+    (moved / "config.json").write_text(json.dumps(content))
+    run.resume(moved, report)
+    assert len(run.evaluation_text(run.open_model(str(moved)), None)[0]) > 0
+    text.write_text(original)
+
+
+def test_the_standard_library_of_another_python_is_refused(moved: Path) -> None:
+    """The text that `stdlib` names is not the same everywhere; what it names there may well be, and is then fine."""
+    content = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(content | {"data": {"source": "stdlib", "tokenizer": "bytes"}}))
+    with pytest.raises(BadInput, match="stdlib is not the text any more that .* was started on; use that Python"):
+        run.load_corpus(moved)
+
+
+def test_what_a_run_was_trained_on_is_known_by_content(moved: Path, monkeypatch, caplog) -> None:
+    """Its text under any name gives the validation split, with a word; a text that holds parts of it is told loudly, another is not."""
+    caplog.set_level("INFO", "kvcascade")
+    folder, model = moved.parent, run.open_model(str(moved))
+    own, _ = run.evaluation_text(model, None)
+    monkeypatch.chdir(folder)
+    assert not caplog.records
+    original = (folder / "text.txt").read_text()
+    (folder / "other name.txt").write_text(original)
+    for name in ("text.txt", "./text.txt", f"{folder}/text.txt", "other name.txt"):
+        np.testing.assert_array_equal(run.evaluation_text(model, f"file:{name}")[0], own)
+        (told,) = caplog.messages
+        assert told == f"file:{name} is the text that {moved} was trained on: of it, the validation split is taken"
+        caplog.clear()
+    unlike = "".join(f"{i * 7919 % 1000} heavy hitters, {i * 104729 % 977} sinks\n" for i in range(200))
+    (folder / "longer.txt").write_text(unlike + original[: len(unlike)])
+    assert len(run.evaluation_text(model, "file:longer.txt")[0]) > 1.9 * len(unlike)
+    (told,) = caplog.messages
+    assert told == f"WARNING: {moved} was trained on 50% of file:longer.txt, word for word"
+    caplog.clear()
+    (folder / "unlike.txt").write_text(unlike)
+    assert len(run.evaluation_text(model, "file:unlike.txt")[0]) > 0.9 * len(unlike)
+    assert not caplog.records
+    (folder / "text.txt").unlink()
+    np.testing.assert_array_equal(run.evaluation_text(model, "file:other name.txt")[0], own)
+    (told,) = caplog.messages
+    assert "of it, the validation split is taken" in told
+    caplog.clear()
+    run.evaluation_text(model, "file:longer.txt")
+    assert "cannot be told" in caplog.messages[0] and "there is no such file" in caplog.messages[0]
 
 
 def test_a_swapped_tokenizer_is_detected(copy: Path) -> None:

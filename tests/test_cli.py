@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,11 @@ BAD = {
     "train --config windows.yaml --run new": "500 windows of 33 tokens were asked for, but the text has",
     "train --config tiny.yaml --run run": "run holds a run already; go on with it by --resume",
     "train --run none --resume": "none holds no run to resume; start one without --resume",
-    "train --run run --resume --train.steps 9": "run was started with other settings: train.steps: 2 and 9",
+    "train --run run --resume --train.steps 1": "run was started with other settings: train.steps: 2 and 1; --resume takes",
+    "train --run run --resume --train.seed 1": "run was started with other settings: train.seed: 0 and 1",
+    "train --run run --resume --train.steps 9 --train.evaluate-windows 500": "500 windows of 33 tokens were asked for",
+    "train --run run --resume --train.steps -2x": "--train.steps",
+    "train --config tiny.yaml --run new --track tensorbored": "--track",
     "train --config nano --run run --resume": "run was started with other settings: model.layers: 1 and 2",
     "convert none --kv-heads 1 --run new": "none holds no run",
     "convert run --kv-heads 3 --run new": "2 KV heads cannot be pooled to 3",
@@ -241,6 +246,74 @@ def test_a_finished_run_can_be_resumed(here: Path, capfd: pytest.CaptureFixture)
     for typed in ("train --run run --resume", "train --config tiny.yaml --run run --resume --train.steps 2"):
         cli.main(shlex.split(typed))
         assert "trained 2 steps; the run is in run" in capfd.readouterr().out
+
+
+def test_a_finished_run_shows_that_it_is(here: Path, capfd: pytest.CaptureFixture) -> None:
+    """Not a task of which nothing is done, and what it came to."""
+    cli.main(shlex.split("train --run run --resume"))
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("run: 2/2 (100%)  loss ") and "validation" in line
+
+
+@pytest.mark.parametrize("wanted", ["4", "2x"])
+def test_a_run_is_given_more_steps(here: Path, capfd: pytest.CaptureFixture, wanted: str) -> None:
+    """By a number or as a multiple; config.json has the new ones, and from where on; another stop and start keeps them."""
+    typed = f"train --run run --resume --train.steps {wanted} --train.checkpoint-every 1"
+    cli.main(shlex.split(typed))
+    assert "trained 4 steps" in capfd.readouterr().out
+    content = json.loads((here / "run" / "config.json").read_text())
+    (before,) = content["earlier"]
+    assert (before["until_step"], before["train"]["steps"], before["train"]["checkpoint_every"]) == (2, 2, 2)
+    assert (content["train"]["steps"], content["train"]["checkpoint_every"]) == (4, 1)
+    lines = [json.loads(line) for line in (here / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    cli.main(shlex.split("train --run run --resume"))
+    assert "trained 4 steps" in capfd.readouterr().out
+    assert json.loads((here / "run" / "config.json").read_text()) == content
+    cli.main(shlex.split("evaluate --model run --context 16 --sequences 2 --cache full"))
+
+
+STUCK = """
+import ctypes, signal, time
+from kvcascade.scripts import cli, train
+
+def main(arguments):
+    signal.signal(signal.SIGINT, lambda *_: None)  # as if Python never got to it
+    print("in", flush=True)
+    ctypes.CDLL(None).usleep(60_000_000)  # a compilation: no Python runs, and it starts again after a signal
+    ctypes.CDLL(None).usleep(60_000_000)
+    ctypes.CDLL(None).usleep(60_000_000)
+
+train.main = main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+cli.main(["train"])
+"""
+
+
+def test_a_second_ctrl_c_ends_whatever_runs(here: Path) -> None:
+    """Also within native code, where Python learns of no signal: status 130, in about a second."""
+    child = subprocess.Popen([sys.executable, "-c", STUCK], stdout=-1, stderr=-1, text=True)
+    assert child.stdout and child.stdout.readline() == "in\n"
+    for _ in range(2):
+        time.sleep(0.5)
+        child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=20)
+    assert (child.returncode, err) == (130, "kvcascade: stopped\n")
+
+
+def test_a_run_finds_its_text_from_every_folder(here: Path, monkeypatch, capfd: pytest.CaptureFixture) -> None:
+    """It was started on `file:text.txt`; elsewhere it is trained and evaluated all the same, and it is told where a text is that was moved."""
+    elsewhere = here / "else" / "where"
+    elsewhere.mkdir(parents=True)
+    cli.main(shlex.split("train --config tiny.yaml --run new --train.steps 1"))
+    monkeypatch.chdir(elsewhere)
+    cli.main(shlex.split("train --run ../../new --resume"))
+    assert "trained 1 steps" in capfd.readouterr().out
+    (here / "text.txt").rename(elsewhere / "text.txt")
+    assert run(*shlex.split("train --run ../../new --resume")) == 2
+    cli.main(shlex.split("train --run ../../new --resume --data.source file:text.txt"))
+    monkeypatch.chdir(here)
+    cli.main(shlex.split("evaluate --model new --context 16 --sequences 2 --cache full"))
 
 
 def test_a_run_without_a_checkpoint_starts_again(here: Path, capfd: pytest.CaptureFixture) -> None:

@@ -336,6 +336,22 @@ def test_too_few_tokens_for_a_batch() -> None:
         data.batch(np.arange(9), -1, 0, 1, 8)
 
 
+def test_what_was_seen_is_counted_in_runs_of_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: copied parts count wherever they stand, also over the seams of a long text; one token in 32 changed is not copied."""
+    monkeypatch.setattr(data, "PART", 2000)
+    random = np.random.default_rng(0)
+    train = random.integers(0, 300, 5000).astype(np.uint16)
+    for start in (0, 5, 1990, 3700, len(train) - 320):
+        assert data.seen(train[start : start + 320], train) == 1
+    fresh = random.integers(0, 300, 320).astype(np.uint16)
+    assert data.seen(fresh, train) == 0
+    assert data.seen(np.concatenate([fresh, train[:320]]), train) == pytest.approx(0.5, abs=0.03)
+    changed = train[:320].copy()
+    changed[::32] += 1
+    assert data.seen(changed, train) == 0
+    assert data.seen(train[:20], train) == 0
+
+
 def test_unigram_baseline() -> None:
     train, validation, lengths = np.array([0, 0, 0, 1]), np.array([0, 1, 2, 2]), np.array([1, 2, 3], np.int32)
     bits = -np.log2([4 / 7, 2 / 7, 1 / 7, 1 / 7]).sum()

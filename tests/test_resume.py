@@ -18,6 +18,7 @@ from kvcascade.train import checkpoint, config, loop
 
 COMMAND = [sys.executable, "-W", "error", "-c", "from kvcascade.scripts.cli import main; main()", "train"]
 STEPS = 300
+CLOCK = ("seconds", "tokens_per_second", "model_tflops_per_second")
 pytestmark = pytest.mark.slow
 
 
@@ -59,10 +60,7 @@ def final_state(path: Path) -> checkpoint.State:
 
 def history(path: Path) -> list[dict]:
     """What the log says of each step, without the clock."""
-    return [
-        {name: value for name, value in line.items() if name not in ("seconds", "tokens_per_second")}
-        for line in checkpoint.read_log(path)
-    ]
+    return [{name: value for name, value in line.items() if name not in CLOCK} for line in checkpoint.read_log(path)]
 
 
 def assert_same(path: Path, whole: Path) -> None:

@@ -2,11 +2,16 @@
 
 import dataclasses
 import functools
+import importlib.machinery
+import importlib.util
 import json
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -18,7 +23,7 @@ import pytest
 from kvcascade.cache.errors import BadInput
 from kvcascade.model import gpt
 from kvcascade.model.config import ModelConfig
-from kvcascade.train import checkpoint, config, loop
+from kvcascade.train import checkpoint, config, data, flops, loop, tracking
 from kvcascade.train.config import RunConfig, TrainConfig
 
 TINY = RunConfig(
@@ -224,6 +229,200 @@ class Crash(Exception):
     pass
 
 
+class Watched:
+    """A number of a step that notes when it is looked at."""
+
+    def __init__(self, events: list[str], what: str):
+        self.events, self.what = events, what
+
+    def __array__(self, dtype=None, copy=None):
+        self.events.append(self.what)
+        return np.float32(1)
+
+
+def test_a_step_is_looked_at_while_the_next_one_runs(tmp_path: Path, monkeypatch, unchecked) -> None:
+    """So the device never waits for Python; but before a state is validated or saved, the numbers of its own step were seen."""
+    events = []
+
+    def make_step(settings, mesh):
+        def step(state, number, rows):
+            np.testing.assert_array_equal(rows, data.batch(TOKENS, 0, number, 4, 32))
+            events.append(f"step {number + 1}")
+            watched = Watched(events, f"look {number + 1}")
+            return state, {"loss": watched, "gradient_norm": 1, "learning_rate": 1, "parameter_norm": 1}
+
+        return step
+
+    monkeypatch.setattr(loop, "make_step", make_step)
+    monkeypatch.setattr(loop, "validate", lambda *_: events.append("validate") or {"validation_loss": 1.0})
+    save = checkpoint.Saver.save
+    monkeypatch.setattr(checkpoint.Saver, "save", lambda *given: events.append("save") or save(*given))
+    fit(tmp_path, tiny(steps=7, evaluate_every=3, checkpoint_every=5))
+    assert ", ".join(events) == (
+        "step 1, step 2, look 1, step 3, look 2, look 3, validate, "
+        "step 4, step 5, look 4, look 5, save, step 6, look 6, validate, step 7, look 7, validate, save"
+    )
+
+
+def test_checkpoints_are_written_by_the_clock_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 20 seconds and a minute between checkpoints: at the first step after a minute, and again a minute after that."""
+    clock = [0.0]
+    saved = []
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(checkpoint.Saver, "save", lambda self, step, *rest: saved.append(step))
+
+    monkeypatch.setattr(loop._Log, "_trained", lambda self, step, values: clock.append(clock.pop() + 20))
+    for minutes, expected in ((1.0, [5, 8]), (0.0, [8])):
+        saved.clear()
+        clock[0] = 0.0
+        path = tmp_path / str(minutes)
+        fit(path, tiny(checkpoint_every=100, evaluate_every=100, checkpoint_minutes=minutes))
+        assert saved == expected
+
+
+def test_a_second_interrupt_is_one(tmp_path: Path) -> None:
+    """The first lets the step end and saves it; the second is a KeyboardInterrupt there and then, and saves nothing."""
+
+    def report(step, line):
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "twice", tiny(checkpoint_every=100), report)
+    assert checkpoint.Checkpoints(tmp_path / "twice").steps() == []
+
+    def once(step, line):
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(loop.Interrupted):
+        fit(tmp_path / "once", tiny(checkpoint_every=100), once)
+    (step,) = checkpoint.Checkpoints(tmp_path / "once").steps()
+    assert 3 <= step <= 4
+
+
+def test_a_run_is_extended_from_its_checkpoint(tmp_path: Path) -> None:
+    """More steps: from where it was, with the same moments and the next batches, by the schedule of the new length; two ways to get there agree."""
+    fit(tmp_path / "run", tiny(steps=4))
+    shutil.copytree(tmp_path / "run", tmp_path / "by hand")
+    longer, told = tiny(steps=8), []
+    state = fit(tmp_path / "run", longer, lambda step, line: told.append((step, line)))
+    assert told[0][0] == 4 and {"loss", "validation_loss"} <= told[0][1].keys(), "first, what it has come to"
+    rates = {line["step"]: line["learning_rate"] for line in checkpoint.read_log(tmp_path / "run") if "loss" in line}
+    short, long = loop.learning_rate(tiny(steps=4).train), loop.learning_rate(longer.train)
+    for step, rate in rates.items():
+        assert rate == pytest.approx(float(jnp.asarray((short if step <= 4 else long)(step - 1))), rel=1e-5, abs=1e-9)
+    assert rates[5] > 1.3 * rates[4], "it jumps up"
+    step = compiled(longer, loop.data_mesh())
+    abstract = jax.tree.map(loop._abstract, fresh(longer))
+    by_hand = checkpoint.Checkpoints(tmp_path / "by hand").load(4, abstract)
+    for number in range(4, 8):
+        by_hand, _ = step(by_hand, number, jnp.asarray(data.batch(TOKENS, 0, number, 4, 32)))
+    assert same(by_hand, state)
+
+
+def test_more_steps_and_other_intervals_may_be_asked_for() -> None:
+    """Nothing that the steps taken so far depended on, and no fewer steps."""
+    allowed: list[dict] = [
+        {},
+        {"steps": 9},
+        {"checkpoint_every": 1},
+        {"evaluate_windows": 2, "checkpoint_minutes": 0.0},
+    ]
+    refused: list[dict] = [{"steps": 7}, {"steps": 9, "learning_rate": 0.1}, {"seed": 1}, {"batch_size": 8}]
+    for changes in allowed:
+        assert config.may_become(TINY, tiny(**changes))
+    assert config.may_become(TINY, dataclasses.replace(TINY, data=config.DataConfig("file:elsewhere.txt")))
+    for changes in refused:
+        assert not config.may_become(TINY, tiny(**changes))
+    assert not config.may_become(TINY, tiny(dropout=0.1))
+
+
+def test_operations_are_counted_by_hand() -> None:
+    """Per token: 6 a weight (the tied embedding once, as the head), and 12 · 32 channels · 32 tokens of attention."""
+    weights = 64 * 32 + 32 * (32 + 16 + 16 + 32) + 2 * 32 * 64
+    assert flops.per_token(TINY.model) == 6 * weights + 12 * 32 * 32
+    untied = dataclasses.replace(TINY.model, tied=False, positions="learned", window=8)
+    assert flops.per_token(untied) == 6 * weights + 12 * 32 * 8, (
+        "what is looked up costs nothing, a window limits what is seen"
+    )
+
+
+def test_use_of_the_card_is_told_where_it_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU there is no share; on a card whose peak is known, it is what the model takes at this speed, over that."""
+    assert flops.peak(["cpu"]) is None and flops.peak(["NVIDIA L4", "cpu"]) is None
+    assert flops.peak(["NVIDIA L4"] * 2) == 242e12
+    fit(tmp_path / "cpu")
+    assert not any("mfu" in line for line in checkpoint.read_log(tmp_path / "cpu"))
+    monkeypatch.setitem(flops.PEAK, jax.devices()[0].device_kind, 1e9)
+    fit(tmp_path / "card")
+    lines = [line for line in checkpoint.read_log(tmp_path / "card") if "loss" in line]
+    for line in lines:
+        rate = line["tokens_per_second"] * flops.per_token(TINY.model)
+        assert line["mfu"] == pytest.approx(rate / 1e9, rel=1e-3, abs=1e-4)
+        assert line["model_tflops_per_second"] == pytest.approx(rate / 1e12, rel=1e-3, abs=1e-6)
+
+
+def test_log_lines_go_to_tensorboard(tmp_path: Path) -> None:
+    """The same numbers at the same steps, also after a crash and a new start, into files that others read."""
+    pytest.importorskip("tensorboardX", reason="the extra [tensorboard] is not installed")
+    event_of = importlib.import_module("tensorboardX.proto.event_pb2").Event.FromString
+
+    def crash(step, line):
+        if step == 5:
+            raise Crash
+
+    with pytest.raises(Crash):
+        loop.fit(tmp_path, TINY, CORPUS, fresh(TINY), crash, track=("tensorboard",))
+    loop.fit(tmp_path, TINY, CORPUS, fresh(TINY), lambda step, line: None, track=("tensorboard", "tensorboard"))
+    found = {}
+    for file in sorted((tmp_path / "tensorboard").iterdir()):
+        content = file.read_bytes()
+        while content:  # length in 8 bytes, its sum in 4, the event, its sum in 4
+            length = int.from_bytes(content[:8], "little")
+            event = event_of(content[12 : 12 + length])
+            found |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+            content = content[16 + length :]
+    wanted = {(x["step"], name): x[name] for x in checkpoint.read_log(tmp_path) for name in x if name != "step"}
+    assert found == {key: pytest.approx(value, rel=1e-6) for key, value in wanted.items()}
+
+
+def test_log_lines_go_to_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run of theirs for one of ours, also when it is resumed; closed also when training fails."""
+    said = []
+    theirs = types.SimpleNamespace(
+        log=lambda values, step: said.append((step, values)), finish=lambda: said.append("finish")
+    )
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setattr(wandb, "init", lambda **given: said.append(given) or theirs, raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    loop.fit(tmp_path, TINY, CORPUS, fresh(TINY), lambda step, line: None, track=("wandb",))
+    begun, *lines, ended = said
+    assert begun["id"] and begun["resume"] == "allow" and begun["config"]["train"]["steps"] == 8
+    assert [{"step": step, **values} for step, values in lines] == checkpoint.read_log(tmp_path)
+    assert ended == "finish"
+    longer = tiny(steps=9)
+
+    def crash(step, line):
+        if step == 9:
+            raise Crash
+
+    with pytest.raises(Crash):
+        loop.fit(tmp_path, longer, CORPUS, fresh(longer), crash, track=("wandb",))
+    again = said[len(lines) + 2]
+    assert again["id"] == begun["id"] and said[-1] == "finish"
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what to install, before anything is made."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = r"--track tensorboard takes the package tensorboardX: pip install 'kvcascade\[tensorboard\]'"
+    with pytest.raises(BadInput, match=message):
+        tracking.check(["tensorboard"])
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_crash_and_a_new_start_change_nothing(tmp_path: Path, trained, dropout: float) -> None:
     """From a checkpoint written in the background while training went on: parameters, moments and losses bit for bit."""
@@ -243,7 +442,8 @@ def test_a_crash_and_a_new_start_change_nothing(tmp_path: Path, trained, dropout
     with (tmp_path / "cut" / "log.jsonl").open("a") as log:
         log.write('{"step": 8, "loss": 1.0, "seconds": 9}\n{"step": 9, "lo')  # what a crash may leave
     assert same(fit(tmp_path / "cut", settings), state)
-    timeless = lambda lines: [{k: v for k, v in x.items() if k not in ("seconds", "tokens_per_second")} for x in lines]
+    clock = ("seconds", "tokens_per_second", "model_tflops_per_second")
+    timeless = lambda lines: [{k: v for k, v in x.items() if k not in clock} for x in lines]
     assert timeless(checkpoint.read_log(tmp_path / "cut")) == timeless(checkpoint.read_log(path))
 
 

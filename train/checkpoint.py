@@ -1,4 +1,4 @@
-"""A run's folder: config.json, tokenizer.json, log.jsonl and checkpoints/."""
+"""A run's folder: config.json, tokenizer.json, log.jsonl, checkpoints/, and the lock that its one writer holds."""
 
 import contextlib
 import dataclasses
@@ -8,10 +8,11 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +31,9 @@ type State = dict[str, Any]
 BEST, LATEST = "best", "latest"
 METRIC = "validation_loss"
 SUMS = "sha256.json"
+WINDOWS = "evaluate_windows"
+NOTES = ("tokenizer", "text", "earlier")
+"""What stands in config.json besides the settings."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,44 +55,90 @@ def check_free(path: Path) -> None:
         raise BadInput(f"{path} holds checkpoints, but no config.json; name another --run")
 
 
-def create(path: Path, config: RunConfig, encoding: tiktoken.Encoding, state: State | None = None) -> None:
-    """Make a run's folder with its configuration and tokeniser, and with a state to begin from as the checkpoint of step 0.
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Be the one writer of a run's folder, which is made if need be; may be nested. BadInput if another process is writing, or nobody can."""
+    lock = filelock.FileLock(path / "lock", blocking=False, is_singleton=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout:
+        raise BadInput(f"{path} is being trained by another process; wait for it, or name another --run") from None
+    except OSError as error:
+        raise BadInput(f"cannot write to {path}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def create(
+    path: Path, config: RunConfig, encoding: tiktoken.Encoding, text: str | None, state: State | None = None
+) -> None:
+    """Make a run's folder with its configuration, its tokeniser and its text's fingerprint (None: not known), and with a state to
+    begin from as the checkpoint of step 0.
 
     config.json comes last, for it makes the folder a run. If anything fails, a folder that was not there before goes again;
-    BadInput if it cannot be written.
+    BadInput if it cannot be written, or holds a run already.
     """
     new = not path.exists()
-    try:
-        if state is not None:
-            with Saver(path) as saver:
-                saver.save(0, state, None)
-        tokenizer.save(encoding, path / "tokenizer.json")
-        content = configs.as_dict(config) | {"tokenizer": tokenizer.fingerprint(encoding)}
-        write_whole(path / "config.json", (json.dumps(content, indent=2) + "\n").encode())
-    except BaseException as error:
-        if new:
-            shutil.rmtree(path, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise BadInput(f"cannot make the run {path}: {error.strerror}") from error
-        raise
+    with writing(path):
+        check_free(path)  # another process may have made one since it was asked
+        try:
+            if state is not None:
+                with Saver(path) as saver:
+                    saver.save(0, state, None)
+            tokenizer.save(encoding, path / "tokenizer.json")
+            _write(path, configs.as_dict(config) | {"tokenizer": tokenizer.fingerprint(encoding), "text": text})
+        except BaseException as error:
+            if new:
+                shutil.rmtree(path, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise BadInput(f"cannot make the run {path}: {error.strerror}") from error
+            raise
 
 
 def open_run(path: Path) -> tuple[RunConfig, tiktoken.Encoding]:
     """Read a run's configuration and tokeniser; BadInput if the folder holds no run, or its tokeniser is not the one it was trained with."""
+    content = _read(path)
+    encoding = tokenizer.load(path / "tokenizer.json")
+    if tokenizer.fingerprint(encoding) != content["tokenizer"]:
+        raise BadInput(f"{path} was trained with another tokenizer than the one in its tokenizer.json")
+    sections = {name: part for name, part in content.items() if name not in NOTES}
+    return configs.from_dict(sections, path / "config.json"), encoding
+
+
+def text_fingerprint(path: Path) -> str | None:
+    """What `data.fingerprint` said of a run's text when the run was made; None for runs that did not note it."""
+    return _read(path).get("text")
+
+
+def change(path: Path, config: RunConfig) -> None:
+    """Give a run other settings, from its newest checkpoint on; config.json keeps, as `earlier`, those of training up to there."""
+    content = _read(path)
+    earlier = {"until_step": max(Checkpoints(path).steps(), default=0), "train": content["train"]}
+    with writing(path):
+        _write(path, content | configs.as_dict(config) | {"earlier": [*content.get("earlier", []), earlier]})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What is in a run's config.json."""
     file = path / "config.json"
     try:
         content = json.loads(file.read_text("utf-8"))
-        trained_with = content.pop("tokenizer")
+        if not isinstance(content, dict) or "tokenizer" not in content:
+            raise ValueError("it names no tokenizer")
     except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"{path} holds no run: there is no config.json in it") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise BadInput(
             f"{file} is not a run's configuration, or is damaged ({type(error).__name__}: {error})"
         ) from error
-    encoding = tokenizer.load(path / "tokenizer.json")
-    if tokenizer.fingerprint(encoding) != trained_with:
-        raise BadInput(f"{path} was trained with another tokenizer than the one in its tokenizer.json")
-    return configs.from_dict(content, file), encoding
+    return content
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    write_whole(path / "config.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_log(path: Path) -> list[dict]:
@@ -115,9 +165,9 @@ class Checkpoints:
         return sorted(int(folder.name) for folder in self.path.glob("*") if folder.name.isdecimal())
 
     def best(self) -> int | None:
-        """The step with the lowest validation loss; the newest where none has one. BadInput if a loss cannot be read."""
-        losses = {step: loss for step in self.steps() if (loss := self._validation_loss(step)) is not None}
-        return min(losses, key=lambda step: losses[step]) if losses else max(self.steps(), default=None)
+        """The step with the lowest validation loss, on the windows that are used last; the newest where none has one. BadInput if a loss cannot be read."""
+        found = {step: metrics for step in self.steps() if (metrics := self._metrics(step)) is not None}
+        return _best(found) if found else max(self.steps(), default=None)
 
     def load(self, step: int, abstract: State) -> State:
         """Read the parts of a checkpoint that `abstract` names, in its shapes; BadInput if it is damaged or of another shape."""
@@ -132,13 +182,14 @@ class Checkpoints:
             raise self._unreadable(step, "it is damaged") from error
         raise self._unreadable(step, "it is not of the model that config.json describes")
 
-    def _validation_loss(self, step: int) -> float | None:
+    def _metrics(self, step: int) -> dict[str, Any] | None:
         file = self.path / str(step) / "metrics" / "metrics"
         if not file.exists():  # saved between two validations, or a process was killed as it deleted this checkpoint
             return None
         self._check(step, "metrics/metrics")
         try:
-            return float(json.loads(file.read_text("utf-8"))[METRIC])
+            found = json.loads(file.read_text("utf-8"))
+            return found | {METRIC: float(found[METRIC])}
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise self._unreadable(step, "metrics/metrics is damaged") from error
 
@@ -168,7 +219,8 @@ class Checkpoints:
 class Saver(Checkpoints):
     """A run's checkpoints, to be written: in the background under a temporary name, the newest two and the best one kept.
 
-    Leaving it as a context waits for what is being written, and turns an OSError into BadInput.
+    It is the run's one writer: BadInput if there is another. Leaving it as a context waits for what is being written, and turns an
+    OSError into BadInput.
     """
 
     def __init__(self, path: Path):
@@ -177,31 +229,40 @@ class Saver(Checkpoints):
         context = ocp.Context()
         context.asynchronous.post_finalization_callback = self._write_sums
         self.pending = None
-        try:
-            for half in self._half_written():
-                shutil.rmtree(half)
-            self.checkpointer = ocp.training.Checkpointer(
-                str(self.path.resolve()), context=context, preservation_policy=_Kept()
-            )
-        except Exception as error:
-            raise self.failure(error) from error
+        with contextlib.ExitStack() as locked:
+            locked.enter_context(writing(path))
+            try:
+                for half in self._half_written():
+                    shutil.rmtree(half)
+                self.checkpointer = ocp.training.Checkpointer(
+                    str(self.path.resolve()), context=context, preservation_policy=_Kept()
+                )
+            except Exception as error:
+                raise self.failure(error) from error
+            self.locked = locked.pop_all()
 
     def __enter__(self) -> "Saver":
         return self
 
     def __exit__(self, _, error: BaseException | None, __) -> None:
-        try:
-            self.wait()
-        finally:
-            with contextlib.suppress(Exception):
-                self.checkpointer.close()
+        with self.locked:
+            try:
+                self.wait()
+            finally:
+                with contextlib.suppress(Exception):
+                    self.checkpointer.close()
         if isinstance(error, OSError):  # most likely the disk is full, and log.jsonl met it first
             raise self.failure(error) from error
 
-    def save(self, step: int, state: State, validation_loss: float | None) -> None:
-        """Start writing a checkpoint once the one before is done; BadInput if that one failed, with what is safe named."""
+    def save(self, step: int, state: State, validation_loss: float | None, windows: int = 0) -> None:
+        """Start writing a checkpoint once the one before is done, with its loss on so many windows if it has one.
+
+        BadInput if the one before failed, with what is safe named.
+        """
         self.wait()
-        metrics: dict[str, Any] | None = None if validation_loss is None else {METRIC: validation_loss}
+        metrics: dict[str, Any] | None = (
+            None if validation_loss is None else {METRIC: validation_loss, WINDOWS: windows}
+        )
         try:
             # A copy of the dict, because orbax puts the metrics into the one that it is given.
             self.pending = self.checkpointer.save_checkpointables_async(step, dict(state), force=True, metrics=metrics)
@@ -245,9 +306,16 @@ class _Kept(ocp.training.preservation_policies.PreservationPolicy):
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         kept = sorted(checkpoint.step for checkpoint in checkpoints)[-2:]
-        if scored := [checkpoint for checkpoint in checkpoints if checkpoint.metrics]:
-            kept.append(min(scored, key=lambda checkpoint: checkpoint.metrics[METRIC]).step)
+        if scored := {checkpoint.step: checkpoint.metrics for checkpoint in checkpoints if checkpoint.metrics}:
+            kept.append(_best(scored))
         return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def _best(metrics: dict[int, dict[str, Any]]) -> int:
+    """The step with the lowest loss among those validated on as many windows as the newest: others cannot be compared with it."""
+    windows = metrics[max(metrics)].get(WINDOWS)
+    same = [step for step in sorted(metrics) if metrics[step].get(WINDOWS, windows) == windows]
+    return min(same, key=lambda step: metrics[step][METRIC])
 
 
 def _shapes(tree: Any) -> Counter:

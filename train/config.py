@@ -3,12 +3,20 @@
 import dataclasses
 import difflib
 import math
+import os
 from pathlib import Path
 
 import yaml
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.model.config import ModelConfig, built
+
+
+def located(source: str) -> str:
+    """A text's name as it is valid in every folder: of `file:PATH` the absolute path."""
+    if not source.startswith("file:"):
+        return source
+    return f"file:{os.path.abspath(Path(source.removeprefix('file:')).expanduser())}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +27,9 @@ class DataConfig:
     """stdlib, file:PATH, or a Hugging Face data set such as wikitext-2."""
     tokenizer: str = "bpe"
     """bpe (trained on the corpus, so a run needs no network), gpt2, or bytes."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "source", located(self.source))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +56,8 @@ class TrainConfig:
     """Windows of the validation text, always the first ones."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
+    checkpoint_minutes: float = 10.0
+    """Minutes after which a checkpoint is written in any case, so that no more is lost; 0: by steps alone."""
     log_every: int = 10
     seed: int = 0
 
@@ -56,7 +69,7 @@ class TrainConfig:
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise BadInput(f"train.{name} is {getattr(self, name)}; it must be above 0 and finite")
-        for name in ("warmup", "weight_decay", "final"):
+        for name in ("warmup", "weight_decay", "final", "checkpoint_minutes"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise BadInput(f"train.{name} is {getattr(self, name)}; it must be at least 0 and finite")
         if not 0 <= self.seed < 2**31:
@@ -135,6 +148,18 @@ def load(name: str) -> RunConfig:
     close = difflib.get_close_matches(name, PRESETS, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(PRESETS)}, or FILE.yaml"
     raise BadInput(f"no preset {name!r}{hint}")
+
+
+MAY_CHANGE = ("steps", "evaluate_every", "evaluate_windows", "checkpoint_every", "checkpoint_minutes", "log_every")
+"""Settings of training that a run may be given anew when it goes on; of steps only more."""
+
+
+def may_become(found: RunConfig, wanted: RunConfig) -> bool:
+    """Whether a run may go on with other settings: only some of training differ, and where its text is, and the steps are no fewer."""
+    new = {name: getattr(wanted.train, name) for name in MAY_CHANGE}
+    data = dataclasses.replace(found.data, source=wanted.data.source)
+    with_new = dataclasses.replace(found, data=data, train=dataclasses.replace(found.train, **new))
+    return with_new == wanted and wanted.train.steps >= found.train.steps
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:

@@ -31,6 +31,8 @@ HUB = {
 }
 LONGEST = 200_000  # characters for tiktoken at once: it aborts on a million spaces in a row
 HEADING = re.compile(r"^ = (?!=)[^\n]*[^=\n] = ?$", re.MULTILINE)
+RUN = 32  # tokens in a row: so many are the same in two texts only where one was copied
+PART = 2**20  # tokens looked through at once
 HUB_SECONDS = 3.0  # for each address of the hub, of which there are a few
 
 # Not text that a model could learn from, or not the same on every machine:
@@ -70,6 +72,34 @@ def unseen(source: str) -> datasets.Dataset:
         return load(source).validation
     whole = "\n".join(text.removesuffix("\n") for text in text_files.documents(source))
     return datasets.Dataset.from_dict({"text": [whole]})
+
+
+def fingerprint(text: Text) -> str:
+    """Return the content key of a corpus, which another character in either split changes."""
+    train = text.train["text"][:]
+    return tokenizer.content_key([*train, *text.validation["text"][:]], f"{len(train)} documents to train on")
+
+
+def seen(tokens: Integer[np.ndarray, " T"], train: Integer[np.ndarray, " U"]) -> float:
+    """Return the share of a text, cut into runs of 32 tokens, that stands word for word somewhere in a training text: 0 to 1."""
+    wanted = np.unique(_run_hashes(tokens)[::RUN])
+    if not len(wanted):
+        return 0.0
+    found = np.zeros(len(wanted), bool)
+    for start in range(0, len(train), PART):
+        hashes = _run_hashes(train[start : start + PART + RUN - 1])
+        places = np.searchsorted(wanted, hashes).clip(max=len(wanted) - 1)
+        found[places[wanted[places] == hashes]] = True
+    return float(found.mean())
+
+
+def _run_hashes(tokens: Integer[np.ndarray, " T"]) -> Integer[np.ndarray, " S"]:
+    """The hash of the RUN tokens from each place on: a polynomial in 64 bits, from two halves five times."""
+    hashes, width, base = tokens.astype(np.uint64), 1, 0x9E3779B97F4A7C15
+    while width < RUN:
+        hashes = hashes[:-width] * np.uint64(base) + hashes[width:]
+        width, base = 2 * width, base * base % 2**64
+    return hashes
 
 
 def encoding_for(text: Text, name: str, vocab: int) -> tiktoken.Encoding:

@@ -3,11 +3,10 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -18,10 +17,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Integer
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.kernels.files import write_whole
 from kvcascade.model import gpt
-from kvcascade.train import data
-from kvcascade.train.checkpoint import Saver, State, read_log
+from kvcascade.train import data, flops, tracking
+from kvcascade.train.checkpoint import Saver, State
 from kvcascade.train.config import RunConfig, TrainConfig
 from kvcascade.train.errors import Diverged, Interrupted
 
@@ -46,7 +44,11 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
-    """From 0 linearly to the full rate in `warmup` steps, then by a cosine to `final` of it at the last step."""
+    """From 0 linearly to the full rate in `warmup` steps, then by a cosine to `final` of it at the last step.
+
+    A run that is given more steps goes on by the schedule of its new length: the rate jumps up from where it had fallen to, and so
+    the run is not the one that had as many steps from the start.
+    """
     warmup = min(config.warmup, config.steps - 1)
     rate = config.learning_rate
     return optax.warmup_cosine_decay_schedule(0.0, rate, warmup, config.steps, rate * config.final)
@@ -142,44 +144,61 @@ def fit(
     state: State,
     report: Callable[[int, dict], None],
     mesh: jax.sharding.Mesh | None = None,
+    track: Sequence[str] = (),
 ) -> State:
     """Train from the run's newest checkpoint, or from `state` at step 0, to the last step, saving into `path` on the way.
 
-    Takes over `state`: its arrays are donated. Calls `report(step, line)` with each line of log.jsonl. Raises Interrupted after SIGINT
-    or SIGTERM with the step saved, Diverged if the loss is no number, BadInput if a checkpoint cannot be written or read.
+    Takes over `state`: its arrays are donated. Calls `report(step, line)` with each line of log.jsonl, which the trackers called `track`
+    take as well, and at first, where a run goes on, with what it has come to. While a step runs, the batch of the next is made and the
+    numbers of the one before are looked at; nothing is validated or saved before its own were. Raises Interrupted after SIGINT or SIGTERM
+    with the step saved, KeyboardInterrupt at once after a second SIGINT, Diverged if the loss is no number, BadInput if a checkpoint
+    cannot be written or read.
     """
     mesh = mesh or data_mesh()
     check(config, corpus, mesh)
-    by_row = NamedSharding(mesh, PartitionSpec("data"))
+    train, by_row = config.train, NamedSharding(mesh, PartitionSpec("data"))
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     step = make_step(config, mesh)
     row_nll = jax.jit(lambda params, rows: gpt.nll(config.model, params, rows).mean(-1))
-    train, context = config.train, config.model.context
-    with _stop_requests() as stop, Saver(path) as saver:
+
+    def batch(number: int) -> Array:
+        rows = data.batch(corpus.train, train.seed, number, train.batch_size, config.model.context)
+        return jax.device_put(rows, by_row)
+
+    with _stop_requests() as stop, Saver(path) as saver, contextlib.ExitStack() as open_trackers:
         done = 0
         if steps := saver.steps():
             done = steps[-1]
             state = saver.load(done, jax.tree.map(_abstract, state))
-        log = _Log(path, done, train.batch_size * context, report)
+        trackers = tracking.begin(track, path, config, done)
+        for tracker in trackers:
+            open_trackers.callback(tracker.close)
+        log = _Log(config, mesh, saver, tracking.JsonLines(path, done), trackers, report)
+        rows = batch(done)
+        saved = time.monotonic()
         for number in range(done, train.steps):
-            began = time.monotonic()
-            rows = data.batch(corpus.train, train.seed, number, train.batch_size, context)
-            state, metrics = step(state, number, jax.device_put(rows, by_row))
-            values = {name: float(value) for name, value in metrics.items()}
             now, last = number + 1, number + 1 == train.steps
-            log.busy += time.monotonic() - began
-            _check_finite(now, values, saver)
-            if now % train.log_every == 0 or last:
-                log.trained(now, values)
+            state, metrics = step(state, number, rows)
+            rows = batch(now)  # while the step runs
+            log.began(now, metrics)
+            ending = bool(stop)
+            validating = last or now % train.evaluate_every == 0
+            waited = time.monotonic() - saved > 60 * train.checkpoint_minutes > 0
+            saving = last or ending or waited or now % train.checkpoint_every == 0
+            if not validating and not saving:
+                continue
+            log.settle()  # before anything is made of the state
             validation = {}
-            if now % train.evaluate_every == 0 or last:
+            if validating:
                 validation = validate(config, corpus, row_nll, state["params"])
                 log.write(now, validation)
-            if now % train.checkpoint_every == 0 or last or stop:
-                saver.save(now, state, validation.get("validation_loss"))
-            if stop and not last:
+            if saving:
+                saver.save(now, state, validation.get("validation_loss"), train.evaluate_windows)
+                saved = time.monotonic()
+            if ending and not last:
                 saver.wait()
                 raise Interrupted(stop[0], now, path)
+            log.mark = time.monotonic()
     return state
 
 
@@ -188,49 +207,89 @@ def _abstract(x: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
-def _check_finite(step: int, values: dict[str, float], saver: Saver) -> None:
-    """Diverged if the loss or the parameters after it are no numbers; asked on every step, so that no such state is ever saved."""
-    if math.isfinite(values["loss"]) and math.isfinite(values["parameter_norm"]):
-        return
-    saver.wait()
-    raise Diverged(
-        f"the loss is {values['loss']} and the norm of the parameters {values['parameter_norm']} at step {step}; "
-        f"{saver.safe()} in {saver.path}; try a lower --train.learning-rate"
-    )
-
-
 class _Log:
-    """A run's log.jsonl, continued from a step: what was written after that step is dropped."""
+    """What is said of each step: to log.jsonl and the other trackers, and to `report`.
 
-    def __init__(self, path: Path, done: int, tokens: int, report: Callable[[int, dict], None]):
-        self.file, self.report = path / "log.jsonl", report
-        self.tokens = tokens  # per step
-        self.last, self.busy = done, 0.0  # step of the last line, seconds of training since
-        kept = [line for line in read_log(path) if line["step"] <= done]
-        write_whole(self.file, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self.start = time.monotonic() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
+    The numbers of a step are looked at when the next one has begun, so that the device never waits for that; or when `settle` asks for them.
+    """
 
-    def trained(self, step: int, values: dict[str, float]) -> None:
-        """Write what the last step said, and how fast the steps since the last such line were; validating and saving do not count."""
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: jax.sharding.Mesh,
+        saver: Saver,
+        lines: tracking.JsonLines,
+        trackers: list[tracking.Tracker],
+        report: Callable[[int, dict], None],
+    ):
+        self.train, self.saver, self.report = config.train, saver, report
+        self.trackers = [lines, *trackers]
+        self.tokens = config.train.batch_size * config.model.context  # per step
+        self.flops, self.peak = (
+            flops.per_token(config.model),
+            flops.peak([device.device_kind for device in mesh.devices.flat]),
+        )
+        self.pending: tuple[int, dict[str, Array]] | None = None
+        self.last, self.busy = max(saver.steps(), default=0), 0.0  # step of the last line, seconds of training since
+        self.mark = time.monotonic()  # since when the device has been training
+        self.start = self.mark - (lines.kept[-1].get("seconds", 0.0) if lines.kept else 0.0)
+        if self.last:  # what the run has come to
+            known = {name: value for line in lines.kept for name, value in line.items()}
+            report(self.last, known | {"step": self.last})
+
+    def began(self, step: int, metrics: dict[str, Array]) -> None:
+        """Take the numbers of a step that is only just running, and look at those of the one before."""
+        self.settle()
+        self.pending = step, metrics
+
+    def settle(self) -> None:
+        """Wait for the last step, and look at its numbers; Diverged if the loss or the parameters after it are no numbers."""
+        if self.pending is None:
+            return
+        (step, metrics), self.pending = self.pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.monotonic()
+        self.busy, self.mark = self.busy + now - self.mark, now
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["parameter_norm"])):
+            self.saver.wait()
+            raise Diverged(
+                f"the loss is {values['loss']} and the norm of the parameters {values['parameter_norm']} at step {step}; "
+                f"{self.saver.safe()} in {self.saver.path}; try a lower --train.learning-rate"
+            )
+        if step % self.train.log_every == 0 or step == self.train.steps:
+            self._trained(step, values)
+
+    def _trained(self, step: int, values: dict[str, float]) -> None:
+        """Write what a step said, and how fast the steps since the last such line were; validating and saving do not count."""
         rate = (step - self.last) * self.tokens / self.busy
         self.last, self.busy = step, 0.0
         line = {name: values[name] for name in ("loss", "gradient_norm", "learning_rate")}
-        self.write(step, line | {"tokens": step * self.tokens, "tokens_per_second": round(rate, 1)})
+        line |= {"tokens": step * self.tokens, "tokens_per_second": round(rate, 1)}
+        line["model_tflops_per_second"] = round(rate * self.flops / 1e12, 6)
+        if self.peak:
+            line["mfu"] = round(rate * self.flops / self.peak, 4)
+        self.write(step, line)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Append one line and report it."""
-        line = {"step": step, **values, "seconds": round(time.monotonic() - self.start, 2)}
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self.report(step, line)
+        """Give a line to every tracker and report it."""
+        line = {**values, "seconds": round(time.monotonic() - self.start, 2)}
+        for tracker in self.trackers:
+            tracker.write(step, line)
+        self.report(step, {"step": step, **line})
 
 
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM put their number into while this runs."""
+    """A list that SIGINT and SIGTERM put their number into while this runs; a second SIGINT is a KeyboardInterrupt."""
     asked: list[int] = []
+
+    def ask(number: int, _: object) -> None:
+        if number == signal.SIGINT and number in asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
     try:
-        before = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not in the main thread: whoever started it deals with signals
         yield asked
         return
