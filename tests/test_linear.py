@@ -42,6 +42,7 @@ def test_products_equal_float64(rows, inputs, outputs, weights, dtype, seed):
         np.testing.assert_allclose(np.asarray(y, np.float64), exact, atol=1e-5 * inputs**0.5, rtol=rounding)
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("inputs", [96, 577])
 @pytest.mark.parametrize("weights", linear.WEIGHTS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -17,6 +17,8 @@ from kvcascade.kernels import linear
 from kvcascade.model import gpt, pretrained, rounding, written
 from kvcascade.scripts import cli
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 ROWS = np.random.default_rng(3).integers(0, 256, (4, 32))
 KINDS = ["llama", "qwen2", "qwen3", "mistral"]
 
