@@ -1,8 +1,11 @@
 import contextlib
 import dataclasses
+import gc
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -10,6 +13,7 @@ import jaxtyping
 import pytest
 from hypothesis import Phase, settings
 
+from kvcascade.kernels import native
 from kvcascade.model import gpt
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
@@ -26,6 +30,37 @@ settings.register_profile(
 settings.register_profile("few", settings.get_profile("quick"), max_examples=3)  # for one more build of the same
 settings.register_profile("fuzz", deadline=None, max_examples=20_000, database=None)  # for as long as one has time
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: the garbage collector need not look at it again and again while programs are traced."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def cache_with_kernels() -> Callable[[Path], Path]:
+    """Make a folder a cache that is empty but for the C++ kernels: whoever finds none there compiles them, for twenty seconds."""
+    library = native.library() if native.ready() else None
+
+    def make(folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        if library:
+            shutil.copy(library, folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def optimised() -> Iterator[None]:
+    """Programs as users have them: `make test` has LLVM optimise little, which halves the time that compiling takes."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

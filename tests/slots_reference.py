@@ -1,5 +1,7 @@
 """Slots at random, attention over them in float64, and the exchange of one: what the tests of the kernels compare with."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,17 @@ def codecs(names: str) -> Codecs:
     return Codecs(CODECS[k], CODECS[v or k])
 
 
+# Compiled whole: one by one the operations of a codec are as many programs.
+@functools.partial(jax.jit, static_argnums=0)
+def encoded(by: Codecs, k, v):
+    return by.k.encode(k), by.v.encode(v)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decoded(by: Codecs, k, v):
+    return by.k.decode(k), by.v.decode(v)
+
+
 def held(rng, names: str, batch: int, kv_heads: int, slots: int, width: int, numbers: int = 1) -> Held:
     """Slots in random order with random positions, some of them empty, an outlier among the vectors."""
     by = codecs(names)
@@ -25,7 +38,8 @@ def held(rng, names: str, batch: int, kv_heads: int, slots: int, width: int, num
     vectors = lambda: jnp.asarray(rng.normal(size=(*shape, width)) * 3, jnp.float32)
     pos = rng.permuted(np.broadcast_to(np.arange(slots) - slots // 4, shape), axis=-1).clip(-1)
     carried = tuple(jnp.asarray(rng.random(shape), jnp.float32) for _ in range(numbers))
-    return Slots(by.k.encode(vectors()), by.v.encode(vectors()), jnp.asarray(pos, jnp.int32), carried), by
+    k, v = encoded(by, vectors(), vectors())
+    return Slots(k, v, jnp.asarray(pos, jnp.int32), carried), by
 
 
 def heads_of(q_BNH, slots: list[Held], **more) -> Heads:
@@ -43,8 +57,8 @@ def attended(q_BNH, now_B, slots: list[Held], observed: bool, implementation, **
 def dense(q_BNH, now_B, slots: list[Held], window=0, scale=None, soft_cap=0.0):
     """The same attention in float64, over all slots at once."""
     B, N, H = q_BNH.shape
-    k = np.concatenate([np.asarray(by.k.decode(s.k), np.float64) for s, by in slots], 2)
-    v = np.concatenate([np.asarray(by.v.decode(s.v), np.float64) for s, by in slots], 2)
+    tiers = [decoded(by, s.k, s.v) for s, by in slots]
+    k, v = (np.concatenate([np.asarray(x, np.float64) for x in each], 2) for each in zip(*tiers, strict=True))
     pos = np.concatenate([s.pos_BKS for s, _ in slots], 2)
     K = k.shape[1]
     q = np.asarray(q_BNH, np.float64).reshape(B, K, N // K, H) * (scale or H**-0.5)

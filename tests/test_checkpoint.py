@@ -42,17 +42,15 @@ def value(path: Path, step: int) -> float:
 
 
 @pytest.fixture(scope="module")
-def pristine(tmp_path_factory) -> Path:
+def pristine(tmp_path_factory, cache_with_kernels) -> Path:
     """A run of three steps with a checkpoint of each; the newest two and the best are kept."""
     folder = tmp_path_factory.mktemp("pristine")
     (folder / "text.txt").write_text("".join(f"slot {i} holds the key of token {i * i}.\n" for i in range(200)))
     path = folder / "run"
-    os.environ["KVCASCADE_CACHE"] = str(folder / "cache")
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVCASCADE_CACHE", str(cache_with_kernels(folder / "cache")))
         run.start(path, RunConfig(MODEL, DataConfig(f"file:{folder / 'text.txt'}", "bytes"), TRAIN))
         run.resume(path, lambda step, line: None)
-    finally:
-        del os.environ["KVCASCADE_CACHE"]
     return path
 
 
@@ -413,7 +411,7 @@ def small_disk(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_loses_nothing(small_disk: Path, pristine: Path, tmp_path: Path) -> None:
+def test_a_full_disk_loses_nothing(small_disk: Path, pristine: Path, tmp_path: Path, cache_with_kernels) -> None:
     """Training stops with one line and status 2 that names the last good checkpoint; with room again, it goes on."""
     settings = {
         "model": {"layers": 1, "width": 32, "heads": 4, "kv_heads": 2, "mlp": 64, "vocab": 256, "context": 32},
@@ -423,7 +421,7 @@ def test_a_full_disk_loses_nothing(small_disk: Path, pristine: Path, tmp_path: P
     }  # fmt: skip
     (tmp_path / "tiny.yaml").write_text(json.dumps(settings))
     path = small_disk / "run"
-    environment = os.environ | {"KVCASCADE_CACHE": str(tmp_path / "cache")}
+    environment = os.environ | {"KVCASCADE_CACHE": str(cache_with_kernels(tmp_path / "cache"))}
     first = [*COMMAND, "train", "--config", str(tmp_path / "tiny.yaml"), "--run", str(path)]
     (small_disk / "ballast").write_bytes(bytes(150_000))
     full = subprocess.run(first, env=environment, capture_output=True, text=True)

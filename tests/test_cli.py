@@ -40,21 +40,21 @@ def run(*arguments: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def trained(tmp_path_factory, cache_with_kernels) -> Path:
     """A folder with a text, settings and a trained run."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "text.txt").write_text("".join(f"the query {i} meets {i * i} keys.\n" for i in range(200)))
     (folder / "tiny.yaml").write_text(changed())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("KVCASCADE_CACHE", str(folder / "cache"))
+        patch.setenv("KVCASCADE_CACHE", str(cache_with_kernels(folder / "cache")))
         cli.main(["train", "--config", "tiny.yaml", "--run", "run"])
     shutil.rmtree(folder / "cache")
     return folder
 
 
 @pytest.fixture
-def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_with_kernels) -> Path:
     """A copy of that folder to work in, with some bad files beside."""
     folder = tmp_path / "here"
     shutil.copytree(trained, folder)
@@ -86,7 +86,7 @@ def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     for name, content in bad.items():
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("KVCASCADE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("KVCASCADE_CACHE", str(cache_with_kernels(tmp_path / "cache")))
     return folder
 
 
@@ -386,9 +386,9 @@ def test_only_late_writes_of_a_failed_checkpoint_are_silent(monkeypatch, capfd: 
     assert "ValueError: lost" in capfd.readouterr().err
 
 
-def test_compiled_programs_are_kept_for_the_next_time(here: Path) -> None:
+def test_compiled_programs_are_kept_for_the_next_time(here: Path, cache_with_kernels) -> None:
     """The second run finds what the first one compiled, and keeps nothing new; nothing is kept where compiling is timed."""
-    cache = here / "kept"
+    cache = cache_with_kernels(here / "kept")
     command = [
         sys.executable,
         "-c",

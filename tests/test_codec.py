@@ -6,6 +6,8 @@ import pytest
 from kvcascade.cache.codec import CODECS, Codec, int4, int4h, int8
 from kvcascade.cache.errors import BadInput
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 def normal(*shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)

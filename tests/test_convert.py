@@ -77,6 +77,9 @@ def test_random_has_the_spread_of_the_old_heads(params: gpt.Params) -> None:
     assert (heads(other, 0, "k") != found[0]).all()
 
 
+forward = jax.jit(gpt.forward, static_argnums=0)
+
+
 @pytest.mark.parametrize("kv_heads", [3, 2, 1])
 @pytest.mark.parametrize("method", ["mean", "first"])
 def test_identical_heads_are_pooled_exactly(params: gpt.Params, kv_heads: int, method: str) -> None:
@@ -94,7 +97,7 @@ def test_identical_heads_are_pooled_exactly(params: gpt.Params, kv_heads: int, m
     for layer in range(2):
         for name in "kv":
             np.testing.assert_array_equal(heads(after, layer, name), heads(before, layer, name)[::size])
-    found, expected = gpt.forward(shape, after, TOKENS), gpt.forward(MHA, before, TOKENS)
+    found, expected = forward(shape, after, TOKENS), forward(MHA, before, TOKENS)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -26,8 +26,11 @@ TINY = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=64, vocab=64, co
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 16)))
 
 
+forward = jax.jit(gpt.forward, static_argnums=0)
+
+
 def logits(shape: ModelConfig, params: gpt.Params, tokens=TOKENS, key=None) -> np.ndarray:
-    return np.asarray(gpt.forward(shape, params, tokens, key))
+    return np.asarray(forward(shape, params, tokens, key))
 
 
 def count(shape: ModelConfig) -> int:
@@ -148,7 +151,7 @@ def test_attention_is_relative(nano) -> None:
     """All positions moved alike change nothing; stretched ones do."""
     model = nnx.merge(gpt.graph(nano.config)[0], nano.params)
     tokens, positions = TOKENS % nano.config.vocab, jnp.broadcast_to(jnp.arange(16), (2, 16))
-    hidden = lambda positions_BT: np.asarray(model.hidden(tokens, positions_BT, None, None)[0])
+    hidden = jax.jit(lambda positions_BT: model.hidden(tokens, positions_BT, None, None)[0])
     np.testing.assert_allclose(hidden(positions + 7), hidden(positions), rtol=1e-3, atol=1e-3)
     assert np.abs(hidden(positions * 3) - hidden(positions)).max() > 0.1
 
@@ -163,7 +166,7 @@ def test_layers_drop_different_activations(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(gpt, "activate", listening)
     shape = dataclasses.replace(TINY, layers=3, dropout=0.5)
-    logits(shape, gpt.init(shape, 0), key=jax.random.key(0))
+    gpt.forward(shape, gpt.init(shape, 0), TOKENS, jax.random.key(0))
     assert len(set(keys)) == 3
 
 
@@ -194,7 +197,7 @@ def test_bf16_computes_in_bf16() -> None:
     """Logits come in the type that products are computed in, close to those in float32; the parameters are the same."""
     shape = dataclasses.replace(TINY, dtype="bfloat16")
     params = gpt.init(shape, 0)
-    found = gpt.forward(shape, params, TOKENS)
+    found = forward(shape, params, TOKENS)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(found, np.float32), logits(TINY, params), atol=0.02)
 

@@ -368,6 +368,7 @@ def test_output_is_dense_attention_over_what_is_held(history: History) -> None:
         np.testing.assert_allclose(moment.out_BTNH, moment.want_BTNH, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("optimised")
 def test_at_the_optimisation_that_users_have_it_is_the_same_attention() -> None:
     """Law 2: one history through the program that XLA makes by default."""
     cascade = parse("sink 1 | recent 3@int8 | heavy 4@int4h | random 3@int8/int4").parts[0][2]

@@ -14,6 +14,7 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.kernels import int4, linear, native
 from kvcascade.model import gpt, pretrained
 
+forward, nll = (jax.jit(each, static_argnums=0) for each in (gpt.forward, gpt.nll))
 IMPLEMENTATIONS = ("xla", "native", None) if native.ready() else ("xla", None)
 
 
@@ -41,6 +42,7 @@ def test_products_equal_float64(rows, inputs, outputs, weights, dtype, seed):
         np.testing.assert_allclose(np.asarray(y, np.float64), exact, atol=1e-5 * inputs**0.5, rtol=rounding)
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("inputs", [96, 577])
 @pytest.mark.parametrize("weights", linear.WEIGHTS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -192,14 +194,14 @@ def test_a_model_keeps_its_matrices_in_few_bits(name, weights, tmp_path):
         return {key: rounded(each, like[key]) if isinstance(each, dict) else each for key, each in params.items()}
 
     dense = rounded(small.params, exact.params)
-    want = gpt.forward(exact.config, dense, tokens)
-    got = gpt.forward(small.config, small.params, tokens)
+    want = forward(exact.config, dense, tokens)
+    got = forward(small.config, small.params, tokens)
     close = lambda a, b: np.std(np.subtract(a, b)) < 0.02 * np.std(b)
     assert close(got, want)
-    assert close(gpt.nll(small.config, small.params, tokens), gpt.nll(exact.config, dense, tokens))
-    one = gpt.forward(small.config, small.params, tokens[:1, :4])
+    assert close(nll(small.config, small.params, tokens), nll(exact.config, dense, tokens))
+    one = forward(small.config, small.params, tokens[:1, :4])
     assert np.abs(one - got[:1, :4]).max() < 1e-5 * np.abs(got).max()
-    assert np.abs(one - gpt.forward(exact.config, exact.params, tokens[:1, :4])).max() > 1e-3
+    assert np.abs(one - forward(exact.config, exact.params, tokens[:1, :4])).max() > 1e-3
 
 
 def test_an_unknown_kind_of_weights_is_refused(tmp_path):

@@ -1,9 +1,11 @@
 """Where pretrained models are: names, folders, files in parts, and what is fetched of a repository."""
 
+import contextlib
 import functools
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gguf
@@ -89,10 +91,12 @@ ASK = """
 import sys
 from kvcascade.cache.errors import BadInput
 from kvcascade.model import pretrained
-try:
-    print((pretrained.shape if sys.argv[1] == "shape" else pretrained.load)(sys.argv[2]) and "loaded")
-except BadInput as error:
-    print(error)
+for line in sys.stdin:
+    what, name = line.split()
+    try:
+        print((pretrained.shape if what == "shape" else pretrained.load)(name) and "loaded", flush=True)
+    except BadInput as error:
+        print(error, flush=True)
 """
 
 
@@ -121,41 +125,49 @@ def hub(tmp_path_factory: pytest.TempPathFactory, whole: Path) -> Hub:
     return Hub(root)
 
 
-def asked(hub: Hub, home: Path, what: str, name: str) -> tuple[str, list[str]]:
-    """What is printed, and the files that were fetched."""
-    hub.fetched.clear()
+@contextlib.contextmanager
+def asking(hub: Hub, home: Path) -> Iterator[Callable[[str, str], tuple[str, list[str]]]]:
+    """A process that can be asked: what it prints, and the files that were fetched."""
     settings = {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", ASK, what, name], env=os.environ | settings, capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip(), sorted(hub.fetched)
+    command, none = [sys.executable, "-c", ASK], subprocess.DEVNULL
+    with subprocess.Popen(command, env=os.environ | settings, stdin=-1, stdout=-1, stderr=none, text=True) as child:
+        assert child.stdin and child.stdout
+        given, answers = child.stdin, child.stdout
+
+        def asked(what: str, name: str) -> tuple[str, list[str]]:
+            hub.fetched.clear()
+            print(what, name, file=given, flush=True)
+            return answers.readline().strip(), sorted(hub.fetched)
+
+        yield asked
 
 
 def test_of_a_repository_only_what_is_needed_is_fetched(hub: Hub, tmp_path: Path) -> None:
     """config.json for a shape; then one copy of the weights: the shards that the index names, or the one file."""
-    assert asked(hub, tmp_path, "shape", "a/both") == ("loaded", ["config.json"])
-    beside = ["model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"]
-    assert asked(hub, tmp_path, "load", "a/both") == ("loaded", sorted([*SHARDS, *beside]))
-    assert asked(hub, tmp_path, "load", "a/both") == ("loaded", [])
-    assert asked(hub, tmp_path, "load", "a/one") == ("loaded", ["config.json", "model.safetensors", "tokenizer.json"])
+    with asking(hub, tmp_path) as asked:
+        assert asked("shape", "a/both") == ("loaded", ["config.json"])
+        beside = ["model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"]
+        assert asked("load", "a/both") == ("loaded", sorted([*SHARDS, *beside]))
+    with asking(hub, tmp_path) as asked:
+        assert asked("load", "a/both") == ("loaded", [])
+        assert asked("load", "a/one") == ("loaded", ["config.json", "model.safetensors", "tokenizer.json"])
 
 
 def test_a_repository_in_other_formats_says_which(hub: Hub, tmp_path: Path) -> None:
-    said, fetched = asked(hub, tmp_path, "load", "a/old")
-    assert (
-        said
-        == "a/old has no model.safetensors, only pytorch_model.bin; that format is not read, convert it to model.safetensors"
-    )
-    assert not [name for name in fetched if "bin" in name]
-    said, fetched = asked(hub, tmp_path, "load", "a/gguf")
-    assert said == "a/gguf has no model.safetensors, but GGUF files; name one, as a/gguf:m.Q8.gguf" and not fetched
-    assert asked(hub, tmp_path, "load", "a/gguf:m.Q8.gguf") == ("loaded", ["m.Q8.gguf"])
-    assert "a/gguf has no x.gguf, but GGUF files; name one" in asked(hub, tmp_path, "load", "a/gguf:x.gguf")[0]
-    assert asked(hub, tmp_path, "load", "a/none")[0].startswith(
-        "no model a/none: no folder of that name, and the hub says: "
-    )
+    with asking(hub, tmp_path) as asked:
+        said, fetched = asked("load", "a/old")
+        assert (
+            said
+            == "a/old has no model.safetensors, only pytorch_model.bin; that format is not read, convert it to model.safetensors"
+        )
+        assert not [name for name in fetched if "bin" in name]
+        said, fetched = asked("load", "a/gguf")
+        assert said == "a/gguf has no model.safetensors, but GGUF files; name one, as a/gguf:m.Q8.gguf" and not fetched
+        assert asked("load", "a/gguf:m.Q8.gguf") == ("loaded", ["m.Q8.gguf"])
+        assert "a/gguf has no x.gguf, but GGUF files; name one" in asked("load", "a/gguf:x.gguf")[0]
+        assert asked("load", "a/none")[0].startswith("no model a/none: no folder of that name, and the hub says: ")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcascade.cache.cascade import Cascade
@@ -49,14 +49,15 @@ def called(q, k, v, length_B, window, last, implementation):
 
 
 def check(rng, B, T, K, G, H, window, last, implementation):
-    qkv = prompt(rng, B, T, K, G, H)
-    length_B = jnp.asarray(rng.permutation([T, *rng.integers(0, T + 1, B - 1)]), jnp.int32)
-    q, k, v = qkv
-    results = called(q, k, v, length_B, window, last, implementation)
-    for ours, exact in zip(results, dense(q, k, v, length_B, window, last), strict=True):
-        np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-5)
+    for _ in range(2):  # by one program
+        q, k, v = prompt(rng, B, T, K, G, H)
+        length_B = jnp.asarray(rng.permutation([T, *rng.integers(0, T + 1, B - 1)]), jnp.int32)
+        results = called(q, k, v, length_B, window, last, implementation)
+        for ours, exact in zip(results, dense(q, k, v, length_B, window, last), strict=True):
+            np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-5)
 
 
+@settings(max_examples=settings().max_examples // 2)
 @given(
     B=st.integers(1, 3),
     T=st.integers(1, 200),
@@ -72,6 +73,7 @@ def test_observed_attention_equals_float64(B, T, K, G, H, window, last, seed):
 
 
 @pytest.mark.skipif(bool(launch.refuses()), reason="no Triton")
+@settings(max_examples=settings().max_examples // 2)
 @given(
     B=st.integers(1, 2),
     T=st.integers(1, 150),

@@ -24,6 +24,7 @@ from kvcascade.model.pretrained import Model
 GOLDEN = np.load(Path(__file__).with_name("golden_logits.npz"))  # made by make_golden.py
 TOKENS = jnp.asarray(tiny_models.PROMPTS, jnp.int32)
 ARCHITECTURES = list(tiny_models.CONFIGS)
+forward, step = (jax.jit(each, static_argnums=0) for each in (gpt.forward, gpt.step))
 
 
 def decoded(model: Model, spec: str, chunk: int = 1):
@@ -33,7 +34,7 @@ def decoded(model: Model, spec: str, chunk: int = 1):
     found = []
     for start in range(0, T, chunk):
         positions = jnp.broadcast_to(jnp.arange(start, start + chunk), (B, chunk))
-        logits, cache = gpt.step(model.config, model.params, cache, TOKENS[:, start : start + chunk], positions)
+        logits, cache = step(model.config, model.params, cache, TOKENS[:, start : start + chunk], positions)
         found.append(logits)
     return jnp.concatenate(found, 1)
 
@@ -44,7 +45,7 @@ def test_logits_equal_transformers(name, tmp_path):
     model = pretrained.load(str(tiny_models.write(name, tmp_path / name)))
     assert pretrained.shape(str(tmp_path / name)) == model.config
     for logits in (
-        gpt.forward(model.config, model.params, TOKENS),
+        forward(model.config, model.params, TOKENS),
         decoded(model, "full@f32"),
         decoded(model, "full@f32", 8),
     ):

@@ -27,12 +27,12 @@ def tokens(nano, compiled=programs.traced, prompts=((3, 1, 4, 1, 5), (9, 2)), pa
 
 
 # JAX writes down a program's arguments by trees of their shapes.
-pytestmark = pytest.mark.usefixtures("unchecked")
+pytestmark = pytest.mark.usefixtures("unchecked", "cache_with_kernels")
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("KVCASCADE_CACHE", str(tmp_path / "cache"))
+def folder(tmp_path, monkeypatch, cache_with_kernels):
+    monkeypatch.setenv("KVCASCADE_CACHE", str(cache_with_kernels(tmp_path / "cache")))
     programs._circumstances.cache_clear()
     yield tmp_path / "cache" / "executables"
     programs._circumstances.cache_clear()

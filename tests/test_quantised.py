@@ -3,6 +3,7 @@
 import json
 
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.kernels import linear
 from kvcascade.model import gpt, pretrained, tensors
 
+forward = jax.jit(gpt.forward, static_argnums=0)
 GPTQ = {"quant_method": "gptq", "bits": 4}
 OURS = {
     f"layers.{layer}.{ours}": f"model.layers.{layer}.{theirs}_proj.weight"
@@ -39,8 +41,8 @@ def _check(folder, dense, four_bits=True):
         np.testing.assert_array_equal(linear.rows(matrix, inputs=dense[theirs].shape[1]), dense[theirs])
     if not four_bits:
         return small
-    want = gpt.forward(exact.config, exact.params, jnp.asarray(tiny_models.PROMPTS, jnp.int32))
-    got = gpt.forward(small.config, small.params, jnp.asarray(tiny_models.PROMPTS, jnp.int32))
+    want = forward(exact.config, exact.params, jnp.asarray(tiny_models.PROMPTS, jnp.int32))
+    got = forward(small.config, small.params, jnp.asarray(tiny_models.PROMPTS, jnp.int32))
     assert np.std(got - want) < 0.03 * np.std(want)
     return small
 
@@ -216,6 +218,6 @@ def test_experts_in_four_bits(tmp_path):
     assert kept["weight"].dtype == jnp.uint8
     np.testing.assert_array_equal(linear.rows(kept, inputs=tiny_models.WIDTH), np.concatenate(ups))
     want, got = (
-        gpt.forward(each.config, each.params, jnp.asarray(tiny_models.PROMPTS, jnp.int32)) for each in (exact, small)
+        forward(each.config, each.params, jnp.asarray(tiny_models.PROMPTS, jnp.int32)) for each in (exact, small)
     )
     assert jnp.std(got - want) < 0.03 * jnp.std(want)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory) -> Path:
+def settings(tmp_path_factory, cache_with_kernels) -> Path:
     """A file with a tiny model, dropout included, and a small text."""
     folder = tmp_path_factory.mktemp("resume")
     (folder / "text.txt").write_text("".join(f"tier {i} takes what tier {i - 1} evicts.\n" for i in range(400)))
@@ -34,6 +34,7 @@ def settings(tmp_path_factory) -> Path:
         "train": {"steps": STEPS, "batch_size": 4, "warmup": 20, "evaluate_every": 50, "evaluate_windows": 4,
                   "checkpoint_every": 30, "log_every": 1},
     }  # fmt: skip
+    cache_with_kernels(folder / "cache")
     file = folder / "tiny.yaml"
     file.write_text(json.dumps(content))
     return file

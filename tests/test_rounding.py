@@ -17,6 +17,9 @@ from kvcascade.kernels import linear
 from kvcascade.model import gpt, pretrained, rounding, written
 from kvcascade.scripts import cli
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
+forward = jax.jit(gpt.forward, static_argnums=0)
 ROWS = np.random.default_rng(3).integers(0, 256, (4, 32))
 KINDS = ["llama", "qwen2", "qwen3", "mistral"]
 
@@ -128,8 +131,8 @@ def test_scales_of_awq_cancel(folder, monkeypatch):
         > 0.01
     )
     assert changed["embed"]["weight"] == 0
-    want = gpt.forward(model.config, model.params, jnp.asarray(ROWS))
-    got = gpt.forward(model.config, params, jnp.asarray(ROWS))
+    want = forward(model.config, model.params, jnp.asarray(ROWS))
+    got = forward(model.config, params, jnp.asarray(ROWS))
     np.testing.assert_allclose(got, want, atol=0.01 * float(jnp.std(want)))  # scales of 16 bits
 
 
@@ -158,7 +161,7 @@ def test_what_is_written_reads_back(folder, method, tmp_path):
     assert exact.config == model.config
     assert exact.end == model.end and exact.before == model.before
     assert exact.encode("def f(x): é") == model.encode("def f(x): é")
-    want, got = (gpt.forward(model.config, each, jnp.asarray(ROWS)) for each in (params, exact.params))
+    want, got = (forward(model.config, each, jnp.asarray(ROWS)) for each in (params, exact.params))
     np.testing.assert_allclose(got, want, atol=0.02 * float(jnp.std(want)))
 
 

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from kvcascade.kernels import threefry
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 words = st.integers(0, 2**32 - 1)
 
 
