@@ -22,7 +22,7 @@ setup: .venv/ready
 	    || { echo "kvcascade needs Python 3.12 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1). Name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }; \
 	  echo "setting up .venv, once: about a minute and 1.5 GB" >&2; \
 	  $(PYTHON) -m venv .venv \
-	  && .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock \
+	  && .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock \
 	  && .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .; \
 	fi
 	@touch $@

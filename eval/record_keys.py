@@ -1,6 +1,7 @@
 """What the records of each kind must hold for tables, figures and pages to be made of them, whoever wrote them."""
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ class Null(NamedTuple):
     wanted: Any
 
 
+FINITE = Number(-sys.float_info.max, sys.float_info.max)
 ANY, SIZE, POSITIVE = Number(), Number(0), Number(0, above=True)
 COUNT = Number(1)
 NATS = Number(0, 700)  # e^700 is the largest perplexity that a float can tell
@@ -76,6 +78,12 @@ KEYS: dict[str, dict[str, Any]] = {
     | {
         "task": str, "length": COUNT, "depth": SHARE, "samples": COUNT, "turns": COUNT, "answered": SIZE, "kv_bytes": SIZE,
         "compression": ANY, "seed": ANY, "puzzles": Optional([{"name": str, "answers": [str], "said": [str], "right": [bool]}]),
+    },
+    "harness": NAMED
+    | {
+        "weights": str, "task": str, "version": str, "samples": COUNT, "few_shot": Null(SIZE), "chat": FLAG, "context": COUNT, "longest": COUNT,
+        "metrics": [{"metric": str, "filter": str, "value": FINITE, "stderr": Null(FINITE)}], "kv_bytes": POSITIVE, "kv_bytes_full": POSITIVE,
+        "compression": ANY, "lm_eval": str, "seed": ANY,
     },
     "layer": MADE | {"layer": str, "codec": str, "bytes_per_token": SIZE},
     "growth": NAMED | GROWTH,

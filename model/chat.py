@@ -25,16 +25,26 @@ LARGEST = 10_000_000  # characters or items that a product in a template may hav
 def encode(model: Model, messages: list[Message]) -> list[int]:
     """The tokens of a conversation, up to where the model's next answer begins; BadInput for a model without a template.
 
-    Of templates with names, `default` is taken, or the only one. The template writes what its text begins and ends with: nothing is added.
+    The template writes what its text begins and ends with: nothing is added.
     """
+    return list(model.encoding.encode(text(model, messages), allowed_special="all"))
+
+
+def text(model: Model, messages: list[Message]) -> str:
+    """The text of a conversation, up to where the model's next answer begins; BadInput for a model without a template."""
+    return render(template(model), messages, model.special)
+
+
+def template(model: Model) -> str:
+    """A model's chat template, of several `default` or the only one; BadInput where there is none."""
     templates = model.chat_template
     if not templates:
         raise BadInput(f"{model.name} has no chat template; give it a text to continue")
     if isinstance(templates, dict):
         if "default" not in templates and len(templates) > 1:
             raise BadInput(f"{model.name} has no default chat template, only {', '.join(sorted(templates))}")
-        templates = templates.get("default") or next(iter(templates.values()))
-    return list(model.encoding.encode(render(templates, messages, model.special), allowed_special="all"))
+        return templates.get("default") or next(iter(templates.values()))
+    return templates
 
 
 def render(

@@ -165,9 +165,12 @@ def check_numbers(missing_BT: Bool[np.ndarray, "B T"], first_B: Int[np.ndarray, 
         raise BadInput(f"the model's logits for position {position} of row {row + index} are not numbers")
 
 
-def pad(prompts: list[list[int]]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
-    """Prompts of unequal lengths as tokens and positions, padded on the right with position -1 to a power of two, so few shapes are compiled."""
-    T = 1 << (max(map(len, prompts)) - 1).bit_length()
+def pad(prompts: list[list[int]], least: int = 1) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
+    """Prompts of unequal lengths as tokens and positions, padded on the right with position -1 to a power of two, so few shapes are compiled.
+
+    It is at least `least`, itself one.
+    """
+    T = max(least, 1 << (max(map(len, prompts)) - 1).bit_length())
     tokens, positions = np.zeros((len(prompts), T), np.int32), np.full((len(prompts), T), -1, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)], positions[row, : len(prompt)] = prompt, range(len(prompt))

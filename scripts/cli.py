@@ -29,6 +29,7 @@ COMMANDS = {
     "kernels": "what the GPU kernels cost on a card, without one; their speed, with one",
     "compare": "runs side by side: loss, perplexity, bytes, latency",
     "retrieve": "what a cache still lets a model find: needles, copying, arithmetic, several questions",
+    "harness": "standard tasks, through EleutherAI's lm-evaluation-harness: perplexity, choices, answers",
     "report": "a page of what was recorded",
     "generate": "continue a prompt through a cache",
     "completion": "what a shell needs to complete commands",
@@ -100,6 +101,8 @@ def _run(arguments: list[str]) -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # of libraries, to developers
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's notes about this machine are not about the user's work
+    if command == "harness":
+        os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars, beside the command's own
     if command not in COLD:
         keep_programs()
     script = importlib.import_module(f"kvcascade.scripts.{command}")
