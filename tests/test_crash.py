@@ -57,7 +57,7 @@ def test_a_good_guess_takes_two_children() -> None:
 def program(tmp_path: Path, body: str) -> list[str]:
     """A child whose work is this: a cheap stand-in for a model."""
     file = tmp_path / "child.py"
-    start = "import os, signal, sys, time\nfrom kvcascade.eval import limits\nwanted = limits.read()\n"
+    start = "import os, signal, sys, time\nfrom kvcascade.eval.memory import limits\nwanted = limits.read()\n"
     file.write_text(start + textwrap.dedent(body))
     return [sys.executable, str(file)]
 

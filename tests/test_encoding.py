@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("cache", "docs", "eval", "kernels", "model", "scripts", "train")
+FOLDERS = ("api", "cache", "docs", "eval", "kernels", "model", "scripts", "train")
 PLACE = {"read_text": 0, "write_text": 1, "open": 2, "fdopen": 3}
 """Calls that may open a text, and which argument of a method is the encoding."""
 
@@ -39,7 +39,7 @@ def in_the_locale(call: ast.Call) -> bool:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_text_says_its_encoding(folder: str) -> None:
     found = []
-    for path in sorted((ROOT / folder).glob("*.py")):
+    for path in sorted((ROOT / folder).rglob("*.py")):
         calls = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
         found += [f"{path.name}:{call.lineno}" for call in calls if in_the_locale(call)]
     assert not found

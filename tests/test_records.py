@@ -47,7 +47,7 @@ def test_a_record_holds_what_the_contract_names(record):
     assert one["ppl"] == pytest.approx(np.exp(one["nll"]))
     assert one["bits_per_byte"] == pytest.approx(one["nll"] / np.log(2))
     assert one["documents"] == 3 and one["document_windows"] == [0, 0, 1, 2]
-    assert one["processor"] and one["threads"] > 0 and one["command"].startswith("kvcascade ")
+    assert one["processor"] and one["threads"] > 0 and one["command"].startswith("kvcascade")
     json.dumps(one)
 
 

@@ -165,7 +165,19 @@ def test_layers_have_the_cache_that_suits_them(gemma, tmp_path, capfd) -> None:
     no cache."""
     text, out = tmp_path / "text.txt", tmp_path / "found.jsonl"
     text.write_text("Some layers see a window, and some see everything there is. " * 4)
-    arguments = ["evaluate", "--model", gemma, "--data", f"file:{text}", "--context", "48", "--sequences", "2"]
+    arguments = [
+        "evaluate",
+        "--model",
+        gemma,
+        "--data",
+        f"file:{text}",
+        "--context",
+        "48",
+        "--sequences",
+        "2",
+        "--windows",
+        "first",
+    ]
     cli.main([*arguments, "--cache", "full@f32", "--cache", GEMMA, "--out", str(out)])
     full, mixed = map(json.loads, out.read_text().splitlines())
     for record in (full, mixed):

@@ -69,7 +69,7 @@ class WeightsAndBiases:
         self.run = importlib.import_module("wandb").init(
             project="kvcascade",
             name=path.name,
-            id=file.read_text(),
+            id=file.read_text("utf-8"),
             resume="allow",
             dir=str(path),
             config=dataclasses.asdict(config),
