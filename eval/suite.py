@@ -34,6 +34,8 @@ CACHES = {
 }
 
 
+ALL = tuple(text for group in CACHES.values() for text in group)
+
 SUMMARY = (
     "full",
     "full@int8",
@@ -45,13 +47,25 @@ SUMMARY = (
 )
 """What the README shows of a pretrained model."""
 
+TELLING = (
+    "full",
+    "random 128",
+    "recent 128",
+    "sink 4 | recent 124",
+    "recent 64 | heavy 64",
+    "random 48",
+    "sink 4 | recent 44",
+    "sink 2 | recent 22 | heavy 64@int4h",
+)
+"""Few of them that tell policies apart. A toy's minutes of training do not teach it to look far back, and every window serves it well."""
+
 GROWING = ("full", "full@int8", "full@int4h", "neurokv", "sink 4 | recent 124", "sink 2 | recent 22 | heavy 64@int4h")
 TIMED = ("full", "full@int8", "recent 128", "sink 4 | recent 124", "recent 64 | heavy 64")
 
 
 def caches(context: int) -> list[CacheSpec]:
     """The study's caches, for a context."""
-    return scaled([text for group in CACHES.values() for text in group], context)
+    return scaled(ALL, context)
 
 
 def scaled(texts: Iterable[str], context: int) -> list[CacheSpec]:

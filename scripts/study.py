@@ -1,7 +1,7 @@
 """The main job: `kvcascade study --preset quick --dir runs/study`; about 8 minutes on two cores (full: 75 minutes, smoke: one).
 
 Trains a GPT with multi-head attention, retrains it with grouped-query attention from scratch and from its mean-pooled checkpoint,
-evaluates each behind the caches of `eval/suite.py`, and writes DIR/report.html, DIR/records.jsonl and DIR/tables.md.
+evaluates each, and a pretrained model on the same text, behind the caches of `eval/suite.py`, and writes DIR/report.html, DIR/records.jsonl and DIR/tables.md.
 A study that was stopped goes on where it was, in its trainings and in its measurements.
 """
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import kvcascade
+from kvcascade.cache.errors import BadInput
 from kvcascade.eval import record_files, records, suite
 from kvcascade.eval.measure import Job
 from kvcascade.eval.quality import evaluation
@@ -34,17 +35,23 @@ class Scale:
     """Steps of uptraining, as a share."""
     windows: int
     """Windows scored per cache."""
-    every: int = 1
-    """1 evaluates all of the suite's caches, n every n-th."""
+    caches: tuple[str, ...] = suite.ALL
+    """What each model is run behind."""
     seeds: int = 1
     """Trainings of each model, from seed 0 on; caches are measured on the first."""
+    pretrained: int = 0
+    """Windows scored per cache of a pretrained model, none without one."""
 
 
 SCALES = {
-    "smoke": Scale("nano", steps=60, share=0.3, windows=4, every=5),
-    "quick": Scale("toy", steps=120, share=0.25, windows=8),
-    "full": Scale("toy", steps=1800, share=0.1, windows=64, seeds=3),
+    "smoke": Scale("nano", steps=60, share=0.3, windows=4, caches=suite.TELLING[:4]),
+    "quick": Scale("toy", steps=100, share=0.25, windows=8, caches=suite.TELLING, pretrained=16),
+    "full": Scale("toy", steps=1800, share=0.1, windows=64, seeds=3, pretrained=64),
 }
+
+
+PRETRAINED, TOKENS = "smollm2", 256
+"""The pretrained model, and how much of a text a window of its has: enough to lose what matters, and soon scored."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +72,8 @@ def main(arguments: list[str]) -> None:
     scale = SCALES[args.preset]
     trained = [_train(args.dir, scale, args.data, seed) for seed in range(scale.seeds)]
     models = {name: dataclasses.replace(run.open_model(str(args.dir / name)), name=name) for name in trained[0]}
+    if scale.pretrained:
+        models |= _pretrained()
     file = args.dir / "records.jsonl"
     found = console.measured(
         "measure", _jobs(args.dir, models, [*itertools.chain(*trained)], scale), Recorded(out=file)
@@ -103,16 +112,29 @@ def _train(folder: Path, scale: Scale, data: str, seed: int) -> list[str]:
     return [*wanted]
 
 
+def _pretrained() -> dict[str, Model]:
+    """The model that has learned to look far back, where it can be had; a line says where it cannot."""
+    try:
+        return {PRETRAINED: console.open_model(PRETRAINED)}
+    except BadInput as error:
+        console.say(f"the study goes on without a pretrained model: {error}")
+        return {}
+
+
 def _jobs(folder: Path, models: dict[str, Model], trained: list[str], scale: Scale) -> list[Job]:
-    """How each run learned; each model behind each cache; the speed of the first and the last; bytes by context and by kind of layer."""
-    first, last = [*models.values()][0], [*models.values()][-1]
+    """How each run learned; each model behind each cache; the speed of the first and the last run; bytes by context and by kind of layer."""
+    toys = [model for name, model in models.items() if name != PRETRAINED]
+    first, last = toys[0], toys[-1]
     corpus = run.load_corpus(folder / first.name)
     unigram = data.unigram_bits_per_byte(corpus.train, corpus.validation, corpus.token_bytes)
     context = first.config.context
     rows = kvcascade.windows(first, None, context, scale.windows)
-    specs = suite.caches(context)[:: scale.every]
-    timed = suite.scaled(suite.TIMED[:: scale.every], context)
+    specs = suite.scaled(scale.caches, context)
+    timed = suite.scaled([text for text in suite.TIMED if text in scale.caches], context)
     jobs = [suite.training_job(name, folder / name, unigram) for name in trained]
-    jobs += [evaluation.job(model, spec, rows, Protocol()) for model in models.values() for spec in specs]
+    jobs += [evaluation.job(model, spec, rows, Protocol()) for model in toys for spec in specs]
+    if model := models.get(PRETRAINED):
+        rows = kvcascade.windows(model, None, TOKENS, scale.pretrained)
+        jobs += [evaluation.job(model, spec, rows, Protocol()) for spec in suite.scaled(suite.TELLING, TOKENS)]
     jobs += [bench.job([model], timed, [], 8, context // 2, steps=24, repeats=5, prefills=5) for model in (first, last)]
     return [*jobs, suite.growth_job(last, suite.scaled(suite.GROWING, context)), suite.layers_job(first.config)]

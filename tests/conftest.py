@@ -38,6 +38,18 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+MAPS, MOST = Path("/proc/self/maps"), 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Each program takes mappings of memory, of which Linux gives a process 65,530: a compiler that gets no more ends the process."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST:
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture(scope="session")
 def cache_with_kernels() -> Callable[[Path], Path]:
     """Make a folder a cache that is empty but for the C++ kernels: whoever finds none there compiles them, for twenty seconds."""
