@@ -16,6 +16,7 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.eval import record_files, records
 from kvcascade.eval import record_keys as keys
+from kvcascade.eval.report import page
 from kvcascade.eval.speed import bench, peers
 from kvcascade.model import generate, gpt, pretrained
 from kvcascade.model.config import ModelConfig
@@ -295,3 +296,13 @@ def test_a_python_without_libraries_is_bad_input(model: str, tmp_path: Path) -> 
     with pytest.raises(BadInput, match="has no library to compare with"):
         peers.find(HERE, Path(model))
     assert peers.find((), Path(model)) == []
+
+
+def test_the_page_has_both_tables_under_columns_that_stay(tmp_path: Path) -> None:
+    """What was recorded, as HTML: the best first, then all rows, which scroll under their first column."""
+    found = record_files.read(readme.SPEED)
+    page.write(tmp_path / "page.html", found, "kvcascade report")
+    html = (tmp_path / "page.html").read_text()
+    assert html.index("<td>best</td>") < html.index("<th>memory, GB/s</th>")
+    assert ".scroll td:first-child { position: sticky; left: 0;" in html
+    assert "position: sticky" in (Path(__file__).parent.parent / "docs" / "tables.css").read_text()
