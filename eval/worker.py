@@ -35,7 +35,7 @@ class Worker:
         try:
             self._process = subprocess.Popen(
                 list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, start_new_session=True,
-                env=os.environ | {PARENT: str(os.getpid())} | (environment or {}), encoding="utf-8", errors="replace",
+                env={**os.environ, PARENT: str(os.getpid()), **(environment or {})}, encoding="utf-8", errors="replace",
             )  # fmt: skip
         except OSError:
             self._errors.close()

@@ -5,6 +5,7 @@ import inspect
 import itertools
 import time
 from pathlib import Path
+from typing import Any
 
 NEEDS = ("torch", "transformers")
 VARIANTS = ("DynamicCache", "DynamicCache, bfloat16", "StaticCache, compiled", "QuantizedCache, 4 bits")
@@ -31,6 +32,7 @@ class Variant:
         newer = "cache" in inspect.signature(self.model.forward).parameters
         self.named = "cache" if newer else "past_key_values"  # what the model takes a cache as
         self.step, self.settings = self.model, {}
+        self.cache: Any = None
         if variant.endswith("compiled"):
             compiled = transformers.CompileConfig(fullgraph=True, mode="default")
             compiled._compile_all_devices = True  # else on a CPU it is not
