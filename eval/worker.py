@@ -11,7 +11,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 PARENT = "KVCASCADE_PARENT"
 CASE_SECONDS = 3600.0
@@ -27,7 +26,7 @@ class WorkerEnded(Exception):
         """Its exit status, None where it took too long; and the lines of its standard error."""
 
 
-class Worker:
+class Worker(contextlib.AbstractContextManager):
     """A child process in a session of its own: Ctrl-C at the terminal is its parent's to handle, who ends it, as `with` does."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None):
@@ -75,9 +74,6 @@ class Worker:
             self._process.__exit__(None, None, None)
         self._errors.close()
 
-    def __enter__(self) -> "Worker":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -108,7 +104,7 @@ def results(
     return found
 
 
-def attend() -> Any:
+def attend():
     """In the child, first of all: die with the parent, leave no core, and return what it was told."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -145,8 +145,8 @@ def run(command: Sequence[str], wanted: dict, limit: int | None, place: Cgroup |
             while True:
                 said |= worker.hear(until - time.monotonic())
         except WorkerEnded as ended:
-            failed = f"took longer than {seconds:g} s" if ended.status is None else str(ended) if ended.status else ""
-            if ended.status:
-                refused = REFUSED.search("\n".join(ended.said[-20:]))
-                failed = "memory" if refused or folder and place and place.killed(folder, limit or 0) else failed
+            failed = "" if ended.status == 0 else str(ended) if ended.status else f"took longer than {seconds:g} s"
+            killed = ended.status and folder and place and place.killed(folder, limit or 0)
+            if killed or ended.status and REFUSED.search("\n".join(ended.said[-20:])):
+                failed = "memory"
         return Ended(said, failed, place.peak(folder) if folder and place else None)

@@ -1,8 +1,6 @@
 """Other libraries that are timed in turns with ours, each in a process of its own, whose other side is `peer_main.py`."""
 
 import contextlib
-import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -35,10 +33,7 @@ class Peer:
         """
         self._patience = max(LEAST, PATIENCE * seconds)
         if self._worker is None:
-            try:
-                self._worker = Worker(self._command)
-            except OSError as error:
-                raise PeerFailed(f"it cannot be started: {error.strerror}") from error
+            self._worker = Worker(self._command)
             self._known |= self._hear()
         self._ask("prepare", prompts, room)
 
@@ -102,9 +97,9 @@ def find(pythons: tuple[Path, ...], model: Path, variants: tuple[str, ...] = ())
 
 def _offered(python: Path) -> dict[str, list[str]]:
     try:
-        found = subprocess.run([str(python), str(SCRIPT)], capture_output=True, encoding="utf-8", errors="replace")
-        return json.loads(found.stdout)["value"]
+        with Worker([str(python), str(SCRIPT)]) as worker:
+            return worker.hear(LEAST)["value"]
     except OSError as error:
         raise BadInput(f"cannot run the peer's Python {python}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise BadInput(f"{python} does not run {SCRIPT.name} as Python 3 does") from error
+    except (WorkerEnded, KeyError) as error:
+        raise BadInput(f"{python} does not run {SCRIPT.name} as Python 3 does: {error}") from error
