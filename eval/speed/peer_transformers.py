@@ -91,14 +91,15 @@ class Variant:
             times.append(time.perf_counter())
             return never
 
-        # A mask longer than the tokens says that the cache has seen the others.
-        held = torch.ones((rows, int(self.cache.get_seq_length()) + 1), dtype=torch.long)
+        # As many tokens as the cache holds, and the newest: generate looks at that one alone, and a pruned cache holds fewer than it has read.
+        held = torch.ones((rows, int(self.cache.get_seq_length())), dtype=torch.long)
+        tokens = torch.cat([held, self.token], -1)
         drawn = self.model.generate(
-            self.token, attention_mask=held, position_ids=torch.full_like(self.token, self.position), **{self.named: self.cache},
+            tokens, attention_mask=torch.ones_like(tokens), position_ids=torch.full_like(self.token, self.position), **{self.named: self.cache},
             max_new_tokens=steps, min_new_tokens=steps, do_sample=False, stopping_criteria=[stamp], **self.settings,
         )  # fmt: skip
-        if drawn.shape[1] != 1 + steps:
-            raise ValueError(f"generate drew {drawn.shape[1] - 1} tokens and not {steps}")
+        if drawn.shape[1] != tokens.shape[1] + steps:
+            raise ValueError(f"generate drew {drawn.shape[1] - tokens.shape[1]} tokens and not {steps}")
         self.token = drawn[:, -1:].clone(memory_format=torch.contiguous_format)  # other strides are compiled anew
         self.position += steps
         return [after - before for before, after in itertools.pairwise(times)]
