@@ -91,6 +91,7 @@ KEYS: dict[str, dict[str, Any]] = {
     | {
         "batch": COUNT, "context": COUNT, "steps": COUNT, "repeats": COUNT, "bandwidth": POSITIVE, "weights": Optional(str),
         "library": Optional(str), "peer": Optional(str), "kv_bytes": Optional(Null(SIZE)), "step_bytes": Optional(SIZE), "reason": Optional(str),
+        "prefills": Optional(COUNT), "steady": Optional(FLAG), "bandwidth_range": Optional((POSITIVE, POSITIVE)),
     },
     "stream": NAMED
     | {
@@ -120,8 +121,8 @@ KEYS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 SPEEDS = {
-    "first_token_ms": SIZE, "prefill_tokens_per_second": POSITIVE, "decode_tokens_per_second": POSITIVE, "step_ms": POSITIVE,
-    "alone_ms_50_90_99": [SIZE],
+    "first_token_ms": POSITIVE, "prefill_tokens_per_second": POSITIVE, "decode_tokens_per_second": POSITIVE, "step_ms": POSITIVE,
+    "alone_ms_5_95": Optional([SIZE]), "step_ms_5_95": Optional([SIZE]),
 }  # fmt: skip
 FITS = {
     "baseline": str, "users": SIZE, "exact": FLAG, "held": POSITIVE, "rows": SIZE, "kv_bytes": SIZE, "kv_bytes_full": POSITIVE,
@@ -135,6 +136,11 @@ def _evaluate(record: dict) -> str | None:
         if key in record and len(record[key]) != record["sequences"]:
             return f"has {len(record[key])} {key} for {record['sequences']} sequences"
     return _wrong(record, FIDELITY) if "kl" in record else None
+
+
+def _bench(record: dict) -> str | None:
+    older = {"alone_ms_50_90_99": [POSITIVE]} if "alone_ms_50_90_99" in record else {"alone_ms": POSITIVE}
+    return None if "reason" in record else _wrong(record, SPEEDS | older)
 
 
 def _growth(growth: dict) -> str | None:
@@ -159,7 +165,7 @@ RULES: dict[str, Callable[[dict], str | None]] = {
     "quantize": _quantize,
     "retrieve": lambda r: None if r["answered"] <= r["turns"] else "has more answers than turns",
     "growth": _growth,
-    "bench": lambda r: None if "reason" in r else _wrong(r, SPEEDS),
+    "bench": _bench,
     "stream": lambda r: None if r["points"][-1][0] >= 1024 else "ends before its first 1,024 tokens",
     "fit": lambda r: None if "failed" in r else _wrong(r, FITS),
     "crash": _crash,

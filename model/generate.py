@@ -224,12 +224,24 @@ def generate(
     first_1B = np.asarray(state.token_B)[None]
     check_numbers(first_1B.T == NOT_A_NUMBER, lengths)
     yield first_1B, state.cache
-    if count == 1:
+    for new_nB, newer in go_on(config, params, state, count - 1, compiled):
+        yield new_nB, newer.cache
+
+
+def go_on(
+    config: ModelConfig, params: Params, state: State, count: int, compiled: Compiled = traced
+) -> Iterator[tuple[Int[np.ndarray, "n B"], State]]:
+    """Decode `count` more tokens of each row, DISPATCH at a time: yields those, and the state, which is donated to the next steps.
+
+    The loop of `generate`. Raises BadInput where the logits are not numbers.
+    """
+    if not count:
         return
+    new_B = np.asarray(state.position_B) + 1
     decode = compiled(decode_steps, config, params, state, 1, most=DISPATCH)
-    for first in range(1, count, DISPATCH):
-        n = min(DISPATCH, count - first)
+    for done in range(0, count, DISPATCH):
+        n = min(DISPATCH, count - done)
         tokens_nB, state = decode(params, state, n)
         new_nB = np.asarray(tokens_nB[:n])
-        check_numbers(new_nB.T == NOT_A_NUMBER, lengths + first)
-        yield new_nB, state.cache
+        check_numbers(new_nB.T == NOT_A_NUMBER, new_B + done)
+        yield new_nB, state

@@ -27,9 +27,9 @@ class Args(Recorded):
     context: tuple[Count, ...] = ()
     """Tokens per row before the first that is decoded; by default 64, and 1,024 or what the model has room for."""
     steps: Count = 24
-    """Decode steps timed per round."""
+    """Decode steps timed per round, in each library's own loop and again one by one."""
     repeats: Count = 5
-    """Rounds, taken in turns by all caches and the peer."""
+    """Rounds, taken in turns by all caches and peers; where the memory's bandwidth changes during them, up to twice as many."""
     weights: tuple[str, ...] = ("float32",)
     """What a pretrained model's matrices are kept in: float32, bfloat16, int8 or int4; several take turns."""
     prefills: Count | None = None
@@ -62,3 +62,6 @@ def main(arguments: list[str]) -> None:
         for other in others:
             other.close()
     console.table(*bench.table(found))
+    columns, rows = bench.headline(found)
+    if rows:
+        console.table(bench.HEADLINE, columns, rows)

@@ -79,4 +79,4 @@ CASES = {
 
 if __name__ == "__main__":
     check.cases = lambda: CASES
-    check.main(sys.argv[1:])
+    check.main(*sys.argv[1:])

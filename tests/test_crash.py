@@ -57,19 +57,19 @@ def test_a_good_guess_takes_two_children() -> None:
 def program(tmp_path: Path, body: str) -> list[str]:
     """A child whose work is this: a cheap stand-in for a model."""
     file = tmp_path / "child.py"
-    start = "import os, signal, sys, time\nfrom kvcascade.eval.memory import limits\nwanted = limits.read()\n"
+    start = "import os, signal, sys, time\nfrom kvcascade.eval import worker\nwanted = worker.attend()\n"
     file.write_text(start + textwrap.dedent(body))
     return [sys.executable, str(file)]
 
 
 USERS = """
-    limits.say(stage="filling the cache")
+    worker.say(stage="filling the cache")
     filled = [bytearray(os.urandom(1000) * 10_000) for _ in range(wanted["users"])]  # 10 MB each
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))
     size = {name: 1024 * int(value.split()[0]) for name, value in status.items() if value.endswith("kB\\n")}
     peak, reserved = size["VmHWM"] - size["RssFile"], size["VmData"] - size["RssAnon"]
     more = {name: 10_000_000 * wanted["users"] for name in ("cache_bytes", "cache_bytes_predicted")}
-    limits.say(context=8, weights="float32", weight_bytes=0, workspace=0, step_seconds=0.0, peak_rss=peak, peak=peak, reserved=reserved, **more)
+    worker.say(context=8, weights="float32", weight_bytes=0, workspace=0, step_seconds=0.0, peak_rss=peak, peak=peak, reserved=reserved, **more)
 """
 
 
@@ -127,7 +127,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         ("print('what():  std::bad_alloc', file=sys.stderr); os.abort()", "memory"),
         ("raise RuntimeError('RESOURCE_EXHAUSTED: Shared memory size limit exceeded')", "status 1: .*Shared memory"),
         ("raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes')", "memory"),
-        ("limits.say(stage='x'); time.sleep(60)", "took longer than 2 s"),
+        ("worker.say(stage='x'); time.sleep(60)", "took longer than 2 s"),
     ],
 )
 def test_a_death_is_told_for_what_it_was(tmp_path: Path, body: str, failed: str) -> None:
@@ -140,15 +140,15 @@ def test_a_death_is_told_for_what_it_was(tmp_path: Path, body: str, failed: str)
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        ("limits.say(stage='decoding'); sys.exit('no such thing') if wanted['users'] > 1 else None", "no such thing"),
-        ("limits.say(bad_input='no model of that name'); sys.exit(2)", "^no model of that name$"),
+        ("worker.say(stage='decoding'); sys.exit('no such thing') if wanted['users'] > 1 else None", "no such thing"),
+        ("worker.say(bad_input='no model of that name'); sys.exit(2)", "^no model of that name$"),
         ("x = bytearray(10**9)", "one user does not fit: memory ran out while starting"),
     ],
 )
 def test_another_failure_ends_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, told: str) -> None:
     """It is not taken for a size that is too large; what is wrong is said in one line."""
     most = "{'peak': 10**8, 'cache_bytes_predicted': 10**7, 'workspace': 0, 'reserved': 0}"
-    lived = f"if wanted['users'] == 1: limits.say(**{most})\n"
+    lived = f"if wanted['users'] == 1: worker.say(**{most})\n"
     monkeypatch.setattr(crash, "PROGRAM", program(tmp_path, lived + body))
     with pytest.raises(BadInput, match=told):
         crash.crash("m", parse("full"), 0, 300 * MB, 0.01, 1, None, 30.0)

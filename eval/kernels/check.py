@@ -1,7 +1,6 @@
 """What every kernel costs on every card, without one: registers, spills, shared memory, bytes moved, instructions, occupancy."""
 
 import itertools
-import json
 import math
 import os
 import re
@@ -14,7 +13,7 @@ from pathlib import Path
 import jax
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import child
+from kvcascade.eval import worker
 from kvcascade.eval.kernels import whole_step
 from kvcascade.eval.kernels.cases import Case, cases
 from kvcascade.eval.kernels.whole_step import Step
@@ -62,13 +61,12 @@ def _in_a_process(what: str, names: list[str], folder: Path, told: Callable[[], 
     """What a child finds out of each case. One that ends before its time has failed at the case that it was at."""
     folder.mkdir()
     environment = {"JAX_PLATFORMS": "cpu"} if what == "traffic" else resources.environment(folder)
-    return child.results([*CHILD, what, str(folder)], names, environment, told)
+    return worker.results([*CHILD, what, str(folder)], names, environment, told)
 
 
-def main(arguments: list[str]) -> None:
-    """A child: say of each case, in a line of JSON, what it moves (`traffic`) or what it asks of a card."""
-    what, folder, *names = arguments
-    for name in names:
+def main(what: str, folder: str) -> None:
+    """A worker: say of each case what it moves (`traffic`) or what it asks of a card."""
+    for name in worker.attend():
         try:
             if name in whole_step.STEPS:
                 found = whole_step.measure(whole_step.STEPS[name], aot.gpu(what))
@@ -81,7 +79,7 @@ def main(arguments: list[str]) -> None:
         except Exception as error:  # whatever a compiler raises is the case's result
             told = f"{type(error).__name__}: {error}"
             found = {"failed": " ".join(told[max(0, told.find("RACE DETECTED")) :].split())[:300]}
-        print(json.dumps({"case": name} | found), flush=True)
+        worker.say(**found)
 
 
 def of_traffic(case: Case) -> Record:
@@ -168,4 +166,4 @@ def budget(card: aot.GPU, bytes_per_unit: float) -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

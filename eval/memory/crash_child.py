@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval.memory import limits
+from kvcascade.eval import worker
 
 LONGEST = 2048  # tokens per user where nobody says how many
 
@@ -26,7 +26,7 @@ def main(wanted: dict) -> None:
     from kvcascade.model import generate, sampling
 
     device = jax.devices()[0]
-    limits.say(stage="loading the weights", platform=device.platform)
+    worker.say(stage="loading the weights", platform=device.platform)
     config, params = load(wanted["model"], wanted["weights"], wanted["context"])
     spec, batch, steps = parse(wanted["cache"]), wanted["users"], wanted["steps"]
     context = wanted["context"] or min(config.context, LONGEST)
@@ -35,7 +35,7 @@ def main(wanted: dict) -> None:
         raise BadInput(f"{steps} decode steps need a context longer than {context} tokens")
     predicted = spec.nbytes(config.layer_heads, context)
 
-    limits.say(stage="compiling")
+    worker.say(stage="compiling")
     # A prefill of the context would take memory that a step does not: the slots are written where they are.
     fill = jax.jit(lambda: occupied(spec, config, batch, context, context - steps))
     of_row = jax.ShapeDtypeStruct((batch,), jnp.int32)
@@ -47,12 +47,12 @@ def main(wanted: dict) -> None:
     fill = fill.lower().compile()
     gc.collect()
 
-    limits.say(stage="filling the cache")
+    worker.say(stage="filling the cache")
     if device.platform == "cpu":
         Path("/proc/self/clear_refs").write_text("5", "utf-8")  # VmHWM starts anew: loading and compiling are over
     cache = jax.block_until_ready(fill())
     held = nbytes(cache)
-    limits.say(stage="decoding")
+    worker.say(stage="decoding")
     token_B, times = jnp.zeros(batch, jnp.int32), []
     for position in range(context - steps, context):
         start = time.perf_counter()
@@ -60,7 +60,7 @@ def main(wanted: dict) -> None:
         token_B = jax.block_until_ready(sample(logits_BV, seen_BV))
         del logits_BV  # else they would be there during the next step too
         times.append(time.perf_counter() - start)
-    limits.say(
+    worker.say(
         context=context,
         weights=config.weights,
         weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
@@ -146,9 +146,9 @@ def on_device(device) -> dict:
 
 if __name__ == "__main__":
     try:
-        main(limits.read())
+        main(worker.attend())
     except BadInput as error:
-        limits.say(bad_input=str(error))
+        worker.say(bad_input=str(error))
         sys.exit(2)
     except Exception:
         traceback.print_exc()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 
 from kvcascade.cache.spec import CacheSpec, parse
-from kvcascade.eval import child
+from kvcascade.eval import worker
 from kvcascade.eval.kernels import whole_step
 from kvcascade.eval.measure import Job
 from kvcascade.eval.memory import arithmetic
@@ -198,7 +198,7 @@ def job(
         jax.config.update(
             "jax_platforms", "cpu"
         )  # this process only adds up; with the compilers, JAX would look for a GPU
-        answer = child.results(CHILD, [case], aot.ENVIRONMENT, lambda: None)[case]
+        answer = worker.results(CHILD, [case], aot.ENVIRONMENT, lambda: None)[case]
         return [
             common | (answer["found"][index] if "found" in answer else {"context": context, **answer})
             for index, context in enumerate(contexts)
@@ -207,9 +207,9 @@ def job(
     return Job(common | {"task": json.loads(case)}, "eval/memory", run, str(spec))
 
 
-def main(arguments: list[str]) -> None:
-    """A child: for each task, given as JSON, say in a line of JSON what was found."""
-    for case in arguments:
+def main(cases: list[str]) -> None:
+    """A worker: for each task, given as JSON, say what was found."""
+    for case in cases:
         given = json.loads(case)
         model = built(ModelConfig, given["model"], "a task", "model")
         task = Task(**given | {"model": model, "contexts": tuple(given["contexts"])})
@@ -217,7 +217,7 @@ def main(arguments: list[str]) -> None:
             found: Mapping = {"found": solve(task)}
         except Exception as error:  # whatever a compiler raises is the case's result
             found = {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
-        print(json.dumps({"case": case} | found), flush=True)
+        worker.say(**found)
 
 
 def table(found: Sequence[Record]) -> tuple[str, list[str], list[list[str]]]:
@@ -278,4 +278,4 @@ def notes(found: Sequence[Record]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(worker.attend())

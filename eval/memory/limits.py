@@ -7,20 +7,16 @@ count even addresses that nobody may write to, several GB with XLA.)
 """
 
 import contextlib
-import ctypes
 import dataclasses
-import json
 import os
 import re
-import resource
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kvcascade.cache.errors import BadInput
+from kvcascade.eval.worker import Worker, WorkerEnded
 
 SYSTEM = Path("/sys/fs/cgroup")
 NAMES = {
@@ -131,10 +127,10 @@ def _enter(folder: Path) -> list[str]:
 
 
 def run(command: Sequence[str], wanted: dict, limit: int | None, place: Cgroup | None, seconds: float) -> Ended:
-    """Run a program that begins with `read`, in a cgroup at `place`, else under RLIMIT_DATA, or without a limit; wait until it has ended.
+    """Run a worker, which is told what is wanted, in a cgroup at `place`, else under RLIMIT_DATA, or without a limit; wait until it has ended.
 
-    It is in a session of its own: Ctrl-C at the terminal is its parent's to handle. Whatever ends this call, the program is killed,
-    with what it started, and its group removed; should this process be killed itself, the program's own `read` sees to that.
+    Whatever ends this call, it is killed, with what it started, and its group removed; should this process be killed itself, the worker's
+    own `attend` sees to that.
     """
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(place.group(limit)) if place and limit else None
@@ -142,53 +138,15 @@ def run(command: Sequence[str], wanted: dict, limit: int | None, place: Cgroup |
             before = _enter(folder)
         else:
             before = ["sh", "-c", 'ulimit -d "$0" && exec "$@"', str(limit // 1024)] if limit else []
-        process = subprocess.Popen(
-            [*before, *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="replace",
-            start_new_session=True,
-        )
-        stack.callback(_end, process)
+        worker = stack.enter_context(Worker([*before, *command]))
+        worker.tell(wanted)
+        said, until = {}, time.monotonic() + seconds
         try:
-            out, err = process.communicate(json.dumps(wanted | {"parent": os.getpid()}), seconds)
-            failed = ""
-        except subprocess.TimeoutExpired:
-            _end(process)
-            out, err = process.communicate()
-            failed = f"took longer than {seconds:g} s"
-        said: dict = {}
-        for line in out.splitlines():
-            with contextlib.suppress(ValueError):
-                said |= json.loads(line)
-        status = process.returncode
-        if not failed and status:
-            lines = err.strip().splitlines() or ["without a word"]
-            how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-            refused = folder and place and place.killed(folder, limit or 0) or REFUSED.search("\n".join(lines[-20:]))
-            failed = "memory" if refused else f"{how}: {lines[-1]}"
+            while True:
+                said |= worker.hear(until - time.monotonic())
+        except WorkerEnded as ended:
+            failed = "" if ended.status == 0 else str(ended) if ended.status else f"took longer than {seconds:g} s"
+            killed = ended.status and folder and place and place.killed(folder, limit or 0)
+            if killed or ended.status and REFUSED.search("\n".join(ended.said[-20:])):
+                failed = "memory"
         return Ended(said, failed, place.peak(folder) if folder and place else None)
-
-
-def _end(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def read() -> dict:
-    """In the child, first of all: die with the parent, and return what it wants."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    wanted = json.load(sys.stdin)
-    if os.getppid() != wanted["parent"]:  # it went before the line above
-        os._exit(1)
-    return wanted
-
-
-def say(**words) -> None:
-    """In the child: tell the parent."""
-    print(json.dumps(words), flush=True)

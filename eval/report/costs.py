@@ -50,7 +50,8 @@ def weights_table(records: list[Record]) -> str:
 
 def _speed(benches: list[Record]) -> dict:
     title, columns, rows = bench.table(benches)
-    return {"title": title, "table": (columns, rows)}
+    best = bench.headline(benches)
+    return {"title": title, "best": best if best[1] else None, "table": (columns, rows)}
 
 
 def _profile(profiles: list[Record]) -> dict:
@@ -85,7 +86,7 @@ def speed_table(records: list[Record]) -> str:
     """The README's prefill and decode speed of one model, and the protocol."""
     found = of_kind(records, "bench")
     title, columns, rows = bench.table(found)
-    return f"{_marked(columns, rows)}\n\n{title}; {_stamp(found)}."
+    return f"{markdown(bench.headline(found))}\n\n{_marked(columns, rows)}\n\n{title}; {_stamp(found)}."
 
 
 def stream_table(records: list[Record]) -> str:

@@ -1,6 +1,7 @@
 """How fast a model prefills and decodes behind a cache, what a step must read from memory, and peers timed in turns with it."""
 
 import dataclasses
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.cache.whole import Cache
 from kvcascade.eval.measure import Job
-from kvcascade.eval.records import Record, full_bytes
+from kvcascade.eval.records import Record, Table, full_bytes
 from kvcascade.eval.speed.peers import Peer, PeerFailed
 from kvcascade.kernels import processor
 from kvcascade.model import generate
@@ -23,6 +24,8 @@ from kvcascade.model.gpt import Params
 from kvcascade.model.pretrained import Model
 
 WARM = DISPATCH  # decode steps before those that are timed
+APART = 0.1
+"""How far measurements of the memory's bandwidth may be apart, as a share of the largest."""
 
 
 def bandwidth() -> float:
@@ -38,35 +41,43 @@ _total = jax.jit(lambda x: x.sum(-1))
 class Ours:
     """A model behind a cache at one batch and context, compiled and warm; it decodes on until it is prefilled anew."""
 
-    def __init__(self, model: Model, spec: CacheSpec, batch: int, context: int, room: int):
-        self._model, self._spec, self._batch, self._context, self._room = model, spec, batch, context, room
-        draw = np.random.default_rng(model.seed)
-        self._prompts = draw.integers(0, model.encoding.n_vocab, (batch, context)).tolist()
+    loop = f"generate, {DISPATCH} tokens to a dispatch"
+
+    def __init__(self, model: Model, spec: CacheSpec, prompts: list[list[int]], room: int, steps: int):
+        self._model, self._spec, self._prompts, self._room = model, spec, prompts, room
         self._state: State | None = None
         before = _traces()
-        self.first_seconds = self.prefill() + sum(self.decode(DISPATCH))
+        self.first_seconds = self.prefill() + sum(self.decode(WARM + steps, True))
+        self.decode(1, False)
         self.traces = _traces() - before
 
     def prefill(self) -> float:
         """Seconds from the prompts to each row's first token."""
         config, params = self._model.config, self._model.params
         self._state = None  # two caches would be held otherwise
-        cache = jax.block_until_ready(generate.empty_cache(config, self._spec, self._batch, self._room))
+        cache = jax.block_until_ready(generate.empty_cache(config, self._spec, len(self._prompts), self._room))
         start = time.perf_counter()
         self._state = jax.block_until_ready(generate.begin(config, params, cache, self._prompts))
         return time.perf_counter() - start
 
-    def decode(self, steps: int, together: int = DISPATCH) -> list[float]:
-        """Seconds of each greedy step, going on where the last one ended; so many are dispatched together, and share their time."""
-        seconds = []
-        while len(seconds) < steps:
-            count = min(together, steps - len(seconds))
+    def decode(self, steps: int, loop: bool) -> list[float]:
+        """Seconds of each greedy step, going on where the last one ended.
+
+        In the `loop` of `generate`, where those of a dispatch share its time; else one by one, each of whose tokens is waited for.
+        """
+        config, params = self._model.config, self._model.params
+        seconds, start = [], time.perf_counter()
+        assert self._state is not None
+        if loop:
+            for new_nB, state in generate.go_on(config, params, self._state, steps):
+                now, self._state = time.perf_counter(), state
+                seconds, start = [*seconds, *[(now - start) / len(new_nB)] * len(new_nB)], now
+            return seconds
+        for _ in range(steps):
             start = time.perf_counter()
-            config, params = self._model.config, self._model.params
-            assert self._state is not None
-            tokens_nB, self._state = generate.decode_steps(config, params, self._state, count, most=DISPATCH)
-            jax.block_until_ready(tokens_nB)
-            seconds += [(time.perf_counter() - start) / count] * count
+            tokens_nB, self._state = generate.decode_steps(config, params, self._state, 1, most=DISPATCH)
+            np.asarray(tokens_nB)
+            seconds.append(time.perf_counter() - start)
         return seconds
 
     def about(self) -> Record:
@@ -79,7 +90,7 @@ class Ours:
         return {
             "weights": config.weights,
             "cache": str(self._spec),
-            "kv_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self._state.cache)) // self._batch,
+            "kv_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self._state.cache)) // len(self._prompts),
             "kv_bytes_full": full_bytes(config, self._room),
             "weight_bytes": read,
             "step_bytes": read + occupied_bytes(self._state.cache),
@@ -108,13 +119,20 @@ def occupied_bytes(cache: Cache) -> int:
 
 
 @dataclasses.dataclass
+class Round:
+    """Seconds of a prefill, where the round began with one, and of the steps in a library's own loop and one by one."""
+
+    prefill: list[float]
+    loop: list[float]
+    alone: list[float]
+
+
+@dataclasses.dataclass
 class Timed:
-    """One of ours or a peer, with the seconds of its prefills and of its steps so far, or with why it has none."""
+    """One of ours or a peer, with its rounds so far, or with why it has none."""
 
     who: Ours | Peer
-    prefill: list[float] = dataclasses.field(default_factory=list)
-    steps: list[float] = dataclasses.field(default_factory=list)
-    alone: list[float] = dataclasses.field(default_factory=list)
+    rounds: list[Round] = dataclasses.field(default_factory=list)
     reason: str = ""
 
     def attempt(self, call: Callable, *arguments: object) -> None:
@@ -126,29 +144,32 @@ class Timed:
             self.reason = str(failed)
 
     def turn(self, prefill: bool, steps: int) -> None:
-        """A round: the prompts where they are due, and steps, of which the first few are not kept."""
-        if prefill:
-            self.prefill.append(self.who.prefill())
-        self.steps += self.who.decode(WARM + steps)[WARM:]
-        # A peer hands out every token by itself anyway.
-        self.alone += self.who.decode(steps, together=1) if isinstance(self.who, Ours) else self.steps[-steps:]
+        """A round: the prompts where they are due, and steps both ways, of which the first few are not kept."""
+        first = [self.who.prefill()] if prefill else []
+        self.rounds.append(Round(first, self.who.decode(WARM + steps, True)[WARM:], self.who.decode(steps, False)))
 
-    def record(self, batch: int, context: int) -> Record:
-        """What it is and how fast."""
+    def record(self, batch: int, context: int, kept: list[int]) -> Record:
+        """What it is and how fast in the rounds that are kept."""
         known = self.who.about()
         if self.reason:
             return known | {"reason": self.reason}
-        first, step = statistics.median(self.prefill), statistics.median(self.steps)
+        rounds = [self.rounds[index] for index in kept]
+        prefill, loop, alone = (sum((getattr(r, part) for r in rounds), []) for part in ("prefill", "loop", "alone"))
+        first, step = statistics.median(prefill), statistics.median(loop)
         if isinstance(self.who, Ours):
-            known["compile_seconds"] = round(max(0.0, self.who.first_seconds - first - DISPATCH * step), 2)
-        low, high = np.quantile(self.steps, [0.05, 0.95]) * 1e3
+            steps = WARM + len(rounds[0].loop)
+            known |= {
+                "loop": Ours.loop,
+                "compile_seconds": round(max(0.0, self.who.first_seconds - first - steps * step), 2),
+            }
         return known | {
             "first_token_ms": first * 1e3,
-            "first_token_ms_range": [min(self.prefill) * 1e3, max(self.prefill) * 1e3],
+            "first_token_ms_range": [min(prefill) * 1e3, max(prefill) * 1e3],
             "prefill_tokens_per_second": batch * context / first,
             "step_ms": step * 1e3,
-            "step_ms_5_95": [low, high],
-            "alone_ms_50_90_99": (np.quantile(self.alone, [0.5, 0.9, 0.99]) * 1e3).tolist(),
+            "step_ms_5_95": (np.quantile(loop, [0.05, 0.95]) * 1e3).tolist(),
+            "alone_ms": statistics.median(alone) * 1e3,
+            "alone_ms_5_95": (np.quantile(alone, [0.05, 0.95]) * 1e3).tolist(),
             "decode_tokens_per_second": batch / step,
         }
 
@@ -185,25 +206,49 @@ def bench(
 ) -> list[Record]:
     """Records of each cache at one batch and context, and of each peer: rounds in turns, so that noise of the machine hits all.
 
-    A round is `WARM` steps, `steps` that are timed in dispatches of DISPATCH, and as many one by one. The first `prefills` of the
-    `repeats` rounds begin with the prompts, the others go on where the round before ended. `models` are one model with its weights
-    in several formats. A peer that cannot do this has a `reason` in its record instead of times.
+    A round is `WARM` steps and `steps` that are timed in each library's own loop, and as many one by one. The first `prefills` of the
+    `repeats` rounds begin with the prompts, the others go on where the round before ended. The memory's bandwidth is measured before and
+    after each: there are more rounds, with prompts, until `repeats` of them are `agreeing`, but at most twice as many in all; where that is
+    not enough, all are kept and the records are not `steady`. `models` are one model with its weights in several formats; all get the same
+    prompts, and whoever begins a round ends the next. A peer that cannot do this has a `reason` in its record instead of times.
     """
-    length = room(context, steps, repeats, prefills)
-    entries = [Timed(Ours(model, spec, batch, context, length)) for model in models for spec in specs]
-    for peer in peers:
-        entries.append(Timed(peer))
-        entries[-1].attempt(peer.prepare, batch, context, length)
-    rates = []
-    for index in range(repeats):
-        rates.append(bandwidth())
-        for entry in entries:
-            entry.attempt(entry.turn, index < prefills, steps)
+    length, prompts = room(context, steps, repeats, prefills), random_prompts(models[0], batch, context)
+    ours = [Ours(model, spec, prompts, length, steps) for model in models for spec in specs]
+    entries = [Timed(who) for who in (*ours, *peers)]
+    for entry in entries[len(ours) :]:
+        entry.attempt(entry.who.prepare, prompts, length, max(one.first_seconds for one in ours))  # pyright: ignore
+    rates, kept, steady = [], [], False
+    before = bandwidth()
+    while not steady and len(rates) < 2 * repeats:
+        index = len(rates)
+        turn = index % len(entries)
+        for entry in entries[turn:] + entries[:turn]:
+            entry.attempt(entry.turn, index < prefills or index >= repeats, steps)
+        after = bandwidth()
+        rates.append((before, after))
+        before, kept = after, agreeing(rates)
+        begun = sum(index < prefills or index >= repeats for index in kept)
+        steady = len(kept) >= repeats and begun >= min(prefills, repeats)
+    kept = kept if steady else [*range(len(rates))]
+    measured = [rate for index in kept for rate in rates[index]]
     shared = {
         "kind": "bench", "model": models[0].name, "batch": batch, "context": context, "last_position": length - 1, "steps": steps,
-        "repeats": repeats, "prefills": min(prefills, repeats), "seed": models[0].seed, "bandwidth": statistics.median(rates),
+        "repeats": repeats, "prefills": sum(index < prefills or index >= repeats for index in kept), "rounds": len(rates), "kept": len(kept),
+        "steady": steady, "seed": models[0].seed, "bandwidth": statistics.median(measured), "bandwidth_range": [min(measured), max(measured)],
     }  # fmt: skip
-    return [shared | entry.record(batch, context) for entry in entries]
+    return [shared | entry.record(batch, context, kept) for entry in entries]
+
+
+def random_prompts(model: Model, batch: int, context: int) -> list[list[int]]:
+    """Tokens from the model's seed that the tokeniser and the embedding both have."""
+    draw = np.random.default_rng(model.seed)
+    return draw.integers(0, min(model.encoding.n_vocab, model.config.vocab), (batch, context)).tolist()
+
+
+def agreeing(rates: list[tuple[float, float]]) -> list[int]:
+    """The most rounds whose bandwidths, before and after them, are all within APART of the largest."""
+    within = lambda most: [i for i, each in enumerate(rates) if (1 - APART) * most <= min(each) and max(each) <= most]
+    return max((within(max(each)) for each in rates), key=len)
 
 
 def room(context: int, steps: int, repeats: int, prefills: int) -> int:
@@ -222,15 +267,17 @@ def seconds(call: Callable) -> float:
     return time.perf_counter() - start
 
 
-SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second")
+HEADLINE = "Decoding in each library's own loop, ours over the quickest variant of a library"
+PRUNING = ("kvpress",)
+"""Libraries that keep a part of the tokens: their like among ours are caches that do so too."""
 
 
 def table(found: list[Record]) -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and rows of one model: speeds with their spread, bytes per step against the memory's bandwidth, ratios to each library."""
-    libraries = list(dict.fromkeys(r["library"] for r in found if "library" in r))
+    """Title, columns and rows of one model: times with their spread, bytes per step against the memory's bandwidth, ratios to each library."""
+    libraries = _libraries(found)
     columns = [
         "cache", "weights", "batch × context", "KV, MB/row", "first token, ms", "prefill, tok/s", "decode, tok/s",
-        "step, ms", "alone: 50, 90, 99 %", "MB read, of bandwidth", *(f"× {library}" for library in libraries),
+        "loop, ms (5–95 %)", "alone, ms (5–95 %)", "read, MB", "GB/s", "memory, GB/s", *(f"× {library}" for library in libraries),
     ]  # fmt: skip
     rows = []
     for r in found:
@@ -238,28 +285,98 @@ def table(found: list[Record]) -> tuple[str, list[str], list[list[str]]]:
         if "reason" in r:
             rows.append([f"{cells[0]}: {r['reason']}", *cells[1:], *[""] * (len(columns) - len(cells))])
             continue
+        speed = r["step_bytes"] / r["step_ms"] / 1e6 if "step_bytes" in r else None
         read = (
-            "step_bytes" in r
-            and f"{r['step_bytes'] / 1e6:,.1f}, {r['step_bytes'] / r['bandwidth'] * 1e3 / r['step_ms']:.0%}"
+            (f"{r['step_bytes'] / 1e6:,.1f}", f"{speed:.1f}, {speed * 1e9 / r['bandwidth']:.0%}") if speed else ("", "")
         )
         size = r.get("kv_bytes")
         rows.append([
             *cells, f"{size / 1e6:,.2f}" if size else "", f"{r['first_token_ms']:,.0f}", f"{r['prefill_tokens_per_second']:,.0f}",
-            f"{r['decode_tokens_per_second']:,.1f}", f"{r['step_ms']:.2f}", ", ".join(f"{x:.2f}" for x in r["alone_ms_50_90_99"]),
-            read or "", *(_ratios(r, _like(r, found, library)) for library in libraries),
+            f"{r['decode_tokens_per_second']:,.1f}", _spread(r["step_ms"], r.get("step_ms_5_95")),
+            _spread(_alone(r), r.get("alone_ms_5_95")), *read, _memory(r), *(_ratios(r, _like(r, found, library)) for library in libraries),
         ])  # fmt: skip
     first = found[0]
     names = list(dict.fromkeys(r["peer"] for r in found if "peer" in r))
-    peers = f"; × a library: prefill, decode, over its quickest variant here ({'; '.join(names)})" if names else ""
-    rates = [r["bandwidth"] / 1e9 for r in found]
-    title = f"{first['model']}, {first['steps']} steps × {first['repeats']} rounds, memory read at {min(rates):.0f} to {max(rates):.0f} GB/s{peers}"
+    peers = (
+        f"; × a library: prefill, loop, alone, over its quickest variant in each ({'; '.join(names)})" if names else ""
+    )
+    prefills = [r["prefills"] for r in found if "prefills" in r]
+    times = f", {_from_to(prefills)} prefills" if prefills else ""
+    rates = _from_to([round(r["bandwidth"] / 1e9) for r in found])
+    title = f"{first['model']}, {first['steps']} steps × {first['repeats']} rounds{times}, memory read at {rates} GB/s{peers}"
     return title, columns, rows
 
 
+def headline(found: list[Record]) -> Table:
+    """Decoding as each library's own loop does it, the best of ours over the best of each library's; and the same among weights of as many bits.
+
+    Of ours those that keep all tokens, against a library that keeps a part of them the others. No rows without a peer that was timed.
+    """
+    libraries, rows = _libraries(found), []
+    quickest = lambda some: max(some, key=lambda r: r["decode_tokens_per_second"], default=None)
+    timed = [r for r in found if "reason" not in r]
+    for batch, context in dict.fromkeys((r["batch"], r["context"]) for r in timed):
+        case = [r for r in timed if (r["batch"], r["context"]) == (batch, context)]
+        for bits in (None, *sorted({_bits(r) for r in case if "library" not in r}, reverse=True)):
+            alike = [r for r in case if bits in (None, _bits(r))]
+            ours = [r for r in alike if "library" not in r]
+            whole = [r for r in ours if r["cache"].startswith("full")]
+            parts = [r for r in ours if r not in whole]
+            cells, best = [], quickest(whole or ours)
+            for library in libraries:
+                mine, theirs = quickest((parts if library in PRUNING else whole) or ours), quickest(_of(alike, library))
+                cells.append(_against(mine, theirs) if mine and theirs else "")
+            if best and any(cells):
+                of = "best" if bits is None else f"{bits} bits"
+                shown = f"{best['decode_tokens_per_second']:,.1f} ({best['cache']}, {best['weights']})"
+                rows.append([f"{batch} × {context:,}", of, shown, *cells])
+    return ["batch × context", "weights", "ours, tok/s", *(f"× {library}" for library in libraries)], rows
+
+
+def _against(mine: Record, theirs: Record) -> str:
+    steady = "" if mine.get("steady", True) else ", unsteady"
+    name = theirs["cache"].removeprefix(f"{theirs['library']} ")
+    return f"{mine['decode_tokens_per_second'] / theirs['decode_tokens_per_second']:.2f} ({name}{steady})"
+
+
+def _bits(record: Record) -> int:
+    """Of a weight: float32 and f32 are 32, int8 and q8_0 are 8, Q4_1 is 4."""
+    digits = re.search(r"\d+", record.get("weights", ""))
+    return int(digits[0]) if digits else 0
+
+
+def _libraries(found: list[Record]) -> list[str]:
+    return list(dict.fromkeys(r["library"] for r in found if "library" in r))
+
+
+def _of(found: list[Record], library: str) -> list[Record]:
+    return [r for r in found if r.get("library") == library and "reason" not in r]
+
+
 def _like(record: Record, found: list[Record], library: str) -> list[Record]:
-    alike = lambda r: r.get("library") == library and "reason" not in r
-    return [r for r in found if alike(r) and (r["batch"], r["context"]) == (record["batch"], record["context"])]
+    return [r for r in _of(found, library) if (r["batch"], r["context"]) == (record["batch"], record["context"])]
 
 
 def _ratios(record: Record, peers: list[Record]) -> str:
-    return ", ".join(f"{record[key] / max(r[key] for r in peers):.2f}" for key in SPEEDS) if peers else ""
+    times = (lambda r: r["first_token_ms"], lambda r: r["step_ms"], _alone)
+    return ", ".join(f"{min(map(time, peers)) / time(record):.2f}" for time in times) if peers else ""
+
+
+def _alone(record: Record) -> float:
+    """Milliseconds of a step by itself: older records have three quantiles, of which the median is the first."""
+    return record["alone_ms"] if "alone_ms" in record else record["alone_ms_50_90_99"][0]
+
+
+def _spread(median: float, ends: list[float] | None) -> str:
+    return f"{median:.2f}" + (f" ({ends[0]:.2f}–{ends[1]:.2f})" if ends else "")
+
+
+def _memory(record: Record) -> str:
+    """What the memory gave before and after the rounds, and whether that changed."""
+    ends = [round(rate / 1e9) for rate in record.get("bandwidth_range", [record["bandwidth"]])]
+    return _from_to(ends) + ("" if record.get("steady", True) else ", unsteady")
+
+
+def _from_to(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low}" if low == high else f"{low}–{high}"

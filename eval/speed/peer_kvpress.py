@@ -10,7 +10,7 @@ VARIANTS = (f"StreamingLLMPress to {KEPT}", f"SnapKVPress to {KEPT}", f"KnormPre
 class Variant(peer_transformers.Variant):
     """A model in float32 whose prompt a press prunes to 128 tokens per head; what is decoded afterwards is all kept."""
 
-    libraries = NEEDS
+    libraries, loop = NEEDS, f"transformers' {peer_transformers.Variant.loop}"
 
     def read(self) -> None:
         """Put the prompts into the empty cache, each layer pruned as soon as it is there."""

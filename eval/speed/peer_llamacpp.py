@@ -17,7 +17,6 @@ TYPES = {
 VARIANTS = {
     "f16 keys": ("", "f16"),
     "q8_0 keys": ("", "q8_0"),
-    "q4_0 keys": ("", "q4_0"),
     "q4_0 weights, f16 keys": ("q4_0", "f16"),
     "q8_0 weights, f16 keys": ("q8_0", "f16"),
     "f32 weights, f16 keys": ("f32", "f16"),
@@ -54,14 +53,14 @@ class Variant:
             "weights": weights or text.value.decode().split(" ", 2)[2],
             "weight_bytes": llama_cpp.llama_model_size(self.model),
             "kv": self.kv,
+            "loop": "llama_decode, a token at a time: as alone",
             "built_for": llama_cpp.llama_print_system_info().decode(),
         }
 
-    def prepare(self, batch: int, context: int, room: int) -> None:
-        """A context with just enough room, and a short prompt and three steps to warm up."""
-        import numpy as np
-
-        api, self.rows, self.length = self.api, batch, context
+    def prepare(self, prompts: list[list[int]], room: int) -> None:
+        """A context with just enough room; the whole prompts and some steps to warm up."""
+        api, self.tokens = self.api, prompts
+        batch, context = self.rows, self.length = len(prompts), len(prompts[0])
         self._free()
         params = api.llama_context_default_params()
         params.n_seq_max, params.n_ctx = batch, batch * -(-room // 256) * 256
@@ -73,11 +72,8 @@ class Variant:
         if not self.context:
             raise ValueError(f"llama.cpp cannot make a context of {batch} × {room} tokens")
         self.batch = api.llama_batch_init(batch * context, 0, 1)
-        self.tokens = np.random.default_rng(0).integers(0, self.vocab, (batch, context)).tolist()
-        self._fill([row[:64] for row in self.tokens], 0)
-        self._run()
-        self.position = min(64, context)
-        self.decode(3)
+        self.prefill()
+        self.decode(8)
 
     def prefill(self) -> float:
         """Seconds from the prompts to each row's first token."""
@@ -88,8 +84,8 @@ class Variant:
         self.position = self.length
         return time.perf_counter() - start
 
-    def decode(self, steps: int) -> list[float]:
-        """Seconds of each greedy step, going on where the last ended."""
+    def decode(self, steps: int, loop: bool = True) -> list[float]:
+        """Seconds of each greedy step, going on where the last ended; its own loop takes them one by one."""
         seconds = []
         for _ in range(steps):
             start = time.perf_counter()

@@ -1,13 +1,11 @@
 """Other libraries that are timed in turns with ours, each in a process of its own, whose other side is `peer_main.py`."""
 
 import contextlib
-import json
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from kvcascade.cache.errors import BadInput
+from kvcascade.eval.worker import Worker, WorkerEnded
 
 SCRIPT = Path(__file__).with_name("peer_main.py")
 
@@ -16,71 +14,64 @@ class PeerFailed(Exception):
     """A peer cannot do a case; the text is its own reason."""
 
 
+LEAST, PATIENCE = 600.0, 100.0
+"""Seconds that a peer may take for an answer at least, and how often as long as ours took to compile, prefill and begin to decode."""
+
+
 class Peer:
     """One variant of a library in a Python that has it, with the same model; it starts when it is first asked, and again if it died."""
 
     def __init__(self, python: Path, library: str, variant: str, model: Path):
-        self.name, self._known = f"{library} {variant}", {"library": library}
+        self.name, self._known, self._patience = f"{library} {variant}", {"library": library}, LEAST
         self._command = [str(python), str(SCRIPT), library, variant, str(model)]
-        self._process, self._errors = None, None
+        self._worker: Worker | None = None
 
-    def prepare(self, batch: int, context: int, room: int) -> None:
-        """Warm up for prompts of a length, with room for so many tokens per row; PeerFailed if this cannot be had, like all that follow."""
-        if self._process is None:
-            self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-            pipe = subprocess.PIPE
-            self._process = subprocess.Popen(
-                self._command, stdin=pipe, stdout=pipe, stderr=self._errors, encoding="utf-8", errors="replace"
-            )
-            self._known |= self._read()
-        self._ask("prepare", batch, context, room)
+    def prepare(self, prompts: list[list[int]], room: int, seconds: float) -> None:
+        """Warm up with prompts of one length and with room for so many tokens per row; `seconds` is what ours took to do the same.
+
+        PeerFailed if this cannot be had or takes far longer than ours, like all that follow.
+        """
+        self._patience = max(LEAST, PATIENCE * seconds)
+        if self._worker is None:
+            self._worker = Worker(self._command)
+            self._known |= self._hear()
+        self._ask("prepare", prompts, room)
 
     def prefill(self) -> float:
         """Seconds from the prompts to each row's first token."""
         return self._ask("prefill")
 
-    def decode(self, steps: int) -> list[float]:
-        """Seconds of each greedy step, going on where the last ended."""
-        return self._ask("decode", steps)
+    def decode(self, steps: int, loop: bool) -> list[float]:
+        """Seconds of each greedy step, going on where the last ended, in the library's own `loop` or one by one."""
+        return self._ask("decode", steps, loop)
 
     def about(self) -> dict:
-        """What it said of itself: library, versions, formats and bytes of its weights and of its cache as it is now."""
+        """What it said of itself: library, versions, its loop, formats and bytes of its weights and of its cache as it is now."""
         with contextlib.suppress(PeerFailed):
             self._known["kv_bytes"] = self._ask("kv_bytes")
         return {"cache": self.name} | self._known
 
     def close(self) -> None:
         """End its process."""
-        if self._process is not None:
-            assert self._errors is not None
-            self._process.kill()
-            with contextlib.suppress(BrokenPipeError):
-                self._process.__exit__(None, None, None)
-            self._errors.close()
-            self._process = None
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
 
-    def _ask(self, *call):
-        if self._process is None:
+    def _ask(self, *call: object):
+        if self._worker is None:
             raise PeerFailed("it ended before")
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # what it wrote before it ended says why
-            print(json.dumps(call), file=self._process.stdin, flush=True)
-        return self._read()
+        self._worker.tell(call)
+        return self._hear()
 
-    def _read(self):
-        assert self._process is not None and self._process.stdout is not None and self._errors is not None
-        line = self._process.stdout.readline()
+    def _hear(self):
+        assert self._worker is not None
         try:
-            found = json.loads(line)
-            reason = found["error"] if "value" not in found else None
-        except (ValueError, TypeError, KeyError):
-            self._errors.seek(0)
-            last = (self._errors.read().strip().splitlines() or ["it said nothing"])[-1]
-            reason = f"it answered {line.strip()[:60]!r}" if line else f"it ended: {last}"
+            found = self._worker.hear(self._patience)
+        except WorkerEnded as ended:
             self.close()
-            raise PeerFailed(reason) from None
-        if reason is not None:
-            raise PeerFailed(reason)
+            raise PeerFailed(str(ended)) from None
+        if "value" not in found:
+            raise PeerFailed(str(found.get("error", found)))
         return found["value"]
 
 
@@ -106,9 +97,9 @@ def find(pythons: tuple[Path, ...], model: Path, variants: tuple[str, ...] = ())
 
 def _offered(python: Path) -> dict[str, list[str]]:
     try:
-        found = subprocess.run([str(python), str(SCRIPT)], capture_output=True, encoding="utf-8", errors="replace")
-        return json.loads(found.stdout)["value"]
+        with Worker([str(python), str(SCRIPT)]) as worker:
+            return worker.hear(LEAST)["value"]
     except OSError as error:
         raise BadInput(f"cannot run the peer's Python {python}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise BadInput(f"{python} does not run {SCRIPT.name} as Python 3 does") from error
+    except (WorkerEnded, KeyError) as error:
+        raise BadInput(f"{python} does not run {SCRIPT.name} as Python 3 does: {error}") from error
