@@ -244,9 +244,10 @@ def test_a_flag_without_its_value(capfd: pytest.CaptureFixture, typed: str) -> N
 def test_without_lm_eval_the_extra_is_named(monkeypatch, tmp_path, capfd: pytest.CaptureFixture) -> None:
     """Status 2 and one line; the file of records is not made."""
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    for name in [name for name in sys.modules if name.startswith("lm_eval.") or name == "kvcascade.eval.harness"]:
+    ours = {"kvcascade.eval.quality.harness", "kvcascade.scripts.harness"}
+    for name in [name for name in sys.modules if name.startswith("lm_eval.") or name in ours]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr("kvcascade.eval.harness", raising=False)
+    monkeypatch.delattr("kvcascade.eval.quality.harness", raising=False)
     monkeypatch.chdir(tmp_path)
     assert run("harness", "--model", "run", "--tasks", "wikitext", "--out", "records.jsonl") == 2
     assert capfd.readouterr().err == "kvcascade: lm-eval is not installed: pip install 'kvcascade[harness]'\n"
