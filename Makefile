@@ -36,7 +36,7 @@ setup: .venv/ready
 	  && uv pip install --quiet --python .venv-aot/bin/python -c .constraints-aot --no-build-isolation -e '.[aot]'; \
 	else \
 	  $(PYTHON) -m venv .venv-aot \
-	  && .venv-aot/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock \
+	  && .venv-aot/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock \
 	  && .venv-aot/bin/python -m pip install --quiet --disable-pip-version-check -c .constraints-aot --no-build-isolation -e '.[aot]'; \
 	fi
 	@rm -f .constraints-aot

@@ -66,31 +66,32 @@ def measure(
     """Run jobs one after the other; append the records of each to a file as it ends, and skip what the file has, unless `again`.
 
     SIGTERM and Ctrl-C raise Stopped as soon as a running computation ends, a second one ends the process at once; what was done is in the
-    file. `tell` hears how many are done and which is next. Raises BadInput for a figure that is not finite.
+    file, and `tell` has heard of it: how many are done, and which is next. Raises BadInput for a figure that is not finite.
     """
     there = {} if again or out is None else done(out)
     found, before = [], 0
-    with stoppable():
-        for index, job in enumerate(jobs):
-            tell(index, job.words)
-            if job.key in there:
-                before += 1
-            else:
-                there[job.key] = _recorded(job, out)
-            found += there[job.key]
-        tell(len(jobs), "")
+    words = [*(job.words for job in jobs), ""]
+    with stoppable() as unstopped:
+        tell(0, words[0])
+        for index, job in enumerate(jobs, 1):
+            new = there.get(job.key) or _run(job)
+            with unstopped():
+                if job.key in there:
+                    before += 1
+                elif out is not None:
+                    record_files.append(out, new)
+                tell(index, words[index])
+            there[job.key] = new
+            found += new
     return Measured(found, before)
 
 
-def _recorded(job: Job, out: Path | None) -> list[Record]:
+def _run(job: Job) -> list[Record]:
     start = time.monotonic()
     new = job.run()
     share = (time.monotonic() - start) / len(new)  # a job's seconds are counted once: its records share them
     made = {"key": job.key, "of": len(new), "code": code(job.room)}
-    new = [records.stamp(each | made, share) for each in new]
-    if out is not None:
-        record_files.append(out, new)
-    return new
+    return [records.stamp(each | made, share) for each in new]
 
 
 def done(out: Path) -> dict[str, list[Record]]:
@@ -103,20 +104,38 @@ def done(out: Path) -> dict[str, list[Record]]:
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """Within it SIGTERM and SIGINT raise Stopped, the second one of a kind does what it does without; outside the main thread nothing changes."""
+def stoppable() -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
+    """Within it SIGTERM and SIGINT raise Stopped, the second one of a kind does what it does without; outside the main thread nothing changes.
+
+    Yields a context for what is done whole or not at all: a signal that comes within raises Stopped at its end.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield contextlib.nullcontext
         return
+    whole, waiting = False, 0
 
     def stop(number, frame):
+        nonlocal waiting
         signal.signal(number, signal.SIG_DFL)
-        raise Stopped(number)
+        if not whole:
+            raise Stopped(number)
+        waiting = number
+
+    @contextlib.contextmanager
+    def unstopped() -> Iterator[None]:
+        nonlocal whole
+        whole = True
+        try:
+            yield
+        finally:
+            whole = False
+        if waiting:
+            raise Stopped(waiting)
 
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, stop) for number in numbers]
     try:
-        yield
+        yield unstopped
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)

@@ -88,6 +88,29 @@ def test_a_signal_stops_between_two_lines_of_python(tmp_path, number):
     assert done == [0, 1]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["write", "fsync", "tell"])
+def test_a_signal_waits_until_a_record_is_written_and_counted(tmp_path, monkeypatch, number, moment):
+    """However late it comes: what `tell` heard last is what the file has, and the file has whole lines."""
+    done, heard, out = [], [], tmp_path / "records.jsonl"
+    if moment == "fsync":
+        fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda file: (fsync(file), signal.raise_signal(number)))
+    elif moment == "write":
+        lines = record_files.lines
+        monkeypatch.setattr(record_files, "lines", lambda new: (signal.raise_signal(number), lines(new))[1])
+
+    def tell(index, words):
+        if moment == "tell" and index == 1:
+            signal.raise_signal(number)
+        heard.append(index)
+
+    with pytest.raises(measure.Stopped) as stopped:
+        run([job(0, done), job(1, done)], out, tell=tell)
+    assert stopped.value.signal == number and done == [0] and heard == [0, 1]
+    assert [r["number"] for r in record_files.read(out)] == [0] and out.read_bytes().endswith(b"\n")
+
+
 def test_two_that_write_to_one_file(tmp_path):
     """Each line is whole: of four writers at once every record is there."""
     out = tmp_path / "records.jsonl"
