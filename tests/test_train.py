@@ -364,9 +364,11 @@ def test_use_of_the_card_is_told_where_it_is_known(tmp_path: Path, monkeypatch: 
         assert line["model_tflops_per_second"] == pytest.approx(rate / 1e12, rel=1e-3, abs=1e-6)
 
 
-def test_log_lines_go_to_tensorboard(tmp_path: Path) -> None:
-    """The same numbers at the same steps, also after a crash and a new start, into files that others read."""
+def test_log_lines_go_to_tensorboard(tmp_path: Path, monkeypatch) -> None:
+    """The same numbers at the same steps, also after a crash and a new start in the same second, into files that others read."""
     pytest.importorskip("tensorboardX", reason="the extra [tensorboard] is not installed")
+    files = importlib.import_module("tensorboardX.event_file_writer")
+    monkeypatch.setattr(files, "time", types.SimpleNamespace(time=lambda: 1.8e9))
     event_of = importlib.import_module("tensorboardX.proto.event_pb2").Event.FromString
 
     def crash(step, line):

@@ -48,8 +48,11 @@ class TensorBoard:
     """Event files in the run's folder `tensorboard`; those of steps after `done` are hidden by what comes."""
 
     def __init__(self, path: Path, config: RunConfig, done: int):
-        writer = importlib.import_module("tensorboardX").SummaryWriter
-        self.writer = writer(str(path / "tensorboard"), purge_step=done + 1)
+        writer, folder = importlib.import_module("tensorboardX").SummaryWriter, path / "tensorboard"
+        before = (
+            len([*folder.iterdir()]) if folder.exists() else 0
+        )  # a name is a second's, and is written anew if it is there
+        self.writer = writer(str(folder), purge_step=done + 1, filename_suffix=f".{before:04}")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
