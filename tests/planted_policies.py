@@ -18,7 +18,7 @@ class Even(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class LastUse(Statistic):
-    """The last position whose query gave the token at least this share of its attention."""
+    """The last position whose query gave the token at least this share of its attention, one less for each call with a query since."""
 
     last: int = 1
     least: float = 0.2
@@ -27,7 +27,7 @@ class LastUse(Statistic):
         return new.pos_BKS.astype(new.k_BKSH.dtype)
 
     def watch(self, number_BKS, mass_BKS, pos_BKS, now_B11):
-        return jnp.where(mass_BKS >= self.least, now_B11.astype(number_BKS.dtype), number_BKS)
+        return jnp.where(mass_BKS >= self.least, now_B11.astype(number_BKS.dtype), number_BKS - 1)
 
 
 @dataclasses.dataclass(frozen=True)
