@@ -9,6 +9,7 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.eval import stats
 from kvcascade.eval.quality import puzzles, retrieval
+from kvcascade.eval.records import Retrieval
 from kvcascade.model import generate, gpt, tokenizer
 from kvcascade.model.config import ModelConfig
 
@@ -55,10 +56,10 @@ def test_tasks_weigh_alike_and_one_at_chance_is_left_out():
             {"name": f"{i}", "answers": [answer], "said": [""], "right": [r]}
             for i, (answer, r) in enumerate(zip(answers, right, strict=True))
         ]
-        return {
-            "model": "m", "cache": cache, "task": task, "length": length, "depth": 0.5, "samples": len(right), "turns": len(right),
-            "answered": sum(right), "puzzles": told, "kv_bytes": length, "compression": 0.5,
-        }  # fmt: skip
+        return Retrieval(
+            model="m", cache=cache, task=task, length=length, depth=0.5, samples=len(right), turns=len(right), answered=sum(right),
+            puzzles=told, kv_bytes=length, compression=0.5, seed=0,
+        )  # fmt: skip
 
     many = [str(i) for i in range(40)]
     found = [
