@@ -99,7 +99,12 @@ def _run[R: Record](job: Job[R]) -> list[R]:
         raise BadInput(f"{job.words}: {record_files.wrong(error)}, so nothing is recorded") from error
     share = (time.monotonic() - start) / len(new)  # a job's seconds are counted once: its records share them
     made = {"key": job.key, "of": len(new), "code": code(job.room)}
-    return [records.changed(each, **made, **origin(share)) for each in new]
+    stamped = [records.changed(each, **made, **origin(share)) for each in new]
+    try:
+        json.dumps([each.given for each in stamped], allow_nan=False)
+    except ValueError as error:  # in a key that no class names
+        raise BadInput(f"{job.words}: a figure is not finite, so nothing is recorded") from error
+    return stamped
 
 
 def done(out: Path) -> dict[str, list[Record]]:

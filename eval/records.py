@@ -103,7 +103,7 @@ class Named(Record):
     @property
     def case(self) -> tuple:
         """What it shares with records that it may be compared with."""
-        return tuple(getattr(self, key, None) for key in self.same)
+        return tuple(repr(getattr(self, key, None)) for key in self.same)
 
     @property
     def against(self) -> str:
@@ -141,7 +141,7 @@ class Training(Record):
     """How a run learned: its validation curve, its speed, its shape, its best checkpoint."""
 
     kind: Literal["train"] = "train"
-    model: Text
+    model: Name
     shape: Shape
     parameters: Size
     kv_bytes_per_token: Positive
@@ -166,8 +166,8 @@ class Evaluation(Named):
     same: ClassVar = ("model", "weights", "weights_key", *windows_of)
     kind: Literal["evaluate"] = "evaluate"
     weights: Maybe[Text] = None
-    weights_key: Text | None = None
-    bos: Flag | None = None
+    weights_key: Any = None
+    bos: Any = None
     batch: Any = None
     data: Text
     rows: Maybe[Text] = None
@@ -215,7 +215,7 @@ class Quantization(Record):
     """A model whose weights were rounded, before and after."""
 
     kind: Literal["quantize"] = "quantize"
-    model: Text
+    model: Name
     weights: Text
     method: Text
     group: Count
@@ -241,9 +241,10 @@ class Quantization(Record):
 class Retrieval(Named):
     """A task at one length and depth behind a cache; bytes are of the context with room for the turns."""
 
+    same: ClassVar = ("model", "weights", "weights_key")
     kind: Literal["retrieve"] = "retrieve"
-    weights: Text | None = None
-    weights_key: Text | None = None
+    weights: Any = None
+    weights_key: Any = None
     task: Text
     length: Count
     depth: Share

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,7 @@ def test_peers_are_timed_in_turns(model: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(peers, "LEAST", 8.0)
     monkeypatch.setattr(peers, "PATIENCE", 0.0)
     others, loaded = peers.find(HERE, Path(model)), pretrained.load(model)
-    found = bench.bench([loaded], [parse("full"), parse("recent 8")], others, 2, 16, 3, 2, 1)
+    found: list[Any] = bench.bench([loaded], [parse("full"), parse("recent 8")], others, 2, 16, 3, 2, 1)
     again = bench.bench([loaded], [parse("full")], others[:4], 1, 16, 3, 1, 1)
     for other in others:
         other.close()
@@ -152,7 +153,7 @@ def test_rounds_are_repeated_until_the_memory_is_steady(
     rates = iter(measured)
     monkeypatch.setattr(bench, "bandwidth", lambda: next(rates) * 1e9)
     loaded = pretrained.load(str(tiny_models.write("llama", tmp_path)))
-    (found,) = bench.bench([loaded], [parse("full")], [], 1, 8, 2, 2, 2)
+    found: Any = bench.bench([loaded], [parse("full")], [], 1, 8, 2, 2, 2)[0]
     assert (found.rounds, found.kept, found.steady) == (len(measured) - 1, kept, steady)
     assert found.prefills == kept and next(rates, None) is None
     low, high = found.bandwidth_range

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,7 +90,7 @@ def test_users_until_memory_breaks(
     assert all(child["lived"] == (child["users"] <= found.users) for child in found.children)
     assert {child.get("died") for child in found.children} == {None, "filling the cache"}
     if place:
-        assert all(child["peak_cgroup"] <= 400 * MB for child in found.children)
+        assert all(dict[str, Any](child)["peak_cgroup"] <= 400 * MB for child in found.children)
         assert not (place.parent / f"kvcascade-{os.getpid()}").exists()
 
 
@@ -272,7 +273,7 @@ def test_the_recorded_tests_agree_with_the_arithmetic(tmp_path: Path) -> None:
     for one in found:
         assert one.user_bytes_predicted == pytest.approx(one.user_bytes, rel=0.05)
         assert one.users_predicted == pytest.approx(one.users, rel=0.05)
-        assert one.kv_bytes == one.kv_bytes_predicted and one.peak <= one.limit
+        assert one.given["kv_bytes"] == one.given["kv_bytes_predicted"] and one.peak <= one.limit
     models = {one.model for one in found}
     assert len(models) == 2 and len(crash.sentences(found)) == len(found) - len(models)
     assert all(", +" in line for line in crash.sentences(found))

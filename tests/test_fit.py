@@ -207,8 +207,8 @@ def test_users_of_a_small_model_on_a_card():
     for one in (full, small):
         assert isinstance(one, Fit) and one.exact, one
         expected = arithmetic.decode_step(config, parse(one.cache), 512)
-        assert one.arguments == expected.weights + one.users * (expected.cache + expected.inputs)
-        assert one.held <= one.budget < one.next_held
-        assert 0 <= one.outputs - one.users * expected.logits < 1000  # and the addresses of the results
+        assert one.given["arguments"] == expected.weights + one.users * (expected.cache + expected.inputs)
+        assert one.held <= one.budget < one.given["next_held"]
+        assert 0 <= one.given["outputs"] - one.users * expected.logits < 1000  # and the addresses of the results
         assert abs(one.difference) < fit.CLOSE or one.explanation
     assert small.users > 1.5 * full.users

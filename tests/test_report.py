@@ -47,7 +47,7 @@ def test_the_page_of_a_pretrained_model(tmp_path):
         "Fidelity",
         "What can still be found",
     ]
-    evaluations, retrievals = (of(recorded, kind) for kind in (Compared, Retrieval))
+    evaluations, retrievals = of(recorded, Compared), of(recorded, Retrieval)
     for caches in ({r.cache for r in evaluations}, {r.cache for r in retrievals}):
         assert len(caches) >= 8 and "full" in caches and any(cache.startswith("random") for cache in caches)
     assert all(one.kv_bytes == one.kv_bytes_predicted and one.traces == 1 for one in evaluations)

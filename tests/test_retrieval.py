@@ -1,5 +1,7 @@
 """Retrieval: samples are what they say, and scoring agrees with decoding."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +54,7 @@ def test_tasks_weigh_alike_and_one_at_chance_is_left_out():
     """The mean is over tasks, whatever the number of turns; what the full cache guesses is named and not in it; bytes are of one length."""
 
     def record(cache, task, right, answers, length=100):
-        told = [
+        told: Any = [
             {"name": f"{i}", "answers": [answer], "said": [""], "right": [r]}
             for i, (answer, r) in enumerate(zip(answers, right, strict=True))
         ]

@@ -16,6 +16,7 @@ from kvcascade.eval.records import (
     Evaluation,
     Growth,
     Layer,
+    Named,
     Record,
     Retrieval,
     Training,
@@ -69,8 +70,7 @@ def sections(found: list[Record]) -> dict:
         ],
         "fidelity": [fidelity_table(mine) for mine in comparable(of(evaluations, Compared))],
         "retrieval": [
-            {"figure": _svg(figures.found_at, mine), "table": retrieval.table(mine)}
-            for mine in grouped(retrievals, lambda r: (r.model, r.weights, r.weights_key))
+            {"figure": _svg(figures.found_at, mine), "table": retrieval.table(mine)} for mine in comparable(retrievals)
         ],
         "layers": layers and {"figure": _svg(figures.bytes_by_kind, layers), "table": _layers_table(layers)},
         "growth": grown and {"figure": _svg(figures.growth, grown), "table": _growth_table(grown)},
@@ -83,9 +83,9 @@ def _svg(draw: Callable[..., str], *arguments: object) -> markupsafe.Markup:
     return markupsafe.Markup(draw(*arguments))
 
 
-def comparable[E: Evaluation](evaluations: list[E]) -> list[list[E]]:
-    """Evaluations in groups within which they may be compared: of one model, on the same windows of one text."""
-    return grouped(evaluations, lambda r: r.case)
+def comparable[R: Named](found: list[R]) -> list[list[R]]:
+    """Records in groups within which they may be compared, such as evaluations of one model on the same windows of one text."""
+    return grouped(found, lambda r: r.case)
 
 
 def _title(first: Evaluation) -> str:
