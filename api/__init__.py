@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from kvcascade.eval.quality.windows import Windows
+    from kvcascade.eval.records import Evaluation
     from kvcascade.model.pretrained import Model
     from kvcascade.model.sampling import Sampling
 
@@ -39,24 +40,24 @@ def load(name: str, weights: str = "float32") -> "Model":
 class Evaluations:
     """What caches cost and save on a text; prints as a table, and shows itself in a notebook."""
 
-    records: list[dict]
+    records: list["Evaluation"]
     """One per cache, as `kvcascade evaluate --out` appends them."""
 
     def __str__(self) -> str:
         from rich.console import Console
 
         from kvcascade.eval.quality import evaluation
-        from kvcascade.eval.records import rich_table
+        from kvcascade.eval.table import on_terminal
 
         text = io.StringIO()
-        Console(file=text, width=160).print(rich_table(*evaluation.table(self.records)))
+        Console(file=text, width=160).print(on_terminal(evaluation.table(self.records)))
         return text.getvalue().rstrip()
 
     def _repr_html_(self) -> str:
         from kvcascade.eval.quality import evaluation
-        from kvcascade.eval.report.page import html_table
+        from kvcascade.eval.report.page import html
 
-        return html_table(*evaluation.table(self.records))
+        return html(evaluation.table(self.records))
 
 
 def windows(

@@ -21,10 +21,10 @@ from flash_tables import GROUP, H
 from jax import lax
 
 from kvcascade.cache.codec import CODECS
-from kvcascade.eval import records
 from kvcascade.eval.kernels import cases, check
 from kvcascade.eval.kernels.cases import nbytes
-from kvcascade.eval.records import Record
+from kvcascade.eval.kernels.whole_step import Record
+from kvcascade.eval.origin import origin
 from kvcascade.eval.report import page
 from kvcascade.kernels import aot, traffic
 from kvcascade.kernels.decode import decode
@@ -63,7 +63,7 @@ def measure() -> Record:
     """All numbers of the page."""
     start, card = time.monotonic(), aot.gpu(CARD)
     found = {"card": described(card), "forward": forward(card), "backward": backward(card), "decode": decoding(card)}
-    return records.stamp(found, time.monotonic() - start)
+    return found | origin(time.monotonic() - start)
 
 
 def described(card: aot.GPU) -> Record:

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from kvcascade.eval.records import Record
+from kvcascade.eval.kernels.whole_step import Record
 from kvcascade.eval.report.figures import SIZE, STYLE, bytes_label, to_svg
 
 

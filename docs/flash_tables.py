@@ -1,8 +1,8 @@
 """The tables of flash_attention.md, from the numbers that flash_attention.py records, and the formulas beside them."""
 
-from kvcascade.eval.records import Record
+from kvcascade.eval.kernels.whole_step import Record
 from kvcascade.eval.report.figures import COLOURS, bytes_label
-from kvcascade.eval.report.page import markdown
+from kvcascade.eval.table import Table, markdown
 
 BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK = COLOURS
 H = 128
@@ -75,13 +75,13 @@ def _card(card: Record) -> str:
         ["FLOP per byte at which both are busy", "", "", f"{card['flops'] / card['bandwidth']:.0f}"],
         ["instructions of a thread per byte of HBM", "", "", f"{card['instructions_per_byte']:.1f}"],
     ]
-    return markdown((["", "size", "of", "rate"], rows))
+    return markdown(Table("", ["", "size", "of", "rate"], rows))
 
 
 def _intensities(found: Record) -> str:
     peak = found["card"]["flops"] / found["card"]["bandwidth"]
     rows = [[label, f"{x:.1f}", f"{min(1, x / peak):.1%}"] for x, label, *_ in intensities(found)]
-    return markdown((["program", "FLOP per byte", "of the card's FLOP/s at best"], rows))
+    return markdown(Table("", ["program", "FLOP per byte", "of the card's FLOP/s at best"], rows))
 
 
 def _forward_table(records: list[Record]) -> str:
@@ -101,7 +101,7 @@ def _forward_table(records: list[Record]) -> str:
         "temporaries, MiB: naive",
         "loop",
     ]
-    return markdown((columns, rows))
+    return markdown(Table("", columns, rows))
 
 
 def _backward_table(records: list[Record]) -> str:
@@ -112,7 +112,7 @@ def _backward_table(records: list[Record]) -> str:
             for name in ("naive", "loop")
         )
         rows.append([f"{tokens:,}", *(_mib(one[key]) for key in ("temporaries", "moved") for one in (naive, loop))])
-    return markdown((["N", "temporaries, MiB: naive", "loop", "moved, MiB: naive", "loop"], rows))
+    return markdown(Table("", ["N", "temporaries, MiB: naive", "loop", "moved, MiB: naive", "loop"], rows))
 
 
 def _decode_table(found: Record) -> str:
@@ -135,7 +135,7 @@ def _decode_table(found: Record) -> str:
         "XLA / floor",
         "XLA's temporaries",
     ]
-    return markdown((columns, rows))
+    return markdown(Table("", columns, rows))
 
 
 def _stamp(found: Record) -> str:

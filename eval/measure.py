@@ -12,7 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from kvcascade.cache.errors import BadInput
 from kvcascade.eval import record_files, records
+from kvcascade.eval.origin import origin
 from kvcascade.eval.records import Record
 from kvcascade.kernels.files import source_key
 
@@ -26,14 +30,14 @@ class Stopped(KeyboardInterrupt):
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Job[R: Record]:
     """One measurement, which gives some records."""
 
     about: dict[str, Any]
     """Everything that its figures depend on but the code: JSON."""
     room: str
     """The folder of the code that measures, such as `eval/quality`."""
-    run: Callable[[], list[Record]]
+    run: Callable[[], Sequence[R]]
     words: str
     """A few, for a person who waits."""
 
@@ -50,26 +54,27 @@ def code(room: str) -> str:
 
 
 @dataclasses.dataclass
-class Measured:
+class Measured[R: Record]:
     """What came of some jobs: their records in order, and how many of the jobs had been done before."""
 
-    records: list[Record]
+    records: list[R]
     before: int
 
 
-def measure(
-    jobs: Sequence[Job],
+def measure[R: Record](
+    jobs: Sequence[Job[R]],
     out: Path | None,
     again: bool = False,
     tell: Callable[[int, str], None] = lambda done, words: None,
-) -> Measured:
+) -> Measured[R]:
     """Run jobs one after the other; append the records of each to a file as it ends, and skip what the file has, unless `again`.
 
     SIGTERM and Ctrl-C raise Stopped as soon as a running computation ends, a second one ends the process at once; what was done is in the
     file, and `tell` has heard of it: how many are done, and which is next. Raises BadInput for a figure that is not finite.
     """
-    there = {} if again or out is None else done(out)
-    found, before = [], 0
+    there: dict[str, Any] = {} if again or out is None else done(out)
+    found: list[R] = []
+    before = 0
     words = [*(job.words for job in jobs), ""]
     with stoppable() as unstopped:
         tell(0, words[0])
@@ -86,21 +91,26 @@ def measure(
     return Measured(found, before)
 
 
-def _run(job: Job) -> list[Record]:
+def _run[R: Record](job: Job[R]) -> list[R]:
     start = time.monotonic()
-    new = job.run()
+    try:
+        new = job.run()
+    except ValidationError as error:
+        raise BadInput(f"{job.words}: {record_files.wrong(error)}, so nothing is recorded") from error
     share = (time.monotonic() - start) / len(new)  # a job's seconds are counted once: its records share them
     made = {"key": job.key, "of": len(new), "code": code(job.room)}
-    return [records.stamp(each | made, share) for each in new]
+    stamped = [records.changed(each, **made, **origin(share)) for each in new]
+    try:
+        json.dumps([each.given for each in stamped], allow_nan=False)
+    except ValueError as error:  # in a key that no class names
+        raise BadInput(f"{job.words}: a figure is not finite, so nothing is recorded") from error
+    return stamped
 
 
 def done(out: Path) -> dict[str, list[Record]]:
     """The records of each job that a file has, by the job's key; nothing where there is no such file."""
-    found: dict[str, list[Record]] = {}
-    for record in record_files.usable(out)[0] if out.is_file() else []:
-        if "key" in record:
-            found.setdefault(record["key"], []).append(record)
-    return found
+    found = records.of(record_files.usable(out)[0] if out.is_file() else [], Record)
+    return {str(mine[0].key): mine for mine in records.grouped(found, lambda record: record.key)}
 
 
 @contextlib.contextmanager

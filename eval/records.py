@@ -1,101 +1,534 @@
 """What was measured, one JSON object per line: a record has its protocol, its bytes, its seed and where it comes from."""
 
-import datetime
-import functools
-import importlib.metadata
-import os
-import platform
-import shlex
-import subprocess
+import dataclasses
+import re
 import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NotRequired, TypedDict
 
-import jax
-import rich.table
-
-from kvcascade.cache.errors import BadInput
-from kvcascade.eval.record_keys import not_finite
-from kvcascade.kernels import processor
-from kvcascade.model.config import ModelConfig
+from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic.dataclasses import dataclass
 
 SCHEMA = 2
 """Counted up when the meaning of a key changes."""
-
-type Record = dict
-type Table = tuple[list[str], list[list[str]]]
-"""Columns and rows."""
+LARGEST = 1e18  # beyond any count, size or time that was measured
 
 
-def full_bytes(config: ModelConfig, context: int) -> int:
-    """Bytes per row of a bf16 cache of all that a query may see of the context, keys and values alone.
-
-    Σ over layers of K · (key width + value width) · 2 · slots, and slots are the context, or a layer's window if that is less.
-    """
-    slots = lambda heads: min(context, heads.window or context)
-    return sum(heads.kv * (heads.width + heads.value_width) * 2 * slots(heads) for heads in config.layer_heads)
-
-
-def stamp(record: Record, seconds: float) -> Record:
-    """Add what every record says of where it comes from, and what it took. BadInput for a figure that is not finite."""
-    if key := not_finite(record):
-        what = ", ".join(str(record[name]) for name in ("model", "cache") if name in record)
-        raise BadInput(f"{what}: {key} is not finite, so nothing is recorded")
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return record | _origin() | {"date": now, "load": round(os.getloadavg()[0], 2), "seconds": round(seconds, 2)}
+def _number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float | None):
+        raise ValueError("is not a number")
+    if value is None or not abs(value) <= LARGEST:
+        raise ValueError("is not finite")
+    return value
 
 
-@functools.cache
-def _origin() -> Record:
-    """What is the same for all records of a process: asked once, before somebody edits the source tree."""
-    device = jax.devices()[0]
-    cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
-    packages = ("jax", "jaxlib", "flax", "numpy", "kvcascade")
-    return {
-        "schema": SCHEMA,
-        "device": device.device_kind + cores,
-        "processor": processor.name(),
-        "threads": processor.count(),
-        "versions": {name: importlib.metadata.version(name) for name in packages}
-        | {"python": platform.python_version()},
-        "commit": commit(),
-        "command": shlex.join(["kvcascade", *sys.argv[1:]]),
-    }
+def _finite(value: Any) -> Any:
+    return value if isinstance(value, float) and abs(value) <= sys.float_info.max else _number(value)
 
 
-def commit() -> str:
-    """The commit of the source tree, with `+` if it has changes; the package's version where there is no tree."""
-    folder = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, encoding="utf-8", errors="replace", check=True
-        ).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return importlib.metadata.version("kvcascade")
+def _text(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise ValueError("is not text")
+    return value
 
 
-def of_kind(records: list[Record], kind: str) -> list[Record]:
+def _not_null(value: Any) -> Any:
+    if value is None:
+        raise ValueError("is null")
+    return value
+
+
+# Numbers stay as they are, whole or not, and texts may have halves of letters, such as a path in no encoding has.
+Finite = Annotated[float, PlainValidator(_finite)]
+Number = Annotated[float, PlainValidator(_number)]
+Size = Annotated[Number, Field(ge=0)]
+Positive = Annotated[Number, Field(gt=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Nats = Annotated[Number, Field(ge=0, le=700)]  # e^700 is the largest perplexity that a float can tell
+Count = Annotated[int, PlainValidator(_number), Field(ge=1)]
+Index = Annotated[int, PlainValidator(_number), Field(ge=0)]
+Text = Annotated[str, PlainValidator(_text)]
+Name = Annotated[Text, Field(min_length=1)]
+Flag = Annotated[bool, Field(strict=True)]
+type Some[T] = Annotated[Sequence[T], Field(min_length=1)]
+type Maybe[T] = Annotated[T | None, BeforeValidator(_not_null)]
+"""What may be missing, but is not null."""
+
+CONFIG = ConfigDict(extra="allow")
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Record:
+    """Where a record comes from; keys that no class names are kept."""
+
+    kind: str
+    device: Text = ""
+    versions: dict = dataclasses.field(default_factory=dict)
+    commit: Text = ""
+    seconds: Size = 0
+    schema: Maybe[Annotated[int, PlainValidator(_number), Field(ge=SCHEMA, le=SCHEMA)]] = None
+    key: Maybe[Text] = None
+    of: Maybe[Count] = None
+    code: Maybe[Text] = None
+    date: Maybe[Text] = None
+    processor: Maybe[Text] = None
+    command: Maybe[Text] = None
+
+    def _wrong(self) -> str | None:
+        """What cannot be said of one key alone."""
+
+    @model_validator(mode="after")
+    def _right(self):
+        if wrong := self._wrong():
+            raise ValueError(wrong)
+        return self
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Its JSON object: all but what is missing."""
+        missing = {field.name for field in dataclasses.fields(self) if field.default is None}
+        return {key: value for key, value in vars(self).items() if value is not None or key not in missing}
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Named(Record):
+    """A cache behind a model."""
+
+    same: ClassVar[Sequence[str]] = ("model",)
+    """Keys of records that may be compared with one another."""
+    model: Name
+    cache: Name
+
+    @property
+    def case(self) -> tuple:
+        """What it shares with records that it may be compared with."""
+        return tuple(repr(getattr(self, key, None)) for key in self.same)
+
+    @property
+    def against(self) -> str:
+        """The cache that it is compared with."""
+        return "full"
+
+    @property
+    def name(self) -> str:
+        """The model's, without its folder."""
+        return Path(self.model).name
+
+
+# Objects within records; keys that are not named here are kept.
+# ruff: noqa: UP013
+Shape = TypedDict("Shape", {"heads": Count, "kv_heads": Count})
+Puzzle = TypedDict("Puzzle", {"name": Text, "answers": Some[Text], "said": Some[Text], "right": Some[Flag]})
+Metric = TypedDict("Metric", {"metric": Text, "filter": Text, "value": Finite, "stderr": Finite | None})
+Weights = TypedDict("Weights", {"weights": Size})
+Longest = TypedDict("Longest", {"context": Size | None, "explanation": NotRequired[Any]})
+Child = TypedDict("Child", {"users": Count, "lived": Flag, "peak": NotRequired[Any]})
+Component = TypedDict("Component", {"name": Text, "calls": Size, "ms": Positive, "bytes": Size})
+TierPart = TypedDict("TierPart", {"tier": Text, "ms": Size, "bytes": Size})
+Buffer = TypedDict("Buffer", {"component": Text, "type": Text, "count": Count, "bytes": Size})
+Watched = TypedDict("Watched", {"steps": Size, "arrays": Number, "bytes": Number, "resident": Number})
+Buffers = TypedDict(
+    "Buffers", {"largest": Some[Buffer], "copies": Size, "cache": Positive, "aliased": Size, "temporaries": Size}
+)
+StepGrowth = TypedDict("StepGrowth", {
+    "contexts": Some[Count], "kv_bytes": Some[Positive], "temporary_bytes": Some[Size], "live_bytes": Some[Size], "output_bytes": Some[Size],
+})  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Training(Record):
+    """How a run learned: its validation curve, its speed, its shape, its best checkpoint."""
+
+    kind: Literal["train"] = "train"
+    model: Name
+    shape: Shape
+    parameters: Size
+    kv_bytes_per_token: Positive
+    steps: Count
+    tokens_per_step: Positive
+    seed: Number = 0
+    curve: Some[tuple[Size, Positive, Size, Positive]]
+    """Step, validation loss, its standard error, bits per byte."""
+    validation_loss: Positive
+    validation_stderr: Size
+    validation_bits_per_byte: Positive
+    unigram_bits_per_byte: Size
+    tokens_per_second: Size
+    train_seconds: Size
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Evaluation(Named):
+    """A cache on a text."""
+
+    windows_of: ClassVar = ("data", "context", "sequences", "tokens", "rows", "bos")
+    same: ClassVar = ("model", "weights", "weights_key", *windows_of)
+    kind: Literal["evaluate"] = "evaluate"
+    weights: Maybe[Text] = None
+    weights_key: Any = None
+    bos: Any = None
+    batch: Any = None
+    data: Text
+    rows: Maybe[Text] = None
+    windows: Maybe[Text] = None
+    context: Count
+    sequences: Count
+    seed: Number
+    parameter_bytes: Maybe[Size] = None
+    documents: Maybe[Count] = None
+    document_windows: Maybe[Some[Index]] = None
+    draws: Maybe[Count] = None
+    tokens: Count
+    nll: Nats
+    nll_windows: Some[Nats]
+    ppl: Positive
+    bits_per_byte: Size
+    kv_bytes: Positive
+    kv_bytes_predicted: Size
+    compression: Number
+    kept: Size
+    tokens_per_second: Size
+    traces: Size
+
+    @property
+    def scored(self) -> tuple:
+        """What tells its windows from others."""
+        return tuple(getattr(self, key) for key in self.windows_of)
+
+    def _wrong(self) -> str | None:
+        return _unlike(self, ("nll_windows", "document_windows"))
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Compared(Evaluation):
+    """An evaluation whose distributions were compared with the full cache's."""
+
+    kl: Size
+    kl_windows: Some[Size]
+    same_top: Share
+    same_top_windows: Some[Share]
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Quantization(Record):
+    """A model whose weights were rounded, before and after."""
+
+    kind: Literal["quantize"] = "quantize"
+    model: Name
+    weights: Text
+    method: Text
+    group: Count
+    calibration: Text
+    samples: Count
+    data: Text
+    context: Count
+    sequences: Count
+    document_windows: Maybe[Some[Index]] = None
+    tokens: Count
+    ppl_before: Positive
+    ppl_after: Positive
+    nll_windows_before: Some[Nats]
+    nll_windows_after: Some[Nats]
+    parameter_bytes_before: Positive
+    parameter_bytes_after: Positive
+
+    def _wrong(self) -> str | None:
+        return _unlike(self, ("nll_windows_before", "nll_windows_after", "document_windows"))
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Retrieval(Named):
+    """A task at one length and depth behind a cache; bytes are of the context with room for the turns."""
+
+    same: ClassVar = ("model", "weights", "weights_key")
+    kind: Literal["retrieve"] = "retrieve"
+    weights: Any = None
+    weights_key: Any = None
+    task: Text
+    length: Count
+    depth: Share
+    samples: Count
+    turns: Count
+    answered: Size
+    puzzles: Maybe[Some[Puzzle]] = None
+    kv_bytes: Size
+    compression: Number
+    seed: Number
+
+    def _wrong(self) -> str | None:
+        return "has more answers than turns" if self.answered > self.turns else None
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class TaskResult(Named):
+    """A task of lm-evaluation-harness behind a cache, and the bytes of the cache of the longest row."""
+
+    kind: Literal["harness"] = "harness"
+    weights: Text
+    task: Text
+    version: Text
+    few_shot: Size | None
+    samples: Count
+    metrics: Some[Metric]
+    chat: Flag
+    context: Count
+    """The most tokens that a row was let have."""
+    longest: Count
+    kv_bytes: Positive
+    kv_bytes_full: Positive
+    compression: Number
+    lm_eval: Text
+    seed: Number
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Layer(Record):
+    """Bytes per token in one layer of a kind."""
+
+    kind: Literal["layer"] = "layer"
+    layer: Text
+    codec: Text
+    bytes_per_token: Size
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Growth(Named):
+    """Bytes of one row's cache by context."""
+
+    kind: Literal["growth"] = "growth"
+    contexts: Some[Count]
+    kv_bytes: Some[Positive]
+
+    def _wrong(self) -> str | None:
+        return _uneven(self.given)
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class BenchRow(Named):
+    """One of ours or a peer at a batch and a context."""
+
+    kind: Literal["bench"] = "bench"
+    weights: Maybe[Text] = None
+    library: Maybe[Text] = None
+    peer: Maybe[Text] = None
+    batch: Count
+    context: Count
+    steps: Count
+    repeats: Count
+    prefills: Maybe[Count] = None
+    steady: Maybe[Flag] = None
+    bandwidth: Positive
+    bandwidth_range: Maybe[tuple[Positive, Positive]] = None
+    kv_bytes: Size | None = None
+    step_bytes: Maybe[Size] = None
+
+    @property
+    def bits(self) -> int:
+        """Of a weight: float32 and f32 are 32, int8 and q8_0 are 8, Q4_1 is 4."""
+        digits = re.search(r"\d+", self.weights or "")
+        return int(digits[0]) if digits else 0
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class BenchFailed(BenchRow):
+    """A peer that cannot do it, in its own words."""
+
+    reason: Text
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Bench(BenchRow):
+    """How fast it is; a step in the library's own loop, and alone."""
+
+    first_token_ms: Positive
+    prefill_tokens_per_second: Positive
+    decode_tokens_per_second: Positive
+    step_ms: Positive
+    step_ms_5_95: Maybe[Some[Size]] = None
+    alone_ms: Maybe[Positive] = None
+    alone_ms_5_95: Maybe[Some[Size]] = None
+    alone_ms_50_90_99: Maybe[Some[Positive]] = None
+
+    @property
+    def alone(self) -> int | float:
+        """Milliseconds of a step by itself: older records have three quantiles, of which the median is the first."""
+        return self.alone_ms or (self.alone_ms_50_90_99 or [0])[0]
+
+    @property
+    def speed(self) -> int | float | None:
+        """Bytes per second that a step reads."""
+        return None if self.step_bytes is None else self.step_bytes / self.step_ms * 1e3
+
+    def _wrong(self) -> str | None:
+        return "lacks alone_ms" if self.alone_ms is None and not self.alone_ms_50_90_99 else None
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Stream(Named):
+    """Decoding on and on; a point is tokens so far, milliseconds per token, resident bytes."""
+
+    kind: Literal["stream"] = "stream"
+    weights: Text
+    tokens: Count
+    kv_bytes: Size
+    points: Some[tuple[Count, Size, Size]]
+    finite: Flag
+    traces: Size
+
+    def _wrong(self) -> str | None:
+        return "ends before its first 1,024 tokens" if self.points[-1][0] < 1024 else None
+
+
+FILLED = ("weights", "cache", "temporaries and logits")
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class FitTask(Named):
+    """A cache behind a model that is to fit a card."""
+
+    same: ClassVar = ("model", "weights", "gpu", "share", "context")
+    kind: Literal["fit"] = "fit"
+    gpu: Text
+    context: Count
+    weights: Text
+    share: Share
+    gpu_memory: Positive
+    budget: Positive
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class FitFailed(FitTask):
+    """A cache that the compiler failed at."""
+
+    failed: Text
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Fit(FitTask):
+    """How many users fit, beside what the arithmetic says."""
+
+    baseline: Text
+    users: Size
+    exact: Flag
+    held: Positive
+    rows: Size
+    kv_bytes: Size
+    kv_bytes_full: Positive
+    difference: Number
+    explanation: Any = None
+    expected: Weights
+    longest: Longest
+
+    @property
+    def against(self) -> str:
+        """The cache that it is compared with."""
+        return self.baseline
+
+    @property
+    def filled(self) -> dict[str, int | float]:
+        """Bytes that its rows hold: weights, cache, and all the rest of the step."""
+        weights, cache = self.expected["weights"], self.rows * self.kv_bytes
+        return dict(zip(FILLED, (weights, cache, self.held - weights - cache), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Crash(Named):
+    """The most users that lived and the fewest that did not, peaks of memory, and what the arithmetic said."""
+
+    kind: Literal["crash"] = "crash"
+    context: Count
+    limit: Positive
+    way: Text
+    resolution: Any = None
+    steps: Any = None
+    users: Count
+    died: Size
+    peak: Size
+    peak_one: Size
+    user_bytes: Positive | None
+    user_bytes_predicted: Size
+    users_predicted: Size
+    children: Some[Child]
+
+    def _wrong(self) -> str | None:
+        peaks = [child.get("peak", -1) for child in self.children if child["lived"]]
+        sizes = (type(peak) in (int, float) and 0 <= peak <= LARGEST for peak in peaks)
+        return None if all(sizes) else "children.peak is not a size"
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Profile(Named):
+    """A step's time and bytes by component, its buffers, and whether anything grows from step to step."""
+
+    same: ClassVar = ("model", "weights", "batch", "context")
+    kind: Literal["profile"] = "profile"
+    weights: Text
+    batch: Count
+    context: Count
+    bandwidth: Positive
+    step_ms: Positive
+    profiled_ms: Positive
+    components: Some[Component]
+    between_ms: Size
+    around_ms: Size
+    tiers: Some[TierPart]
+    operations: Size
+    buffers: Buffers
+    watched: Watched
+    growth: StepGrowth
+
+    @property
+    def moved(self) -> int | float:
+        """Bytes that a step reads and writes."""
+        return sum(each["bytes"] for each in self.components)
+
+    @property
+    def longest_first(self) -> list[Component]:
+        """Its components by their time."""
+        return sorted(self.components, key=lambda each: -each["ms"])
+
+    def _wrong(self) -> str | None:
+        return _uneven(self.growth)
+
+
+def _unlike(record: Evaluation | Quantization, keys: Iterable[str]) -> str | None:
+    lengths = {key: len(getattr(record, key)) for key in keys if getattr(record, key) is not None}
+    wrong = [f"{length} {key}" for key, length in lengths.items() if length != record.sequences]
+    return f"has {' and '.join(wrong)} for {record.sequences} sequences" if wrong else None
+
+
+def _uneven(growth: Mapping[str, Any]) -> str | None:
+    lengths = {key: len(each) for key, each in growth.items() if key == "contexts" or key.endswith("_bytes")}
+    return None if len({*lengths.values()}) == 1 else f"{', '.join(lengths)} are of unequal lengths"
+
+
+KINDS: dict[str, type[Record]] = {
+    "train": Training, "evaluate": Evaluation, "quantize": Quantization, "retrieve": Retrieval, "harness": TaskResult, "layer": Layer,
+    "growth": Growth, "bench": Bench, "stream": Stream, "fit": Fit, "crash": Crash, "profile": Profile,
+}  # fmt: skip
+OTHERS = {("evaluate", "kl"): Compared, ("bench", "reason"): BenchFailed, ("fit", "failed"): FitFailed}
+"""The classes of records that have a certain key."""
+
+
+def changed[R: Record](record: R, **changes: Any) -> R:
+    """The same record with other values of some keys."""
+    return type(record)(**record.given | changes)
+
+
+def of[R: Record](found: Iterable[Record | dict], kind: type[R]) -> list[R]:
     """The records of one kind, in their order."""
-    return [record for record in records if record["kind"] == kind]
+    return [record for record in found if isinstance(record, kind)]
 
 
-def rich_table(title: str, columns: list[str], rows: list[list[str]]) -> rich.table.Table:
-    """A table as a terminal shows it: its first column is text, the others are figures."""
-    shown = rich.table.Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        shown.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        shown.add_row(*row)
-    return shown
+def baseline[R: Named](record: R, among: Iterable[R]) -> R | None:
+    """What a record is compared with, None where it is not there: what stands for its kind's baseline, in the same case."""
+    return next((r for r in among if r.cache == record.against and r.case == record.case), None)
 
 
-def markdown(table: Table) -> str:
-    """A table as GitHub shows it; the pipes of a spec are escaped."""
-    columns, rows = table
-    escape = lambda cells: "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-    return "\n".join([escape(columns), "|" + "---|" * len(columns), *map(escape, rows)])
+def grouped[R](found: Iterable[R], key: Callable[[R], Any]) -> list[list[R]]:
+    """Those that agree in something together, in the order of their first."""
+    groups: dict[Any, list[R]] = {}
+    for each in found:
+        groups.setdefault(key(each), []).append(each)
+    return [*groups.values()]

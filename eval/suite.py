@@ -12,7 +12,8 @@ from kvcascade.cache.codec import CODECS
 from kvcascade.cache.spec import CacheSpec, parse
 from kvcascade.eval.measure import Job
 from kvcascade.eval.memory import buffers
-from kvcascade.eval.records import Record, full_bytes
+from kvcascade.eval.memory.arithmetic import full_bytes
+from kvcascade.eval.records import Layer, Training, grouped
 from kvcascade.model import gpt
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.pretrained import Model
@@ -95,19 +96,16 @@ def run_name(model: str, seed: int) -> str:
     return f"{model}-{seed}" if seed else model
 
 
-def by_model(trainings: list[Record]) -> dict[str, list[Record]]:
+def by_model(trainings: list[Training]) -> dict[str, list[Training]]:
     """The trainings of each model, one for each seed."""
-    found: dict[str, list[Record]] = {}
-    for run in trainings:
-        name = run["model"]
-        found.setdefault(name.removesuffix(f"-{run['seed']}") if run["seed"] else name, []).append(run)
-    return found
+    name = lambda run: run.model.removesuffix(f"-{run.seed}") if run.seed else run.model
+    return {name(runs[0]): runs for runs in grouped(trainings, name)}
 
 
 def training_job(name: str, path: Path, unigram_bits_per_byte: float) -> Job:
     """How a run learned."""
     about = {"kind": "train", "model": name, "log": hashlib.sha256((path / "log.jsonl").read_bytes()).hexdigest()[:16]}
-    return Job(about, "train", lambda: [about | training(path, unigram_bits_per_byte)], f"{name}: how it learned")
+    return Job(about, "train", lambda: [training(name, path, unigram_bits_per_byte)], f"{name}: how it learned")
 
 
 def growth_job(model: Model, specs: list[CacheSpec]) -> Job:
@@ -118,8 +116,7 @@ def growth_job(model: Model, specs: list[CacheSpec]) -> Job:
         "shape": dataclasses.asdict(model.config),
         "caches": [*map(str, specs)],
     }
-    run = lambda: [{"kind": "growth", "model": model.name} | one for one in buffers.growth(model.config, specs)]
-    return Job(about, "eval/memory", run, "bytes by context")
+    return Job(about, "eval/memory", lambda: buffers.growth(model.name, model.config, specs), "bytes by context")
 
 
 def layers_job(config: ModelConfig) -> Job:
@@ -128,14 +125,14 @@ def layers_job(config: ModelConfig) -> Job:
     return Job(about, "eval/memory", lambda: layer_kinds(config), "bytes by kind of layer")
 
 
-def training(path: Path, unigram_bits_per_byte: float) -> Record:
+def training(name: str, path: Path, unigram_bits_per_byte: float) -> Training:
     """How a run learned: its validation curve, its speed, its shape, its best checkpoint."""
     config, _ = checkpoint.open_run(path)
     log = checkpoint.read_log(path)
     curve = [line for line in log if "validation_loss" in line]
     best = min(curve, key=lambda line: line["validation_loss"])
     _, abstract = gpt.graph(config.model)
-    return {
+    found = {
         "data": config.data.source,
         "tokenizer": config.data.tokenizer,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract)),
@@ -156,9 +153,10 @@ def training(path: Path, unigram_bits_per_byte: float) -> Record:
         "train_seconds": log[-1]["seconds"],
         "kv_bytes_per_token": full_bytes(config.model, 1),
     }
+    return Training(model=name, **found)
 
 
-def layer_kinds(config: ModelConfig) -> list[Record]:
+def layer_kinds(config: ModelConfig) -> list[Layer]:
     """Bytes per token in one layer for MHA, GQA and MQA of this width, by codec, by allocation; scales and positions included."""
     found = []
     for kv_heads in sorted({config.heads, max(1, config.heads // 4), 1}, reverse=True):
@@ -167,7 +165,5 @@ def layer_kinds(config: ModelConfig) -> list[Record]:
         for codec in CODECS:
             if codec not in ("f32", "int4h"):  # f32 is for tests; int4h takes the bytes of int4
                 size = buffers.allocated(one, parse(f"full@{codec}"), config.context) / config.context
-                found.append(
-                    {"kind": "layer", "layer": f"{kind}, {kv_heads} KV heads", "codec": codec, "bytes_per_token": size}
-                )
+                found.append(Layer(layer=f"{kind}, {kv_heads} KV heads", codec=codec, bytes_per_token=size))
     return found

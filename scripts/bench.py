@@ -61,7 +61,6 @@ def main(arguments: list[str]) -> None:
     finally:
         for other in others:
             other.close()
-    console.table(*bench.table(found))
-    columns, rows = bench.headline(found)
-    if rows:
-        console.table(bench.HEADLINE, columns, rows)
+    console.show(bench.table(found))
+    if (headline := bench.headline(found)).rows:
+        console.show(headline)

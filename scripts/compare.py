@@ -1,7 +1,6 @@
 """Runs side by side: `kvcascade compare runs/mha runs/gqa --cache "sink 4 | recent 124"`; about 15 seconds per run and cache."""
 
 import dataclasses
-import itertools
 from typing import Annotated
 
 import tyro
@@ -11,6 +10,7 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.eval.quality import evaluation, perplexity
 from kvcascade.eval.quality.evaluation import Protocol
+from kvcascade.eval.table import CACHE, KV_BYTES, Column, Table
 from kvcascade.model import tokenizer
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, Recorded, Window, arguments_of
@@ -52,24 +52,11 @@ def main(arguments: list[str]) -> None:
     protocol = Protocol(min(args.batch, args.sequences))
     jobs = [evaluation.job(model, spec, rows, protocol) for model in loaded for spec in specs]
     found = console.measured("compare", jobs, args)
-    shown = []
-    for (model, _), record in zip(itertools.product(loaded, specs), found, strict=True):
-        heads = "/".join(dict.fromkeys(str(each.kv) for each in model.config.layer_heads))
-        step = record["batch"] / record["tokens_per_second"] * 1e3
-        shown.append([
-            record["model"], heads, record["cache"], f"{record['nll']:.4f}", f"{record['ppl']:.3f}", evaluation.against(record, found[0]),
-            f"{record['bits_per_byte']:.4f}", f"{record['kv_bytes']:,}", f"{step:.2f}",
-        ])  # fmt: skip
-    title = f"{evaluation.protocol(found[0])}; a decode step of {found[0]['batch']} rows"
+    heads = {model.name: "/".join(dict.fromkeys(str(each.kv) for each in model.config.layer_heads)) for model in loaded}
     columns = [
-        "run",
-        "KV heads",
-        "cache",
-        "loss",
-        "PPL",
-        "Δ PPL vs the first (95 %)",
-        "bits/byte",
-        "KV bytes",
-        "step, ms",
-    ]
-    console.table(title, columns, shown)
+        Column("run", "model"), Column("KV heads", lambda r: heads[r.model]), CACHE, Column("loss", "nll", "{:.4f}"), evaluation.PPL,
+        Column("Δ PPL vs the first (95 %)", lambda r: evaluation.against(r, found[0])), evaluation.BITS, KV_BYTES,
+        Column("step, ms", lambda r: r.batch / r.tokens_per_second * 1e3, "{:.2f}"),
+    ]  # fmt: skip
+    title = f"{evaluation.protocol(found[0])}; a decode step of {found[0].batch} rows"
+    console.show(Table.of(title, columns, found))

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import measure, record_files, records
+from kvcascade.eval import measure, record_files
 from kvcascade.eval.measure import Job
 from kvcascade.eval.records import Record
+from kvcascade.eval.table import Table, on_terminal
 from kvcascade.model import pretrained
 from kvcascade.model.pretrained import Model
 from kvcascade.scripts.arguments import Recorded
@@ -128,7 +129,7 @@ def open_model(name: str, weights: str = "float32") -> Model:
     return model
 
 
-def measured(title: str, jobs: Sequence[Job], args: Recorded) -> list[Record]:
+def measured[R: Record](title: str, jobs: Sequence[Job[R]], args: Recorded) -> list[R]:
     """The records of some jobs, measured where the file has them not, with a progress bar; a line says what was there, or what is left to do."""
     if args.again and args.out is None:
         raise BadInput("--again measures what --out has already, and there is no --out")
@@ -166,8 +167,8 @@ def answers(prompts: Sequence[str], texts: Sequence[str]) -> None:
         print(f"── {prompt}\n{text}\n")
 
 
-def table(title: str, columns: list[str], rows: list[list[str]], file: TextIO | None = None) -> None:
-    """Print a table to stdout or a file; its first column is text, the others are figures."""
+def show(table: Table, file: TextIO | None = None) -> None:
+    """Print a table to stdout or a file."""
     # A file or a pipe has no width of its own; rich would take 80 columns and fold every figure.
     width = None if file is None and sys.stdout.isatty() else 160
-    Console(file=file, width=width).print(records.rich_table(title, columns, rows))
+    Console(file=file, width=width).print(on_terminal(table))

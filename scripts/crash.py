@@ -42,5 +42,5 @@ def main(arguments: list[str]) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     size = (args.context, limit, args.resolution, args.steps, args.weights, args.seconds)
     found = console.measured("crash", [crash.job(args.model, spec, *size) for spec in specs], args)
-    console.table(*crash.table(found))
+    console.show(crash.table(found))
     print("\n".join(crash.sentences(found)))

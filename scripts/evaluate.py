@@ -68,4 +68,4 @@ def main(arguments: list[str]) -> None:
         except BadInput as error:
             console.say(f"not narrower than {args.until}: {error}")
             break
-    console.table(*evaluation.table(found))
+    console.show(evaluation.table(found))

@@ -10,6 +10,7 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.eval.kernels import check
 from kvcascade.eval.memory import arithmetic, fit
+from kvcascade.eval.records import FitFailed, of
 from kvcascade.kernels import aot
 from kvcascade.model import known
 from kvcascade.scripts import console
@@ -51,7 +52,7 @@ def main(arguments: list[str]) -> None:
         raise BadInput(str(error)) from error
     jobs = [fit.job(args.model, config, card, spec, specs[0], contexts, args.share) for spec in specs]
     found = console.measured("fit", jobs, args)
-    console.table(*fit.table(found))
+    console.show(fit.table(found))
     print(*fit.notes(found), sep="\n")
-    if any("failed" in one for one in found):
+    if of(found, FitFailed):
         sys.exit(1)

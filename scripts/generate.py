@@ -9,7 +9,7 @@ import tyro
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.cache.whole import nbytes
-from kvcascade.eval.records import full_bytes
+from kvcascade.eval.memory.arithmetic import full_bytes
 from kvcascade.model import chat, generate, programs
 from kvcascade.model.answer import Answer
 from kvcascade.model.sampling import Sampling

@@ -68,4 +68,4 @@ def main(arguments: list[str]) -> None:
     jobs = [
         harness.job(model, label, cache, known, name, *settings) for label, cache in caches.items() for name in names
     ]
-    console.table(*tasks.table(console.measured("harness", jobs, args)))
+    console.show(tasks.table(console.measured("harness", jobs, args)))

@@ -5,13 +5,15 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import record_files, records
+from kvcascade.eval import record_files
 from kvcascade.eval.kernels import bench, cases, check, tables, whole_step
 from kvcascade.eval.kernels.cases import Case
+from kvcascade.eval.origin import origin
 from kvcascade.kernels import aot
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import parse_command
@@ -58,7 +60,7 @@ def main(arguments: list[str]) -> None:
     record_files.check_writable(args.out)
     if isinstance(args, Bench):
         found, wrong = bench.bench(chosen), []
-        console.table(*bench.table(found))
+        console.show(bench.table(found))
     else:
         found, wrong = _check(args, chosen, steps, cards, shlex.join(["kvcascade", "kernels", *arguments]))
     if args.out:
@@ -71,15 +73,15 @@ def _check(args: Check, chosen: list[Case], steps: list[whole_step.Step], cards:
     start, names = time.monotonic(), {one.name for one in (*chosen, *steps)}
     with console.progress("check", len(chosen) + len(names) * len(cards)) as show:
         found = check.check(chosen, cards, lambda count: show(count, ""), steps)
-    found = [records.stamp(one, time.monotonic() - start) for one in found]
-    before = record_files.read(args.baseline) if args.baseline.exists() else []
+    found = [one | origin(time.monotonic() - start) for one in found]
+    before: list[Any] = record_files.read(args.baseline) if args.baseline.exists() else []
     wrong = tables.regressions(found, [one for one in before if one["case"] in names or not args.case])
     if args.page:
         tables.write(args.page, found, wrong, command)
-    kernels, whole = (records.of_kind(found, kind) for kind in ("kernel", "step"))
+    kernels, whole = (tables.of_kind(found, kind) for kind in ("kernel", "step"))
     if kernels:
-        console.table(f"{len(kernels)} kernels on cards, {len(before)} records in the baseline", *tables.table(kernels))
+        console.show(tables.table(kernels, f"{len(kernels)} kernels on cards, {len(before)} records in the baseline"))
     if whole:
-        console.table("whole decode steps", *whole_step.table(whole))
+        console.show(whole_step.table(whole))
     print(*(f"kvcascade: {line}" for line in wrong), sep="\n", end="\n" * bool(wrong), file=sys.stderr)
     return found, wrong

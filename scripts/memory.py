@@ -38,4 +38,4 @@ def main(arguments: list[str]) -> None:
         known.stretch(shape, max(args.context, default=1))
     longest = max(args.context, default=1)
     shapes = {name: shape for name, shape in shapes.items() if shape.positions != "learned" or longest <= shape.context}
-    console.table(*arithmetic.table(shapes, specs, list(args.context), args.gpu))
+    console.show(arithmetic.table(shapes, specs, list(args.context), args.gpu))

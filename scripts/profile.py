@@ -42,9 +42,9 @@ def main(arguments: list[str]) -> None:
     found = console.measured("profile", jobs, args)
     text = io.StringIO()
     for record in found:
-        console.table(*profile_report.table(record), file=text)
+        console.show(profile_report.table(record), text)
         print(*profile_report.sentences(record), "", sep="\n", file=text)
     for some in (profile_report.summary, profile_report.memory_table):
-        console.table(*some(found), file=text)
+        console.show(some(found), text)
     profile_report.write(args.dir, found, text.getvalue())
     print(text.getvalue() + f"{args.dir}: profile.txt, step.csv, memory.csv, step.svg, memory.svg")

@@ -11,7 +11,8 @@ import tyro
 import kvcascade
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import record_files, records
+from kvcascade.eval import measure, record_files, records
+from kvcascade.eval.origin import origin
 from kvcascade.eval.quality import evaluation, perplexity, weights
 from kvcascade.eval.quality.evaluation import Protocol
 from kvcascade.model import pretrained, rounding, written
@@ -82,10 +83,12 @@ def main(arguments: list[str]) -> None:
     took = time.monotonic() - start
     size = written.write(args.to, dataclasses.replace(model, params=params), codes, args.group)
     after = console.open_model(str(args.to), args.weights)
-    found = [evaluation.job(each, spec, rows, protocol).run()[0] for each in (model, after)]
+    before, rounded = measure.measure(
+        [evaluation.job(each, spec, rows, protocol) for each in (model, after)], None
+    ).records
     about = {"method": args.method, "group": args.group, "calibration": args.data, "samples": args.samples}
-    record = weights.quantized(*found, **about, file_bytes=size, quantize_seconds=round(took, 2))
-    record = records.stamp(record, time.monotonic() - start)
+    record = weights.quantized(before, rounded, **about, file_bytes=size, quantize_seconds=round(took, 2))
+    record = records.changed(record, **origin(time.monotonic() - start))
     if args.out:
         record_files.append(args.out, [record])
-    console.table(weights.protocol([record]), *weights.table([record]))
+    console.show(weights.table([record]))

@@ -1,9 +1,11 @@
 """Fill the generated parts of README.md and of docs/ from the recorded runs: `make readme`; a second."""
 
 from pathlib import Path
+from typing import Any
 
 from kvcascade.eval import record_files, records
 from kvcascade.eval.kernels import tables
+from kvcascade.eval.records import Evaluation, Record
 from kvcascade.eval.report import costs, figures, page
 from kvcascade.kernels.files import write_whole
 
@@ -17,13 +19,13 @@ PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("result
 
 def generated() -> dict[Path, str]:
     """The files that come from the records, with their content: pages and figures."""
-    toy, pretrained = record_files.read(RESULTS), record_files.read(PRETRAINED)
-    parts = page.readme_tables(toy) | tables.readme_tables(record_files.read(KERNELS))
-    parts |= {"pretrained": page.pretrained_table(pretrained), "summary": page.summary_table(pretrained)}
-    made = (costs.speed_table, SPEED), (costs.stream_table, STREAM), (costs.fits_table, FIT), (costs.crash_table, CRASH)
-    parts |= {file.stem: table(record_files.read(file)) for table, file in (*made, (costs.weights_table, WEIGHTS))}
-    drawn = {"toy": [r for r in records.of_kind(toy, "evaluate") if r["model"] == "mha"]}
-    drawn["smollm2"] = records.of_kind(pretrained, "evaluate")
+    toy, pretrained = (records.of(record_files.read(path), Record) for path in (RESULTS, PRETRAINED))
+    costly = {file.stem: records.of(record_files.read(file), Record) for file in (SPEED, STREAM, FIT, CRASH, WEIGHTS)}
+    kernels: list[Any] = record_files.read(KERNELS)
+    parts = page.readme_tables(toy) | page.pretrained_tables(pretrained) | costs.readme_tables(costly)
+    parts |= tables.readme_tables(kernels)
+    evaluations = {"toy": records.of(toy, Evaluation), "smollm2": records.of(pretrained, Evaluation)}
+    drawn = {name: [r for r in mine if r.model in ("mha", "smollm2")] for name, mine in evaluations.items()}
     pages = {path: page.fill(path.read_text("utf-8"), parts) for path in PAGES}
     return pages | {ROOT / "docs" / f"{name}.svg": figures.quality_against_bytes(mine) for name, mine in drawn.items()}
 

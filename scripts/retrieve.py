@@ -47,4 +47,4 @@ def main(arguments: list[str]) -> None:
     specs = list(dict.fromkeys([parse("full"), *specs, parse(f"random {fewest}")]))
     tasks, lengths, depths = [*dict.fromkeys(args.task)], [*dict.fromkeys(args.length)], [*dict.fromkeys(args.depth)]
     jobs = retrieval.jobs(model, specs, tasks, lengths, depths, args.samples, args.seed, args.batch)
-    console.table(*retrieval.table(console.measured("retrieve", jobs, args)))
+    console.show(retrieval.table(console.measured("retrieve", jobs, args)))

@@ -38,4 +38,4 @@ def main(arguments: list[str]) -> None:
     model = console.open_model(args.model, args.weights)
     stretch(model.config, args.tokens)
     jobs = [stream.job(model, spec, args.batch, args.tokens) for spec in specs]
-    console.table(*stream.table(console.measured("stream", jobs, args)))
+    console.show(stream.table(console.measured("stream", jobs, args)))

@@ -12,10 +12,11 @@ from typing import Literal
 
 import kvcascade
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import record_files, records, suite
+from kvcascade.eval import record_files, suite
 from kvcascade.eval.measure import Job
 from kvcascade.eval.quality import evaluation
 from kvcascade.eval.quality.evaluation import Protocol
+from kvcascade.eval.records import Evaluation, grouped, of
 from kvcascade.eval.report import page
 from kvcascade.eval.speed import bench
 from kvcascade.kernels.files import write_whole
@@ -83,9 +84,8 @@ def main(arguments: list[str]) -> None:
     page.write(args.dir / "report.html", found, command)
     tables = page.readme_tables(found)
     (args.dir / "tables.md").write_text("\n\n".join(tables.values()) + "\n", "utf-8")
-    evaluations = records.of_kind(found, "evaluate")
-    for name in models:
-        console.table(*evaluation.table([r for r in evaluations if r["model"] == name]))
+    for mine in grouped(of(found, Evaluation), lambda r: r.model):
+        console.show(evaluation.table(mine))
     print(tables["findings"] + f"\n\nThe whole story: {args.dir / 'report.html'}")
 
 
@@ -131,7 +131,7 @@ def _jobs(folder: Path, models: dict[str, Model], trained: list[str], scale: Sca
     rows = kvcascade.windows(first, None, context, scale.windows)
     specs = suite.scaled(scale.caches, context)
     timed = suite.scaled([text for text in suite.TIMED if text in scale.caches], context)
-    jobs = [suite.training_job(name, folder / name, unigram) for name in trained]
+    jobs: list[Job] = [suite.training_job(name, folder / name, unigram) for name in trained]
     jobs += [evaluation.job(model, spec, rows, Protocol()) for model in toys for spec in specs]
     if model := models.get(PRETRAINED):
         rows = kvcascade.windows(model, None, TOKENS, scale.pretrained)

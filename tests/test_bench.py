@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import tiny_models
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.eval import record_files, records
-from kvcascade.eval import record_keys as keys
+from kvcascade.eval.records import Bench, BenchFailed
 from kvcascade.eval.report import page
 from kvcascade.eval.speed import bench, peers
 from kvcascade.model import generate, gpt, pretrained
@@ -115,29 +116,25 @@ def test_peers_are_timed_in_turns(model: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(peers, "LEAST", 8.0)
     monkeypatch.setattr(peers, "PATIENCE", 0.0)
     others, loaded = peers.find(HERE, Path(model)), pretrained.load(model)
-    found = bench.bench([loaded], [parse("full"), parse("recent 8")], others, 2, 16, 3, 2, 1)
+    found: list[Any] = bench.bench([loaded], [parse("full"), parse("recent 8")], others, 2, 16, 3, 2, 1)
     again = bench.bench([loaded], [parse("full")], others[:4], 1, 16, 3, 1, 1)
     for other in others:
         other.close()
     full, recent, steady, picky, mortal, unloadable, stuck, quick, small = found
-    assert steady["cache"] == "transformers steady" and steady["peer"] == "p 1" and steady["loop"] == "its own"
-    assert steady["step_ms"] == 500 and steady["first_token_ms"] == 2000 and steady["decode_tokens_per_second"] == 4
-    assert (
-        steady["alone_ms"] == 1000 and steady["alone_ms_5_95"] == pytest.approx([1000, 3000]) and full["alone_ms"] > 0
+    assert steady.cache == "transformers steady" and steady.peer == "p 1" and steady.loop == "its own"
+    assert steady.step_ms == 500 and steady.first_token_ms == 2000 and steady.decode_tokens_per_second == 4
+    assert steady.alone_ms == 1000 and steady.alone_ms_5_95 == pytest.approx([1000, 3000]) and full.alone_ms > 0
+    assert steady.prefills == 1 and steady.last_position == 16 + 2 * (2 * 3 + 8) - 1
+    assert full.traces == recent.traces == 2 and full.loop.startswith("generate")
+    assert full.steady and full.rounds == full.kept == full.repeats == 2
+    assert recent.kv_bytes < full.kv_bytes and recent.step_bytes < full.step_bytes
+    assert steady.kv_bytes == sum(map(sum, bench.random_prompts(loaded, 2, 16)))
+    assert picky.reason == "ValueError: one row only" and unloadable.reason == "ImportError: no torch"
+    assert mortal.reason == "ended with status 1: out of memory" and isinstance(mortal, BenchFailed)
+    assert stuck.reason == "took longer than 8 s"
+    assert [isinstance(r, BenchFailed) for r in again] == [False, False, False, False, True], (
+        "the dead one was started again"
     )
-    assert steady["prefills"] == 1 and steady["last_position"] == 16 + 2 * (2 * 3 + 8) - 1
-    assert full["traces"] == recent["traces"] == 2 and full["loop"].startswith("generate")
-    assert full["steady"] and full["rounds"] == full["kept"] == full["repeats"] == 2
-    assert recent["kv_bytes"] < full["kv_bytes"] and recent["step_bytes"] < full["step_bytes"]
-    assert steady["kv_bytes"] == sum(map(sum, bench.random_prompts(loaded, 2, 16)))
-    assert picky["reason"] == "ValueError: one row only" and unloadable["reason"] == "ImportError: no torch"
-    assert mortal["reason"] == "ended with status 1: out of memory" and "step_ms" not in mortal
-    assert stuck["reason"] == "took longer than 8 s"
-    assert [("reason" in r) for r in again] == [False, False, False, False, True], "the dead one was started again"
-    assert all(keys.wrong(r | STAMP) is None for r in found)
-
-
-STAMP = {"device": "cpu", "versions": {}, "commit": "c", "seconds": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -156,10 +153,10 @@ def test_rounds_are_repeated_until_the_memory_is_steady(
     rates = iter(measured)
     monkeypatch.setattr(bench, "bandwidth", lambda: next(rates) * 1e9)
     loaded = pretrained.load(str(tiny_models.write("llama", tmp_path)))
-    (found,) = bench.bench([loaded], [parse("full")], [], 1, 8, 2, 2, 2)
-    assert (found["rounds"], found["kept"], found["steady"]) == (len(measured) - 1, kept, steady)
-    assert found["prefills"] == kept and next(rates, None) is None
-    low, high = found["bandwidth_range"]
+    found: Any = bench.bench([loaded], [parse("full")], [], 1, 8, 2, 2, 2)[0]
+    assert (found.rounds, found.kept, found.steady) == (len(measured) - 1, kept, steady)
+    assert found.prefills == kept and next(rates, None) is None
+    low, high = found.bandwidth_range
     assert steady == (low >= 0.9 * high)
     _, columns, (row,) = bench.table([found])
     assert ("unsteady" in row[columns.index("memory, GB/s")]) == (not steady)
@@ -167,7 +164,7 @@ def test_rounds_are_repeated_until_the_memory_is_steady(
 
 def test_like_is_compared_with_like(model: str) -> None:
     """Each way of timing over the library's quickest in the same way; the headline: the best loops, and those of weights of as many bits."""
-    common = {"kind": "bench", "model": "m", "batch": 1, "context": 8, "steps": 3, "repeats": 5, "bandwidth": 1e9}
+    common = {"model": "m", "batch": 1, "context": 8, "steps": 3, "repeats": 5, "bandwidth": 1e9}
 
     def record(cache, weights, loop, alone, prefill=8.0, **more):
         speeds = {
@@ -175,7 +172,8 @@ def test_like_is_compared_with_like(model: str) -> None:
             "prefill_tokens_per_second": 8e3 / prefill,
             "decode_tokens_per_second": 1e3 / loop,
         }
-        return common | {"cache": cache, "weights": weights, "step_ms": loop, "alone_ms": alone} | speeds | more
+        told = {"cache": cache, "weights": weights, "step_ms": loop, "alone_ms": alone}
+        return Bench(**common | told | speeds | more)
 
     peer = lambda library, name, *rest, **more: record(
         f"{library} {name}", *rest, library=library, peer=f"{library} 1", **more
@@ -189,7 +187,7 @@ def test_like_is_compared_with_like(model: str) -> None:
         peer("kvpress", "press", "float32", 30.0, 30.0),
         peer("llamacpp", "q8_0 weights", "q8_0", 3.0, 3.0, prefill=4.0),
         peer("llamacpp", "f32 weights", "f32", 12.0, 12.0),
-        common | {"cache": "llamacpp q4_0", "library": "llamacpp", "reason": "killed by SIGILL: without a word"},
+        BenchFailed(**common, cache="llamacpp q4_0", library="llamacpp", reason="killed by SIGILL: without a word"),
     ]
     title, columns, rows = bench.table(found)
     assert {len(row) for row in rows} == {len(columns)} and columns[-3:] == [
@@ -199,7 +197,7 @@ def test_like_is_compared_with_like(model: str) -> None:
     ]
     assert rows[0][-3:] == ["1.00, 2.00, 3.00", "1.00, 3.00, 2.50", "0.50, 0.30, 0.25"]
     assert "SIGILL" in rows[-1][0] and set(rows[-1][3:]) == {""} and "transformers 1; kvpress 1" in title
-    assert bench.headline(found) == (
+    assert bench.headline(found)[1:] == (
         ["batch × context", "weights", "ours, tok/s", "× transformers", "× kvpress", "× llamacpp"],
         [
             ["1 × 8", "best", "250.0 (full, int8)", "5.00 (compiled, unsteady)", "15.00 (press)", "0.75 (q8_0 weights, unsteady)"],
@@ -207,17 +205,19 @@ def test_like_is_compared_with_like(model: str) -> None:
             ["1 × 8", "8 bits", "250.0 (full, int8)", "", "", "0.75 (q8_0 weights, unsteady)"],
         ],
     )  # fmt: skip
-    assert bench.headline(found[:3])[1] == []
+    assert bench.headline(found[:3]).rows == []
 
 
 def test_older_records_are_shown() -> None:
     """Those whose steps alone have three quantiles; a record with neither is none."""
-    found = records.of_kind(record_files.read(readme.SPEED), "bench")
-    older = found[0] | {"alone_ms_50_90_99": [8.5, 10.0, 13.6]}
+    found = records.of(record_files.read(readme.SPEED), Bench)
+    older = found[0].given | {"alone_ms_50_90_99": [8.5, 10.0, 13.6]}
     older.pop("alone_ms", None)
-    assert keys.wrong(older) is None and "8.50" in bench.table([older])[2][0]
+    record = record_files.record_of(older)
+    assert isinstance(record, Bench) and "8.50" in bench.table([record]).rows[0]
     del older["alone_ms_50_90_99"]
-    assert keys.wrong(older) == "lacks alone_ms"
+    with pytest.raises(ValueError, match="^lacks alone_ms$"):
+        record_files.record_of(older)
 
 
 def test_steps_go_on_where_they_ended(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from kvcascade.cache.spec import parse
 from kvcascade.cache.whole import nbytes
 from kvcascade.eval import record_files
 from kvcascade.eval.memory import crash, crash_child, limits
+from kvcascade.eval.records import Crash, of
 from kvcascade.eval.report import page
 from kvcascade.scripts import cli, readme
 
@@ -81,14 +83,14 @@ def test_users_until_memory_breaks(
     monkeypatch.setattr(crash, "PROGRAM", program(tmp_path, USERS))
     monkeypatch.setattr(limits, "cgroup", lambda: place)
     found = crash.crash("m", parse("full"), 0, 400 * MB, 0.0, 1, None, 30.0)
-    assert found["died"] == found["users"] + 1 and 30 < found["users"] < 40
-    assert found["user_bytes"] == pytest.approx(10 * MB, rel=0.01)
-    assert found["users_predicted"] == pytest.approx(found["users"], abs=1)
-    assert found["way"] == (f"cgroup v{place.version}" if place else "RLIMIT_DATA")
-    assert all(child["lived"] == (child["users"] <= found["users"]) for child in found["children"])
-    assert {child.get("died") for child in found["children"]} == {None, "filling the cache"}
+    assert found.died == found.users + 1 and 30 < found.users < 40
+    assert found.user_bytes == pytest.approx(10 * MB, rel=0.01)
+    assert found.users_predicted == pytest.approx(found.users, abs=1)
+    assert found.way == (f"cgroup v{place.version}" if place else "RLIMIT_DATA")
+    assert all(child["lived"] == (child["users"] <= found.users) for child in found.children)
+    assert {child.get("died") for child in found.children} == {None, "filling the cache"}
     if place:
-        assert all(child["peak_cgroup"] <= 400 * MB for child in found["children"])
+        assert all(dict[str, Any](child)["peak_cgroup"] <= 400 * MB for child in found.children)
         assert not (place.parent / f"kvcascade-{os.getpid()}").exists()
 
 
@@ -103,10 +105,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         cli.main([*arguments, "--resolution", "0.2", "--out", str(out)])
     finally:
         signal.signal(signal.SIGTERM, before)
-    first, second = record_files.read(out)
-    assert (first["cache"], second["cache"]) == ("full", "recent 8") and first["commit"] and first["limit"] == 300 * MB
+    first, second = of(record_files.read(out), Crash)
+    assert (first.cache, second.cache) == ("full", "recent 8") and first.commit and first.limit == 300 * MB
     shown = capsys.readouterr().out
-    assert f"`full` {first['users']} users, `recent 8` {second['users']} users, +0%" in shown
+    assert f"`full` {first.users} users, `recent 8` {second.users} users, +0%" in shown
     for more, told in (
         ("--limit 6", "'6' is not an amount"),
         ("--steps 0", "--steps is 0; it must be at least 1"),
@@ -267,15 +269,15 @@ def test_a_real_child_fills_its_cache_or_is_killed(tmp_path: Path, place: limits
 
 def test_the_recorded_tests_agree_with_the_arithmetic(tmp_path: Path) -> None:
     """Within 5 %, the bytes of a user and their number; and the page and the sentences show each of them."""
-    found = record_files.read(readme.CRASH)
+    found = of(record_files.read(readme.CRASH), Crash)
     for one in found:
-        assert one["user_bytes_predicted"] == pytest.approx(one["user_bytes"], rel=0.05)
-        assert one["users_predicted"] == pytest.approx(one["users"], rel=0.05)
-        assert one["kv_bytes"] == one["kv_bytes_predicted"] and one["peak"] <= one["limit"]
-    models = {one["model"] for one in found}
+        assert one.user_bytes_predicted == pytest.approx(one.user_bytes, rel=0.05)
+        assert one.users_predicted == pytest.approx(one.users, rel=0.05)
+        assert one.given["kv_bytes"] == one.given["kv_bytes_predicted"] and one.peak <= one.limit
+    models = {one.model for one in found}
     assert len(models) == 2 and len(crash.sentences(found)) == len(found) - len(models)
     assert all(", +" in line for line in crash.sentences(found))
     page.write(tmp_path / "report.html", found, "kvcascade report")
     html = (tmp_path / "report.html").read_text()
     assert "Users until memory broke" in html and "<svg" in html
-    assert all(f"<td>{one['users']:,}</td>" in html for one in found)
+    assert all(f"<td>{one.users:,}</td>" in html for one in found)

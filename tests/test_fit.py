@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kvcascade.cache.spec import parse
 from kvcascade.eval.memory import arithmetic, fit
+from kvcascade.eval.records import Fit, FitTask, changed, of
 from kvcascade.eval.report import figures, page
 from kvcascade.kernels import aot
 from kvcascade.model.config import ModelConfig
@@ -82,7 +83,6 @@ def test_a_compiler_that_agrees_with_the_arithmetic_finds_its_users_and_its_long
             assert one["users"] == one["expected_users"] == expected.users(50_000_000) == one["rows"]
             assert one["exact"] and one["compiles"] == 2 and one["difference"] == 0 and one["explanation"] is None
             assert one["held"] <= 50_000_000 < one["next_held"]
-            assert sum(fit.filled(one).values()) == one["held"]
             longest = arithmetic.longest(TINY, spec, 50_000_000)
             assert longest is not None and one["longest"]["context"] == longest // fit.GRAIN * fit.GRAIN
     assert fit.solve(task("sink 4 | recent 60"), plan)[0]["longest"]["context"] is None
@@ -108,7 +108,7 @@ def test_a_difference_is_explained_by_the_part_that_it_is_in():
 
 
 @pytest.fixture
-def found(monkeypatch) -> list[dict]:
+def found(monkeypatch) -> list[FitTask]:
     """Fits of two caches at two contexts, and one that failed, with the arithmetic for a compiler."""
 
     def results(command, cases, environment, told):
@@ -131,28 +131,27 @@ def test_the_table_compares_with_the_first_cache_at_the_same_context(found):
     assert "gpt2" in title and "1% of its 12.0 GiB" in title and len(rows) == 6
     assert all(len(row) == len(columns) for row in rows)
     assert [row[0] for row in rows] == ["full", "full@int8", "heavy 8"] * 2 and rows[2][2].startswith("failed: ended")
-    full, small = (one["users"] for one in found[3:5])
+    full, small = (one.users for one in found[3:5])
     assert [row[4] for row in rows[3:5]] == ["", f"{small / full - 1:+.1%}"] and rows[3][3] == f"{full:,}"
     assert rows[3][9] == "+0.00%"
     assert fit.notes(found) == []
     hybrid = str(parse("neurokv"))
-    assert fit.notes([found[3], found[4] | {"cache": hybrid}]) == [fit.PUBLISHED["gpt2", "rtx3060", 512, hybrid]]
-    assert "at least so many" in fit.notes([found[0] | {"exact": False}])[0]
-    assert fit.table([found[0] | {"exact": False}])[2][0][3].startswith("≥ ")
+    assert fit.notes([found[3], changed(found[4], cache=hybrid)]) == [fit.PUBLISHED["gpt2", "rtx3060", 512, hybrid]]
+    assert "at least so many" in fit.notes([changed(found[0], exact=False)])[0]
+    assert fit.table([changed(found[0], exact=False)])[2][0][3].startswith("≥ ")
 
 
 def test_the_figure_shows_users_and_where_the_bytes_go(found):
-    drawn = [one for one in found if "failed" not in one]
-    drawing = figures.users(drawn, [fit.filled(one) for one in drawn])
+    drawing = figures.users(of(found, Fit))
     ElementTree.fromstring(drawing)
-    assert f"{found[0]['users']:,}" in drawing and "temporaries and logits" in drawing
+    assert all(sum(one.filled.values()) == one.held for one in of(found, Fit))
+    assert f"{found[0].users:,}" in drawing and "temporaries and logits" in drawing
 
 
 def test_the_page_has_a_section_of_fits_alone(found, tmp_path):
-    stamped = [one | {"versions": {"jax": "1"}, "commit": "c", "device": "cpu", "seconds": 1.0} for one in found]
-    page.write(tmp_path / "page.html", stamped, "kvcascade report")
+    page.write(tmp_path / "page.html", found, "kvcascade report")
     html = (tmp_path / "page.html").read_text()
-    assert "<h2>Users that fit</h2>" in html and html.count("<svg") == 1 and f"<td>{found[4]['users']:,}</td>" in html
+    assert "<h2>Users that fit</h2>" in html and html.count("<svg") == 1 and f"<td>{found[4].users:,}</td>" in html
 
 
 def test_a_child_answers_each_task_and_a_compiler_that_raises_fails_one(monkeypatch, capsys):
@@ -206,10 +205,10 @@ def test_users_of_a_small_model_on_a_card():
     jobs = [fit.job("tiny", config, aot.gpu("rtx3060"), spec, specs[0], [512], 0.01) for spec in specs]
     (full,), (small,) = (job.run() for job in jobs)
     for one in (full, small):
-        assert "failed" not in one and one["exact"], one
-        expected = arithmetic.decode_step(config, parse(one["cache"]), 512)
-        assert one["arguments"] == expected.weights + one["users"] * (expected.cache + expected.inputs)
-        assert one["held"] <= one["budget"] < one["next_held"]
-        assert 0 <= one["outputs"] - one["users"] * expected.logits < 1000  # and the addresses of the results
-        assert abs(one["difference"]) < fit.CLOSE or one["explanation"]
-    assert small["users"] > 1.5 * full["users"]
+        assert isinstance(one, Fit) and one.exact, one
+        expected = arithmetic.decode_step(config, parse(one.cache), 512)
+        assert one.given["arguments"] == expected.weights + one.users * (expected.cache + expected.inputs)
+        assert one.held <= one.budget < one.given["next_held"]
+        assert 0 <= one.given["outputs"] - one.users * expected.logits < 1000  # and the addresses of the results
+        assert abs(one.difference) < fit.CLOSE or one.explanation
+    assert small.users > 1.5 * full.users

@@ -15,6 +15,7 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.eval import record_files
 from kvcascade.eval.quality import perplexity
+from kvcascade.eval.records import TaskResult, of
 from kvcascade.model import gpt, pretrained, tokenizer
 from kvcascade.model.pretrained import Model
 from kvcascade.scripts import cli
@@ -197,14 +198,14 @@ def test_the_command_records_each_cache_and_task(models, known, tmp_path, monkey
     out, model = tmp_path / "records.jsonl", models["plain"].name
     arguments = ["--model", model, "--include", ".", "--tasks", "tiny_group", "--cache", "sink 2 | recent 14"]
     assert run(*arguments, "--limit", "2", "--num-fewshot", "0", "--batch", "2", "--out", str(out)) == 0
-    found = record_files.read(out)
-    assert [r["cache"] for r in found] == ["full"] * 3 + ["sink 2 | recent 14"] * 3 + ["random 16"] * 3
-    assert [r["task"] for r in found[:3]] == ["tiny_lambada", "tiny_choice", "tiny_group"]
+    found = of(record_files.read(out), TaskResult)
+    assert [r.cache for r in found] == ["full"] * 3 + ["sink 2 | recent 14"] * 3 + ["random 16"] * 3
+    assert [r.task for r in found[:3]] == ["tiny_lambada", "tiny_choice", "tiny_group"]
     config = models["plain"].config
     for r in found:
-        assert r["samples"] == (4 if r["task"] == "tiny_group" else 2) and not r["chat"] and r["few_shot"] == 0
-        assert r["kv_bytes"] == parse(r["cache"]).nbytes(config.layer_heads, r["longest"])
-        assert 16 < r["longest"] <= r["context"] == harness_cases.CONTEXT
+        assert r.samples == (4 if r.task == "tiny_group" else 2) and not r.chat and r.few_shot == 0
+        assert r.kv_bytes == parse(r.cache).nbytes(config.layer_heads, r.longest)
+        assert 16 < r.longest <= r.context == harness_cases.CONTEXT
     shown = capsys.readouterr().out
     assert "acc_norm" in shown and "bootstrapping" not in shown
 

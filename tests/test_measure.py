@@ -16,6 +16,7 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.eval import measure, record_files
 from kvcascade.eval.measure import Job
 from kvcascade.eval.measure import measure as run
+from kvcascade.eval.records import Layer, Record, of
 from kvcascade.scripts import cli
 
 TIMES = {"date", "load", "seconds", "tokens_per_second", "compile_seconds", "command"}
@@ -24,7 +25,7 @@ TIMES = {"date", "load", "seconds", "tokens_per_second", "compile_seconds", "com
 def job(number: int, done: list, records: int = 1, room: str = "eval/quality") -> Job:
     def once():
         done.append(number)
-        return [{"kind": "x", "number": number, "part": part} for part in range(records)]
+        return [Layer(layer=str(number), codec=str(part), bytes_per_token=1) for part in range(records)]
 
     return Job({"number": number}, room, once, f"job {number}")
 
@@ -33,11 +34,11 @@ def test_what_is_there_is_skipped(tmp_path):
     """Of the same measurement by the same code, all of its records; their seconds add up to the job's."""
     done, out = [], tmp_path / "records.jsonl"
     first = run([job(0, done), job(1, done, 3)], out)
-    assert first.before == 0 and [r["part"] for r in first.records] == [0, 0, 1, 2]
+    assert first.before == 0 and [r.codec for r in first.records] == ["0", "0", "1", "2"]
     again = run([job(1, done, 3), job(2, done), job(0, done)], out)
     assert done == [0, 1, 2] and again.before == 2
-    assert [(r["number"], r["part"]) for r in again.records] == [(1, 0), (1, 1), (1, 2), (2, 0), (0, 0)]
-    assert len({r["seconds"] for r in first.records[1:]}) == 1
+    assert [r.layer + r.codec for r in again.records] == ["10", "11", "12", "20", "00"]
+    assert len({r.seconds for r in first.records[1:]}) == 1
     run([job(0, done)], out, again=True)
     assert done == [0, 1, 2, 0] and len(record_files.read(out)) == 5 and len(out.read_bytes().splitlines()) == 6
     assert run([job(0, done)], out).records == [record_files.read(out)[-1]]
@@ -60,14 +61,14 @@ def test_half_a_job_is_none(tmp_path):
     lines = out.read_bytes().splitlines(keepends=True)
     out.write_bytes(b"".join(lines[:2]) + lines[2][:30])
     run([job(0, done, 3)], out)
-    assert done == [0, 0] and [r["part"] for r in run([job(0, done, 3)], out).records] == [0, 1, 2]
-    assert [r["part"] for r in record_files.usable(out)[0]] == [0, 1, 2]
+    assert done == [0, 0] and [r.codec for r in run([job(0, done, 3)], out).records] == ["0", "1", "2"]
+    assert [r.codec for r in of(record_files.usable(out)[0], Layer)] == ["0", "1", "2"]
 
 
 def test_a_figure_that_is_not_finite_keeps_what_was_before(tmp_path):
     done, out = [], tmp_path / "records.jsonl"
-    bad = Job({}, "eval/quality", lambda: [{"kind": "x", "model": "m", "nll": float("nan")}], "bad")
-    with pytest.raises(BadInput, match="m: nll is not finite"):
+    bad = Job({}, "eval/quality", lambda: [Layer(layer="m", codec="x", bytes_per_token=float("nan"))], "bad")
+    with pytest.raises(BadInput, match="bad: bytes_per_token is not finite, so nothing is recorded"):
         run([job(0, done), bad, job(1, done)], out)
     assert done == [0] and len(record_files.read(out)) == 1
 
@@ -108,7 +109,7 @@ def test_a_signal_waits_until_a_record_is_written_and_counted(tmp_path, monkeypa
     with pytest.raises(measure.Stopped) as stopped:
         run([job(0, done), job(1, done)], out, tell=tell)
     assert stopped.value.signal == number and done == [0] and heard == [0, 1]
-    assert [r["number"] for r in record_files.read(out)] == [0] and out.read_bytes().endswith(b"\n")
+    assert [r.layer for r in of(record_files.read(out), Layer)] == ["0"] and out.read_bytes().endswith(b"\n")
 
 
 def test_two_that_write_to_one_file(tmp_path):
@@ -124,7 +125,7 @@ for i in range(50):
     writers = [subprocess.Popen([sys.executable, "-c", program, str(out)]) for _ in range(4)]
     assert [writer.wait() for writer in writers] == [0] * 4
     found, left_out = record_files.usable(out)
-    assert not left_out and sorted(r["i"] for r in found) == sorted([*range(50)] * 4)
+    assert not left_out and sorted(r["i"] for r in found if not isinstance(r, Record)) == sorted([*range(50)] * 4)
 
 
 @pytest.fixture(scope="module")

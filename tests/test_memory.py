@@ -9,7 +9,6 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.cache.layer import LayerCache
 from kvcascade.cache.spec import parse
 from kvcascade.cache.whole import Cache, nbytes
-from kvcascade.eval import records
 from kvcascade.eval.memory import arithmetic
 from kvcascade.kernels import aot
 from kvcascade.model import gpt
@@ -35,7 +34,7 @@ def test_published_figures():
     """Keys and values in 16 bits: Llama 2 7B at 4,096 tokens 2 GiB, GPT-2 at 512 tokens 18 MiB; a full cache has int32 positions besides."""
     for name, context, published in (("llama2-7b", 4096, 2 * GIB), ("gpt2", 512, 18 * MIB)):
         config = KNOWN[name]
-        assert records.full_bytes(config, context) == published
+        assert arithmetic.full_bytes(config, context) == published
         positions = config.layers * config.kv_heads * context * 4
         assert arithmetic.decode_step(config, parse("full"), context).cache == published + positions
 
@@ -43,7 +42,7 @@ def test_published_figures():
 def test_a_window_bounds_a_full_cache_and_what_savings_are_measured_by():
     """Mistral 7B sees 4,096 of 32,768 tokens: 2 · 32 layers · 8 heads · 128 numbers · 2 bytes of each, 512 MiB, and no more."""
     config = KNOWN["mistral-7b"]
-    assert records.full_bytes(config, 32_768) == records.full_bytes(config, 4096) == 512 * MIB
+    assert arithmetic.full_bytes(config, 32_768) == arithmetic.full_bytes(config, 4096) == 512 * MIB
     full = parse("full").nbytes(config.layer_heads, 32_768)
     assert full == 512 * MIB + 4 * 32 * 8 * 4096 == arithmetic.decode_step(config, parse("full"), 32_768).cache
     assert parse("heavy 50%").slots(config.layer_heads, 32_768) == 4096

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.eval import record_files, records
 from kvcascade.eval.kernels import whole_step
-from kvcascade.eval.memory import buffers
+from kvcascade.eval.records import Profile
 from kvcascade.eval.report import page
 from kvcascade.eval.speed import profile, profile_report
 from kvcascade.eval.speed.trace import Event, divide, trace
@@ -131,59 +132,59 @@ def test_each_component_of_a_step_is_found() -> None:
 
 
 @pytest.fixture(scope="module")
-def profiled(tmp_path_factory: pytest.TempPathFactory, shapes_alone) -> list[dict]:
+def profiled(tmp_path_factory: pytest.TempPathFactory, shapes_alone) -> list[Profile]:
     """Profiles of a model of one layer behind two caches."""
     model = pretrained.load(str(tiny_models.write("llama", tmp_path_factory.mktemp("model") / "llama")))
     model = dataclasses.replace(model, config=CONFIG, params=gpt.init(CONFIG, 0))
     found = []
     with shapes_alone():
         for spec in map(parse, ("full", "sink 4 | heavy 12@int8")):
-            record = profile.profile(model, spec, 2, 256) | {"bandwidth": 1e10}
-            found.append(record | {"growth": buffers.measured(model, spec, 2, 256)})
+            (record,) = profile.job(model, spec, 2, 256).run()
+            found.append(record)
     return found
 
 
-def test_the_parts_add_up_and_nothing_grows(profiled: list[dict]) -> None:
+def test_the_parts_add_up_and_nothing_grows(profiled: list[Profile]) -> None:
     """Times add up to the step under the profiler; nothing is copied, the cache is aliased, live arrays stay as they are."""
     for record in profiled:
-        parts = sum(each["ms"] for each in record["components"]) + record["between_ms"] + record["around_ms"]
-        assert parts == pytest.approx(record["profiled_ms"])
-        assert {"qkv", "mlp", "head", "attention", "exchange", "sampling"} <= {e["name"] for e in record["components"]}
-        assert (record["watched"]["arrays"], record["watched"]["bytes"]) == (0, 0)
-        assert record["buffers"]["aliased"] >= record["buffers"]["cache"] == 2 * record["kv_bytes"]
-        assert record["buffers"]["copies"] == 0 or not native.ready()
-        assert sum(tier["ms"] for tier in record["tiers"]) == pytest.approx(
-            next(each["ms"] for each in record["components"] if each["name"] == "attention")
+        parts = sum(each["ms"] for each in record.components) + record.between_ms + record.around_ms
+        assert parts == pytest.approx(record.profiled_ms)
+        assert {"qkv", "mlp", "head", "attention", "exchange", "sampling"} <= {e["name"] for e in record.components}
+        assert (record.watched["arrays"], record.watched["bytes"]) == (0, 0)
+        assert record.buffers["aliased"] >= record.buffers["cache"] == 2 * record.given["kv_bytes"]
+        assert record.buffers["copies"] == 0 or not native.ready()
+        assert sum(tier["ms"] for tier in record.tiers) == pytest.approx(
+            next(each["ms"] for each in record.components if each["name"] == "attention")
         )
 
 
-def test_bytes_are_those_that_a_step_reads(profiled: list[dict]) -> None:
+def test_bytes_are_those_that_a_step_reads(profiled: list[Profile]) -> None:
     """Of weights each once; of the slots those with a token, of which attention has about what its tiers hold."""
     for record in profiled:
-        moved = {each["name"]: each["bytes"] for each in record["components"]}
-        tiers = sum(tier["bytes"] for tier in record["tiers"])
+        moved = {each["name"]: each["bytes"] for each in record.components}
+        tiers = sum(tier["bytes"] for tier in record.tiers)
         assert tiers <= moved["attention"] < tiers + 20_000 or not native.ready()
-    full, cascade = ({each["name"]: each["bytes"] for each in record["components"]} for record in profiled)
+    full, cascade = ({each["name"]: each["bytes"] for each in record.components} for record in profiled)
     assert full["mlp"] == cascade["mlp"] and full["attention"] > 8 * cascade["attention"]
 
 
-def test_memory_is_that_of_live_buffers(profiled: list[dict]) -> None:
+def test_memory_is_that_of_live_buffers(profiled: list[Profile]) -> None:
     """A full cache doubles with the context, a cascade does not grow; there is nothing live beside the cache and the logits."""
-    full, cascade = (record["growth"] for record in profiled)
+    full, cascade = (record.growth for record in profiled)
     assert full["contexts"] == [64, 128, 256]
     assert [size / full["kv_bytes"][0] for size in full["kv_bytes"]] == [1, 2, 4]
     assert len(set(cascade["kv_bytes"])) == 1
     for growth in (full, cascade):
         for row, live, output in zip(growth["kv_bytes"], growth["live_bytes"], growth["output_bytes"], strict=True):
             assert live == 2 * row + output
-    assert full["held_bytes"][-1] == 2 * full["kv_bytes"][-1]
+    assert dict[str, Any](full)["held_bytes"][-1] == 2 * full["kv_bytes"][-1]
 
 
-def test_what_is_written_is_made_from_the_records(profiled: list[dict], tmp_path: Path) -> None:
+def test_what_is_written_is_made_from_the_records(profiled: list[Profile], tmp_path: Path) -> None:
     """A row of step.csv for each part and of memory.csv for each context; both figures are well-formed; the page has the section."""
     profile_report.write(tmp_path, profiled, "text")
     step = list(csv.DictReader((tmp_path / "step.csv").read_text().splitlines()))
-    assert len(step) == sum(len(record["components"]) + 2 for record in profiled)
+    assert len(step) == sum(len(record.components) + 2 for record in profiled)
     assert sum(float(row["share"]) for row in step) == pytest.approx(2)
     assert len(list(csv.DictReader((tmp_path / "memory.csv").read_text().splitlines()))) == 2 * 3
     for name in ("step.svg", "memory.svg"):
@@ -195,15 +196,12 @@ def test_what_is_written_is_made_from_the_records(profiled: list[dict], tmp_path
     ):
         assert title and {len(row) for row in rows} == {len(columns)}
     assert "no instruction writes a whole" in " ".join(profile_report.sentences(profiled[0])) or not native.ready()
-    faulty = profiled[0] | {
-        "buffers": profiled[0]["buffers"] | {"copies": 3},
-        "step_ms": 2 * profiled[0]["profiled_ms"],
-    }
+    first = profiled[0]
+    faulty = records.changed(first, buffers=first.buffers | {"copies": 3}, step_ms=2 * first.profiled_ms)
     told = " ".join(profile_report.sentences(faulty))
     assert "3 INSTRUCTIONS WRITE A WHOLE" in told and "NOT within" in told
     recorded = record_files.read(readme.RESULTS)
-    stamped = [records.stamp(record, 1.0) for record in profiled]
-    page.write(tmp_path / "report.html", recorded + stamped, "kvcascade report")
+    page.write(tmp_path / "report.html", [*recorded, *profiled], "kvcascade report")
     html = (tmp_path / "report.html").read_text()
     assert "<h2>Where a decode step goes" in html and "heavy 12@int8" in html
 

@@ -7,7 +7,7 @@ import pytest
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval import records
+from kvcascade.eval import measure, records
 from kvcascade.eval.quality import evaluation, perplexity
 from kvcascade.eval.quality.evaluation import Protocol
 from kvcascade.eval.quality.perplexity import Scores
@@ -27,20 +27,20 @@ tokens_per_second traces device seed commit seconds""".split()
 def record(monkeypatch):
     """Makes records of made-up scores."""
 
-    def make(cache: str = "full", shift: float = 0.0, windows: Windows = WINDOWS) -> records.Record:
+    def make(cache: str = "full", shift: float = 0.0, windows: Windows = WINDOWS) -> records.Evaluation:
         spec = parse(cache)
         nll_BT = np.random.default_rng(1).random((4, 15)) + shift
         scores = Scores(nll_BT, spec.nbytes(CONFIG.layer_heads, 16), 100.0, 1, 0.5)
         monkeypatch.setattr(perplexity, "score", lambda *arguments: scores)
-        (one,) = evaluation.job(MODEL, spec, windows, Protocol()).run()
-        return records.stamp(one, 1.5)
+        (one,) = measure.measure([evaluation.job(MODEL, spec, windows, Protocol())], None).records
+        return one
 
     return make
 
 
 def test_a_record_holds_what_the_contract_names(record):
     """Every field is there, and the derived ones follow from the others."""
-    one = record()
+    one = record().given
     assert set(CONTRACT) <= set(one)
     assert one["kv_bytes_full"] == 2 * 2 * 2 * 8 * 16 * 2
     assert one["compression"] == 1 - one["kv_bytes"] / one["kv_bytes_full"]
@@ -58,12 +58,10 @@ def test_the_table_has_a_column_for_each_cell(record):
 
 
 def test_a_figure_that_is_not_finite_is_no_record(record):
-    """Neither NaN nor infinity is stamped, wherever in the record it is."""
-    for bad in ({"nll": float("nan")}, {"points": [[1, float("inf")]]}):
-        with pytest.raises(BadInput, match=f"x, full: {next(iter(bad))} is not finite"):
-            records.stamp({"model": "x", "cache": "full"} | bad, 1.0)
-    with pytest.raises(BadInput, match="ppl is not finite"):
-        record(shift=1000)  # e^1000
+    """Neither NaN nor infinity is recorded, wherever in the record it is."""
+    for shift, said in ((float("nan"), "nll is not finite"), (1000, "nll is not less than or equal to 700")):
+        with pytest.raises(BadInput, match=f"runs/x: full: {said}, so nothing is recorded"):
+            record(shift=shift)
 
 
 def test_the_paired_interval_takes_out_the_spread_between_windows(record):
@@ -74,8 +72,8 @@ def test_the_paired_interval_takes_out_the_spread_between_windows(record):
 
 def test_windows_of_another_text_have_no_paired_interval(record):
     """Records of one model on other windows stand in one table, and nothing is said of their difference."""
-    other = record("recent 4", windows=WINDOWS.part(0, 4)) | {"rows": "others"}
-    assert np.isnan(evaluation.paired(other, record())).all() and evaluation.baseline(other, [record()]) is None
+    other = records.changed(record("recent 4", windows=WINDOWS.part(0, 4)), rows="others")
+    assert np.isnan(evaluation.paired(other, record())).all() and records.baseline(other, [record()]) is None
     assert evaluation.changes([record(), other]) == ["", ""]
     assert evaluation.paired(record("recent 4"), record()) == (0, 0)
 
@@ -83,8 +81,10 @@ def test_windows_of_another_text_have_no_paired_interval(record):
 def test_what_is_not_decided_is_marked(record):
     """A change of every window by the same is decided, one that the windows do not agree on is not."""
     full, sure, unsure = record(), record("recent 4", 0.1), record("recent 8", 0.1)
-    unsure["nll_windows"] = [x + d for x, d in zip(full["nll_windows"], (0.5, -0.3, 0.4, -0.2), strict=True)]
-    sure["nll_windows"] = [x + d for x, d in zip(full["nll_windows"], (0.1, 0.1001, 0.1, 0.1), strict=True)]
+    beside = lambda one, *by: records.changed(
+        one, nll_windows=[x + d for x, d in zip(full.nll_windows, by, strict=True)]
+    )
+    unsure, sure = beside(unsure, 0.5, -0.3, 0.4, -0.2), beside(sure, 0.1, 0.1001, 0.1, 0.1)
     _, first, second = evaluation.changes([full, sure, unsure])
     assert first.startswith("+10.5") and second.startswith("≈ ")
 
@@ -104,7 +104,7 @@ def test_windows_that_an_earlier_record_has_are_not_scored_again(monkeypatch):
     spec, protocol = parse("random 4"), Protocol(batch=4)
     (half,) = evaluation.job(MODEL, spec, whole.part(0, 4), protocol).run()
     (added,) = evaluation.job(MODEL, spec, whole, protocol, half).run()
-    assert sum(len(each) for _, each in scored) == 12 and half["draws"] == 1 and added["draws"] == 3
+    assert sum(len(each) for _, each in scored) == 12 and half.draws == 1 and added.draws == 3
     assert [name for name, _ in scored] == ["random 4", "random[seed=1] 4", "random[seed=2] 4"]
     (once,) = evaluation.job(MODEL, spec, whole, protocol).run()
     assert added == once

@@ -6,8 +6,10 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import record_files, records, suite
+from kvcascade.eval import record_files, suite
+from kvcascade.eval.records import Compared, Evaluation, Retrieval, Training, of
 from kvcascade.eval.report import page
+from kvcascade.eval.table import Table, markdown
 from kvcascade.scripts import readme
 
 
@@ -22,12 +24,12 @@ def test_the_page_is_self_contained_and_complete(recorded, tmp_path):
     html = (tmp_path / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!#)|url\(http|@import', html.split("<svg")[0])
     drawings = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
-    models = records.of_kind(recorded, "train")
+    models = of(recorded, Training)
     assert len(drawings) == 3 + len(models)
     for drawing in drawings:
         ElementTree.fromstring(drawing)
-    for one in records.of_kind(recorded, "evaluate"):
-        assert f"<td>{one['cache']}</td>" in html and f"<td>{one['kv_bytes']:,}</td>" in html
+    for one in of(recorded, Evaluation):
+        assert f"<td>{one.cache}</td>" in html and f"<td>{one.kv_bytes:,}</td>" in html
 
 
 def test_the_page_of_a_pretrained_model(tmp_path):
@@ -45,12 +47,10 @@ def test_the_page_of_a_pretrained_model(tmp_path):
         "Fidelity",
         "What can still be found",
     ]
-    evaluations, retrievals = (records.of_kind(recorded, kind) for kind in ("evaluate", "retrieve"))
-    for caches in ({r["cache"] for r in evaluations}, {r["cache"] for r in retrievals}):
+    evaluations, retrievals = of(recorded, Compared), of(recorded, Retrieval)
+    for caches in ({r.cache for r in evaluations}, {r.cache for r in retrievals}):
         assert len(caches) >= 8 and "full" in caches and any(cache.startswith("random") for cache in caches)
-    assert all(
-        one["kv_bytes"] == one["kv_bytes_predicted"] and one["traces"] == 1 and "kl" in one for one in evaluations
-    )
+    assert all(one.kv_bytes == one.kv_bytes_predicted and one.traces == 1 for one in evaluations)
 
 
 def test_nothing_to_report_is_refused(tmp_path):
@@ -61,8 +61,8 @@ def test_nothing_to_report_is_refused(tmp_path):
 
 def test_every_method_stands_next_to_full_and_random(recorded):
     """Each model was run behind the full cache and random eviction, and every group of evicting caches has a random one."""
-    for model in {one["model"] for one in records.of_kind(recorded, "evaluate")}:
-        caches = [one["cache"] for one in records.of_kind(recorded, "evaluate") if one["model"] == model]
+    for model in {one.model for one in of(recorded, Evaluation)}:
+        caches = [one.cache for one in of(recorded, Evaluation) if one.model == model]
         assert "full" in caches and any(cache.startswith("random") for cache in caches)
     for name, group in suite.CACHES.items():
         assert name == "everything" or any(text.startswith("random") for text in group)
@@ -70,11 +70,11 @@ def test_every_method_stands_next_to_full_and_random(recorded):
 
 def test_recorded_bytes_are_exact_and_savings_are_covered(recorded):
     """In the recorded runs predicted bytes equal measured ones, and caches at 67 % and 90 % saved are among them."""
-    evaluations = records.of_kind(recorded, "evaluate")
-    assert all(one["kv_bytes"] == one["kv_bytes_predicted"] and one["traces"] == 1 for one in evaluations)
-    saved = [one["compression"] for one in evaluations if "heavy" in one["cache"]]
+    evaluations = of(recorded, Evaluation)
+    assert all(one.kv_bytes == one.kv_bytes_predicted and one.traces == 1 for one in evaluations)
+    saved = [one.compression for one in evaluations if "heavy" in one.cache]
     assert max(saved) >= 0.9 and any(2 / 3 <= share < 0.75 for share in saved)
-    assert next(one for one in evaluations if one["cache"] == str(suite.parse("neurokv")))["kept"] == 353
+    assert next(one for one in evaluations if one.cache == str(suite.parse("neurokv"))).kept == 353
 
 
 def test_fill_replaces_what_is_between_the_markers():
@@ -88,7 +88,7 @@ def test_fill_replaces_what_is_between_the_markers():
 
 def test_a_spec_in_a_markdown_table_keeps_its_columns():
     """The pipes of a cascade are escaped."""
-    line = records.markdown((["cache", "x"], [["sink 4 | recent 4", "1"]])).splitlines()[2]
+    line = markdown(Table("", ["cache", "x"], [["sink 4 | recent 4", "1"]])).splitlines()[2]
     assert line == "| sink 4 \\| recent 4 | 1 |"
 
 

@@ -1,5 +1,7 @@
 """Retrieval: samples are what they say, and scoring agrees with decoding."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.eval import stats
 from kvcascade.eval.quality import puzzles, retrieval
+from kvcascade.eval.records import Retrieval
 from kvcascade.model import generate, gpt, tokenizer
 from kvcascade.model.config import ModelConfig
 
@@ -51,14 +54,14 @@ def test_tasks_weigh_alike_and_one_at_chance_is_left_out():
     """The mean is over tasks, whatever the number of turns; what the full cache guesses is named and not in it; bytes are of one length."""
 
     def record(cache, task, right, answers, length=100):
-        told = [
+        told: Any = [
             {"name": f"{i}", "answers": [answer], "said": [""], "right": [r]}
             for i, (answer, r) in enumerate(zip(answers, right, strict=True))
         ]
-        return {
-            "model": "m", "cache": cache, "task": task, "length": length, "depth": 0.5, "samples": len(right), "turns": len(right),
-            "answered": sum(right), "puzzles": told, "kv_bytes": length, "compression": 0.5,
-        }  # fmt: skip
+        return Retrieval(
+            model="m", cache=cache, task=task, length=length, depth=0.5, samples=len(right), turns=len(right), answered=sum(right),
+            puzzles=told, kv_bytes=length, compression=0.5, seed=0,
+        )  # fmt: skip
 
     many = [str(i) for i in range(40)]
     found = [

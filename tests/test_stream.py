@@ -22,16 +22,14 @@ def model(nano) -> Model:
 def test_a_bounded_cache_goes_on_past_the_models_context(model) -> None:
     spec = parse("sink 1 | recent 3 | heavy 2@int8")
     (found,) = stream.job(model, spec, batch=2, tokens=3 * 1024).run()
-    assert [1024, 2048, 3072] == [done for done, *_ in found["points"]]
-    assert found["finite"] and found["traces"] == 1 and model.config.context < 1024
-    assert found["kv_bytes"] == spec.nbytes(model.config.layer_heads, 3 * 1024)
-    sizes = [size for *_, size in found["points"]]
+    assert [1024, 2048, 3072] == [done for done, *_ in found.points]
+    assert found.finite and found.traces == 1 and model.config.context < 1024
+    assert found.kv_bytes == spec.nbytes(model.config.layer_heads, 3 * 1024)
+    sizes = [size for *_, size in found.points]
     assert max(sizes) - sizes[0] < 2**22  # a list of every step's result, or a cache that is not donated, takes more
     _, columns, ((*_, late, process, logits, traces),) = stream.table([found])
     assert columns[5:8] == ["…1,024", "…2,048", "…3,072"]
-    assert float(late) == pytest.approx(found["points"][-1][1], abs=0.01) and process.endswith(
-        f"{sizes[0] / 2**20:,.0f}"
-    )
+    assert float(late) == pytest.approx(found.points[-1][1], abs=0.01) and process.endswith(f"{sizes[0] / 2**20:,.0f}")
     assert (logits, traces) == ("finite", "1")
     assert "<svg" in figures.stream([found])
 

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.eval.kernels.cases import Case, Program, nbytes
-from kvcascade.eval.records import Record, stamp
+from kvcascade.eval.kernels.whole_step import Record
+from kvcascade.eval.origin import origin
+from kvcascade.eval.table import Column, Table
 
 PASSED = 512 << 20
 """Bytes that are read before an array is read again: more than any cache on a card holds."""
@@ -26,7 +28,7 @@ def bench(some: Sequence[Case]) -> list[Record]:
     found = []
     for case in some:
         start = time.monotonic()
-        record = {"kind": "kernel_bench", "case": case.name, "copy_bandwidth": copied, "repeats": REPEATS}
+        record: Record = {"kind": "kernel_bench", "case": case.name, "copy_bandwidth": copied, "repeats": REPEATS}
         try:
             program = case.build(True)
             record |= {"floor": program.floor, "call_seconds": timed(program)}
@@ -34,7 +36,7 @@ def bench(some: Sequence[Case]) -> list[Record]:
                 record["peer_seconds"] = timed(case.peer(True))
         except NotImplementedError as error:
             record["refused"] = str(error)
-        found.append(stamp(record, time.monotonic() - start))
+        found.append(record | origin(time.monotonic() - start))
     return found
 
 
@@ -62,18 +64,16 @@ def copy_bandwidth(size: int) -> float:
     return 2 * x.nbytes / seconds(lambda x: x + 1, [(x,)], REPEATS)
 
 
-def table(found: Sequence[Record]) -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and rows: time, bytes per second that the floor takes, their share of a copy's, and XLA's time over ours."""
-    columns = ["kernel", "µs", "GB/s", "of a copy", "XLA, µs", "× XLA"]
-    rows = []
-    for one in found:
-        if "refused" in one:
-            rows.append([f"{one['case']}: {one['refused']}", *[""] * (len(columns) - 1)])
-            continue
-        rate = one["floor"] / one["call_seconds"]
-        peer = one.get("peer_seconds")
-        rows.append([
-            one["case"], f"{one['call_seconds'] * 1e6:.1f}", f"{rate / 1e9:,.0f}", f"{rate / one['copy_bandwidth']:.0%}",
-            *([f"{peer * 1e6:.1f}", f"{peer / one['call_seconds']:.2f}"] if peer else ["", ""]),
-        ])  # fmt: skip
-    return f"{found[0]['device']}, copies {found[0]['copy_bandwidth'] / 1e9:,.0f} GB/s", columns, rows
+def table(found: Sequence[Record]) -> Table:
+    """Time, bytes per second that the floor takes, their share of a copy's, and XLA's time over ours."""
+    timed = lambda value: lambda one: None if "refused" in one else value(one)
+    beside = lambda value: lambda one: value(one) if one.get("peer_seconds") and "refused" not in one else None
+    columns = [
+        Column("kernel", lambda one: f"{one['case']}: {one['refused']}" if "refused" in one else one["case"]),
+        Column("µs", timed(lambda one: one["call_seconds"] * 1e6), "{:.1f}"),
+        Column("GB/s", timed(lambda one: one["floor"] / one["call_seconds"] / 1e9), "{:,.0f}"),
+        Column("of a copy", timed(lambda one: one["floor"] / one["call_seconds"] / one["copy_bandwidth"]), "{:.0%}"),
+        Column("XLA, µs", beside(lambda one: one["peer_seconds"] * 1e6), "{:.1f}"),
+        Column("× XLA", beside(lambda one: one["peer_seconds"] / one["call_seconds"]), "{:.2f}"),
+    ]
+    return Table.of(f"{found[0]['device']}, copies {found[0]['copy_bandwidth'] / 1e9:,.0f} GB/s", columns, found)

@@ -16,8 +16,7 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.eval import worker
 from kvcascade.eval.kernels import whole_step
 from kvcascade.eval.kernels.cases import Case, cases
-from kvcascade.eval.kernels.whole_step import Step
-from kvcascade.eval.records import Record
+from kvcascade.eval.kernels.whole_step import Record, Step
 from kvcascade.kernels import aot, resources, traffic
 
 OWN = ("triton", "mosaic")

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from kvcascade.eval.kernels import whole_step
 from kvcascade.eval.kernels.check import OWN
-from kvcascade.eval.records import Record, markdown, of_kind
+from kvcascade.eval.kernels.whole_step import Record
+from kvcascade.eval.records import grouped
 from kvcascade.eval.report import page
+from kvcascade.eval.table import Column, Table, markdown
 from kvcascade.kernels import aot
 
 BASELINE = Path(__file__).parent.parent / "results" / "kernels.jsonl"
@@ -57,66 +59,58 @@ def regressions(found: Sequence[Record], baseline: Sequence[Record]) -> list[str
     return lines + [f"{case} on {gpu}: is not there any more" for case, gpu in before if gpu in cards]
 
 
-def table(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows, a row per case and card; of several kernels the one that most is asked for."""
+def of_kind(found: Sequence[Record], kind: str) -> list[Record]:
+    """The records of one kind, in their order."""
+    return [one for one in found if one["kind"] == kind]
+
+
+def table(found: Sequence[Record], title: str, left_out: str | None = None) -> Table:
+    """A row per case and card; of several kernels the one that most is asked for."""
+    ours = lambda one: [kernel for kernel in one["kernels"] if kernel["compiler"] in OWN] or one["kernels"]
+    compiled = lambda value: lambda one: value(one) if "kernels" in one else None
+    most = lambda key: compiled(lambda one: max(kernel[key] for kernel in ours(one)))
+    waves = lambda one: max((kernel["waves"] for kernel in ours(one) if kernel["waves"]), default=None)
+    registers = lambda one: next((key for key in ("refused", "failed") if key in one), None) or most("registers")(one)
     columns = [
-        "kernel", "GPU", "registers", "spilled", "shared, KiB", "blocks/SM", "waves", "moved / floor", "with XLA's", "instr./unit",
-        "budget", "launches",
+        Column("kernel", "case"), Column("GPU", "gpu"), Column("registers", registers), Column("spilled", most("spilled")),
+        Column("shared, KiB", compiled(lambda one: max(kernel["shared_memory"] for kernel in ours(one)) / 1024), "{:.1f}"),
+        Column("blocks/SM", compiled(lambda one: min(kernel["per_multiprocessor"] for kernel in ours(one)))),
+        Column("waves", compiled(waves), "{:.2f}"), Column("moved / floor", lambda one: one.get("own") or None, "{:.3f}"),
+        Column("with XLA's", "ratio", "{:.3f}"), Column("instr./unit", "instructions", "{:.2f}"), Column("budget", "budget", "{:.2f}"),
+        Column("launches", "launches"),
     ]  # fmt: skip
-    rows = []
-    for one in found:
-        if reason := {"refused", "failed"} & one.keys():
-            (key,) = reason
-            rows.append([one["case"], one["gpu"], key, *[""] * (len(columns) - 3)])
-            continue
-        ours = [kernel for kernel in one["kernels"] if kernel["compiler"] in OWN] or one["kernels"]
-        waves = [kernel["waves"] for kernel in ours if kernel["waves"]]
-        most = lambda key, ours=ours: max(kernel[key] for kernel in ours)
-        rows.append([
-            one["case"], one["gpu"], str(most("registers")), str(most("spilled")), f"{most('shared_memory') / 1024:.1f}",
-            str(min(kernel["per_multiprocessor"] for kernel in ours)), f"{max(waves):.2f}" if waves else "",
-            f"{one['own']:.3f}" if one["own"] else "", f"{one['ratio']:.3f}", f"{one['instructions']:.2f}", f"{one['budget']:.2f}",
-            str(one["launches"]),
-        ])  # fmt: skip
-    return columns, rows
+    return Table.of(title, [column for column in columns if column.name != left_out], found)
 
 
 def readme_tables(found: Sequence[Record]) -> dict[str, str]:
     """The README's tables: the worst figures of every operation and implementation, and the whole steps."""
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for one in of_kind(list(found), "kernel"):
-        operation, *_, implementation = one["case"].split(", ")
-        if not {"refused", "failed"} & one.keys() and implementation in OWN:
-            groups.setdefault((operation, implementation), []).append(one)
-    rows = []
-    for (operation, implementation), some in groups.items():
-        cards = dict.fromkeys(one["gpu"] for one in some)
-        ours = {
-            name: [k for one in some if one["gpu"] == name for k in one["kernels"] if k["compiler"] in OWN]
-            for name in cards
-        }
-        worst = max(some, key=lambda one: one["instructions"] / one["budget"])
-        bars = {one["most"] for one in some if one["most"]}
-        rows.append([
-            operation, implementation, str(len({one["case"] for one in some})),
-            ", ".join(f"{name} {max(k['registers'] for k in kernels)}" for name, kernels in ours.items()),
-            str(max(k["spilled"] for kernels in ours.values() for k in kernels)),
-            f"{max(one['own'] for one in some):.3f}", ", ".join(f"{bar:g}" for bar in sorted(bars)),
-            f"{worst['instructions'] / worst['budget']:.2f} ({worst['case'].split(', ', 1)[1].rsplit(', ', 1)[0]} on {worst['gpu']})",
-        ])  # fmt: skip
-    head = [
-        "operation",
-        "by",
-        "shapes",
-        "registers, at most",
-        "bytes spilled",
-        "moved / floor, at most",
-        "bar",
-        "instructions / budget, at worst",
-    ]
-    steps = whole_step.table(of_kind(list(found), "step"))
-    stamp = f"Commit {found[0]['commit']}; {', '.join(f'{name} {version}' for name, version in found[0]['versions'].items())}."
-    return {"kernels": markdown((head, rows)), "steps": f"{markdown(steps)}\n\n{stamp}"}
+    measured = [one for one in of_kind(found, "kernel") if "kernels" in one and one["case"].split(", ")[-1] in OWN]
+    groups = grouped(measured, lambda one: (one["case"].split(", ")[0], one["case"].split(", ")[-1]))
+    kernels = lambda some: [kernel for one in some for kernel in one["kernels"] if kernel["compiler"] in OWN]
+
+    def registers(some: list[Record]) -> str:
+        by_card = grouped(some, lambda one: one["gpu"])
+        return ", ".join(f"{mine[0]['gpu']} {max(k['registers'] for k in kernels(mine))}" for mine in by_card)
+
+    def worst(some: list[Record]) -> str:
+        one = max(some, key=lambda one: one["instructions"] / one["budget"])
+        shape = one["case"].split(", ", 1)[1].rsplit(", ", 1)[0]
+        return f"{one['instructions'] / one['budget']:.2f} ({shape} on {one['gpu']})"
+
+    columns = [
+        Column("operation", lambda some: some[0]["case"].split(", ")[0]), Column("by", lambda some: some[0]["case"].split(", ")[-1]),
+        Column("shapes", lambda some: len({one["case"] for one in some})), Column("registers, at most", registers),
+        Column("bytes spilled", lambda some: max(kernel["spilled"] for kernel in kernels(some))),
+        Column("moved / floor, at most", lambda some: max(one["own"] for one in some), "{:.3f}"),
+        Column("bar", lambda some: ", ".join(f"{bar:g}" for bar in sorted({one["most"] for one in some if one["most"]}))),
+        Column("instructions / budget, at worst", worst),
+    ]  # fmt: skip
+    versions = ", ".join(f"{name} {version}" for name, version in found[0]["versions"].items())
+    steps = markdown(whole_step.table(of_kind(found, "step")))
+    return {
+        "kernels": markdown(Table.of("", columns, groups)),
+        "steps": f"{steps}\n\nCommit {found[0]['commit']}; {versions}.",
+    }
 
 
 def write(path: Path, found: Sequence[Record], wrong: Sequence[str], command: str) -> None:
@@ -125,22 +119,20 @@ def write(path: Path, found: Sequence[Record], wrong: Sequence[str], command: st
     for name in dict.fromkeys(one["gpu"] for one in found):
         card = aot.gpu(name)
         mine, steps = (of_kind([one for one in found if one["gpu"] == name], kind) for kind in ("kernel", "step"))
-        columns, rows = table(mine)
         sections.append({
-            "name": card.full_name, "card": card, "table": (columns[:1] + columns[2:], [row[:1] + row[2:] for row in rows]),
+            "name": card.full_name, "card": card, "table": table(mine, name, left_out="GPU"),
             "instructions": _instructions(mine), "steps": whole_step.table(steps) if steps else None,
         })  # fmt: skip
     page.render("kernels.html.j2", path, {"sections": sections, "wrong": wrong, "command": command, "first": found[0]})
 
 
-def _instructions(found: Sequence[Record]) -> page.Table:
+def _instructions(found: Sequence[Record]) -> Table:
     """The ten most frequent machine instructions of each kernel, of its loop where it has one."""
-    rows = []
-    for one in found:
-        for kernel in one.get("kernels", []):
-            mix = Counter(kernel["loop"] or kernel["rest"])
-            turns = f"{kernel['turns']:.0f} × {mix.total()}" if kernel["loop"] else str(mix.total())
-            rows.append(
-                [f"{one['case']}: {kernel['name']}", turns, ", ".join(f"{n} {name}" for name, n in mix.most_common(10))]
-            )
-    return ["kernel", "instructions", "of these"], rows
+    mix = lambda row: Counter(row[1]["loop"] or row[1]["rest"])
+    turns = lambda row: f"{row[1]['turns']:.0f} × " if row[1]["loop"] else ""
+    columns = [
+        Column("kernel", lambda row: f"{row[0]['case']}: {row[1]['name']}"),
+        Column("instructions", lambda row: f"{turns(row)}{mix(row).total()}"),
+        Column("of these", lambda row: ", ".join(f"{n} {name}" for name, n in mix(row).most_common(10))),
+    ]
+    return Table.of("", columns, [(one, kernel) for one in found for kernel in one.get("kernels", [])])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from kvcascade.cache.spec import CacheSpec, parse
 from kvcascade.cache.whole import Cache
-from kvcascade.eval.records import Record
+from kvcascade.eval.table import Column, Table
 from kvcascade.kernels import aot, traffic
 from kvcascade.model import generate, gpt
 from kvcascade.model.config import ModelConfig
@@ -29,6 +29,9 @@ class Step:
     cache: str = SPEC
     context: int = 4096
 
+
+type Record = dict[str, Any]
+"""What was found of one case on one card, or why nothing was: `refused`, `failed`."""
 
 STEPS = {
     each.name: each
@@ -95,29 +98,16 @@ def faults(found: Record, baseline: Record | None) -> list[str]:
     return wrong
 
 
-def table(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows, a row per step and card."""
+def table(found: Sequence[Record]) -> Table:
+    """A row per step and card."""
+    share = lambda of: lambda one: one[of] / one["cache_bytes"] if of in one else None
+    size = lambda one: f"failed: {one['failed']}"[:60] if "failed" in one else f"{one['cache_bytes'] / 2**20:,.0f}"
     columns = [
-        "program",
-        "GPU",
-        "cache, MiB",
-        "aliased",
-        "copies of K and V",
-        "temporaries, MiB",
-        "of the cache",
-        "launches",
-    ]
-    rows = []
-    for one in found:
-        if "failed" in one:
-            rows.append([one["case"], one["gpu"], f"failed: {one['failed']}"[:60], *[""] * (len(columns) - 3)])
-            continue
-        share = one["temporaries"] / one["cache_bytes"]
-        rows.append([
-            one["case"], one["gpu"], f"{one['cache_bytes'] / 2**20:,.0f}", f"{one['aliased'] / one['cache_bytes']:.0%}", str(one["copies"]),
-            f"{one['temporaries'] / 2**20:.1f}", f"{share:.1%}", f"{one['launches']:,}",
-        ])  # fmt: skip
-    return columns, rows
+        Column("program", "case"), Column("GPU", "gpu"), Column("cache, MiB", size), Column("aliased", share("aliased"), "{:.0%}"),
+        Column("copies of K and V", "copies"), Column("temporaries, MiB", lambda one: one["temporaries"] / 2**20 if "temporaries" in one else None, "{:.1f}"),
+        Column("of the cache", share("temporaries"), "{:.1%}"), Column("launches", "launches", "{:,}"),
+    ]  # fmt: skip
+    return Table.of("whole decode steps", columns, found)
 
 
 def copies(program: str, held: list) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from kvcascade.cache.cascade import Cascade
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
-from kvcascade.eval.records import full_bytes
+from kvcascade.eval.table import CONTEXT, Column, Table
 from kvcascade.kernels import aot
 from kvcascade.kernels.heads import Heads
 from kvcascade.kernels.nonlinear import GATED
@@ -75,6 +76,15 @@ def decode_step(config: ModelConfig, spec: CacheSpec, context: int) -> Memory:
     )
 
 
+def full_bytes(config: ModelConfig, context: int) -> int:
+    """Bytes per row of a bf16 cache of all that a query may see of the context, keys and values alone.
+
+    Σ over layers of K · (key width + value width) · 2 · slots, and slots are the context, or a layer's window if that is less.
+    """
+    slots = lambda heads: min(context, heads.window or context)
+    return sum(heads.kv * (heads.width + heads.value_width) * 2 * slots(heads) for heads in config.layer_heads)
+
+
 def drawing(config: ModelConfig) -> int:
     """Bytes of a row's `generate.State` that its next token is drawn by: six settings, and for each token of the vocabulary whether it was there."""
     return 24 + config.vocab
@@ -137,33 +147,40 @@ def budget(gpu: str, share: float = SHARE) -> int:
     return int(aot.MEMORY[gpu] * share)
 
 
-def table(
-    models: dict[str, ModelConfig], specs: list[CacheSpec], contexts: list[int], gpu: str | None
-) -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and rows: bytes of each model's weights and of each cache, and with a card how many users fit on it."""
-    columns = [
-        "model",
-        "context",
-        "cache",
-        "weights, GiB",
-        "bytes/token",
-        "MiB/user",
-        "of bf16 K and V",
-        "step, MiB/user",
+def table(models: dict[str, ModelConfig], specs: list[CacheSpec], contexts: list[int], gpu: str | None) -> Table:
+    """Bytes of each model's weights and of each cache, and with a card how many users fit on it."""
+    rows = [
+        Fitted(name, config, spec, context, decode_step(config, spec, context))
+        for name, config in models.items()
+        for context in contexts or [config.context]
+        for spec in specs
     ]
-    rows = []
-    for name, config in models.items():
-        for context in contexts or [config.context]:
-            for spec in specs:
-                held = decode_step(config, spec, context)
-                fit = [f"{held.users(budget(gpu)):,}", _tokens(longest(config, spec, budget(gpu)))] if gpu else []
-                rows.append([
-                    name, f"{context:,}", str(spec), f"{held.weights / 2**30:.2f}", f"{held.cache / context:,.0f}", f"{held.cache / 2**20:,.1f}",
-                    f"{held.cache / full_bytes(config, context):.1%}", f"{(held.row - held.cache) / 2**20:,.2f}", *fit,
-                ])  # fmt: skip
-    columns += [f"users on {gpu}", "one user's context"] if gpu else []
-    where = f", in {SHARE:.0%} of its {aot.MEMORY[gpu] / 2**30:.1f} GiB" if gpu else ""
-    return f"what a decode step holds{where}", columns, rows
+    columns = [
+        Column("model", "name"), CONTEXT, Column("cache", "spec"), Column("weights, GiB", lambda row: row.held.weights / 2**30, "{:.2f}"),
+        Column("bytes/token", lambda row: row.held.cache / row.context, "{:,.0f}"),
+        Column("MiB/user", lambda row: row.held.cache / 2**20, "{:,.1f}"),
+        Column("of bf16 K and V", lambda row: row.held.cache / full_bytes(row.config, row.context), "{:.1%}"),
+        Column("step, MiB/user", lambda row: (row.held.row - row.held.cache) / 2**20, "{:,.2f}"),
+    ]  # fmt: skip
+    if not gpu:
+        return Table.of("what a decode step holds", columns, rows)
+    most = budget(gpu)
+    columns += [
+        Column(f"users on {gpu}", lambda row: row.held.users(most), "{:,}"),
+        Column("one user's context", lambda row: _tokens(longest(row.config, row.spec, most))),
+    ]
+    title = f"what a decode step holds, in {SHARE:.0%} of its {aot.MEMORY[gpu] / 2**30:.1f} GiB"
+    return Table.of(title, columns, rows)
+
+
+class Fitted(NamedTuple):
+    """A cache behind a model, and what its step holds."""
+
+    name: str
+    config: ModelConfig
+    spec: CacheSpec
+    context: int
+    held: Memory
 
 
 def _tokens(context: int | None) -> str:

@@ -8,6 +8,7 @@ import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from kvcascade.cache.layer import LayerCache
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.cache.whole import Cache, nbytes
 from kvcascade.eval.kernels import whole_step
-from kvcascade.eval.records import Record
+from kvcascade.eval.records import Growth, StepGrowth
 from kvcascade.eval.speed import bench
 from kvcascade.kernels import traffic
 from kvcascade.model import generate
@@ -30,18 +31,11 @@ def allocated(config: ModelConfig, spec: CacheSpec, context: int) -> int:
     return nbytes(generate.empty_cache(dataclasses.replace(config, context=context), spec, 1, context))
 
 
-def growth(config: ModelConfig, specs: list[CacheSpec]) -> list[Record]:
+def growth(model: str, config: ModelConfig, specs: list[CacheSpec]) -> list[Growth]:
     """Bytes of one row's cache at contexts from 64 tokens to 8 times the model's, by allocation."""
     contexts = _doubling(8 * config.context)
-    return [
-        {
-            "kind": "growth",
-            "cache": str(spec),
-            "contexts": contexts,
-            "kv_bytes": [allocated(config, spec, c) for c in contexts],
-        }
-        for spec in specs
-    ]
+    sizes = lambda spec: [allocated(config, spec, context) for context in contexts]
+    return [Growth(model=model, cache=str(spec), contexts=contexts, kv_bytes=sizes(spec)) for spec in specs]
 
 
 def _doubling(longest: int) -> list[int]:
@@ -49,13 +43,13 @@ def _doubling(longest: int) -> list[int]:
     return sorted({*(2**n for n in range(6, longest.bit_length()) if 2**n <= longest), longest})
 
 
-def measured(model: Model, spec: CacheSpec, batch: int, context: int) -> Record:
+def measured(model: Model, spec: CacheSpec, batch: int, context: int) -> StepGrowth:
     """What `growth` says, up to a context, of caches that are filled: per length, random keys and values and then a decode step.
 
     `kv_bytes` is of one row; the others of all rows. `held_bytes` are those of slots with a token; `live_bytes` what the arrays that
     the process has grew by, the step's logits among it; `temporary_bytes` what the step takes while it runs, by the compiled program.
     """
-    found: Record = {"cache": str(spec), "contexts": _doubling(context)}
+    found: dict[str, Any] = {"cache": str(spec), "contexts": _doubling(context)}
     columns = collections.defaultdict(list)
     for length in found["contexts"]:
         before = _live()[1]
@@ -72,7 +66,7 @@ def measured(model: Model, spec: CacheSpec, batch: int, context: int) -> Record:
         columns["output_bytes"].append(logits_BV.nbytes)
         columns["temporary_bytes"].append(_analysis(step).temp_size_in_bytes)
         del logits_BV, cache
-    return found | columns
+    return StepGrowth(**found, **columns)
 
 
 CHUNK = 64
@@ -94,7 +88,9 @@ def _fill(layer: LayerCache, count: int) -> LayerCache:
 _step = jax.jit(LayerCache.step, donate_argnums=0)
 
 
-def of_step(compiled: jax.stages.Compiled, cache: Cache, component: Callable[[str], str], most: int = 6) -> Record:
+def of_step(
+    compiled: jax.stages.Compiled, cache: Cache, component: Callable[[str], str], most: int = 6
+) -> dict[str, Any]:
     """Which buffers a compiled decode step has, and which instructions have the largest temporaries.
 
     What instructions of the same kind and size write, mostly one of each layer, is one line; they share memory, so the lines add up to
@@ -131,7 +127,7 @@ def _analysis(compiled: jax.stages.Compiled):
     return found
 
 
-def steady(step: Callable[[], object], count: int) -> Record:
+def steady(step: Callable[[], object], count: int) -> dict[str, Any]:
     """Take so many steps; by how much live arrays, their bytes and the process's memory grew over all but the first few."""
     warm = min(4, count // 2)
     for _ in range(warm):

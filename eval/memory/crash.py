@@ -9,14 +9,15 @@ import importlib.metadata
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.eval.measure import Job
 from kvcascade.eval.memory import limits
-from kvcascade.eval.records import Record
+from kvcascade.eval.records import Crash, baseline
+from kvcascade.eval.table import CACHE, Column, Table
 from kvcascade.kernels import processor
 
 type Child = Callable[[int], limits.Ended]
@@ -54,18 +55,18 @@ def crash(
     weights: str | None,
     seconds: float,
     report: Callable[[str], None] = lambda words: None,
-) -> Record:
+) -> Crash:
     """The record of one cache: the most users that lived, the fewest that did not, peaks of memory, and what the arithmetic said.
 
     `context` 0: the model's, at most 2,048 tokens; `limit` in bytes, `resolution` as a share of the users, `seconds` per child. On an
     accelerator the limit is its own memory. BadInput where a child ends for another reason than memory, or one user does not fit.
     """
-    start, on_cpu = time.monotonic(), not _accelerated()
+    on_cpu = not _accelerated()
     if on_cpu and sys.platform != "linux":
         raise BadInput("on a CPU the crash test needs Linux, whose kernel holds a process to its limit of memory")
     place = limits.cgroup()
     wanted = {"model": model, "weights": weights, "context": context, "cache": str(spec), "steps": steps}
-    children: list[Record] = []
+    children: list[Any] = []
 
     def child(users: int) -> limits.Ended:
         report(f"{users:,} users")
@@ -88,39 +89,23 @@ def crash(
 
     users, died = search(lives, predicted(first, first, 1, limit, way), resolution)
     most = lived[users]
-    return {
-        "kind": "crash",
-        "model": model,
-        "weights": most["weights"],
-        "cache": str(spec),
-        "context": most["context"],
-        "limit": limit,
-        "way": way,
-        "users": users,
-        "died": died,
-        "resolution": resolution,
-        "peak": most["peak"],
-        "peak_rss": most.get("peak_rss"),
-        "peak_one": first["peak"],
-        "weight_bytes": most["weight_bytes"],
-        "kv_bytes": most["cache_bytes"] // users,
-        "kv_bytes_predicted": most["cache_bytes_predicted"] // users,
-        "workspace_bytes": most["workspace"] // users,
-        "user_bytes_predicted": user_bytes(most, users),
-        "user_bytes": (most["peak"] - first["peak"]) / (users - 1) if users > 1 else None,
-        "users_predicted": predicted(first, most, users, limit, way),
-        "step_seconds": round(most["step_seconds"], 4),
-        "steps": steps,
+    found: dict[str, Any] = {
+        "model": model, "weights": most["weights"], "cache": str(spec), "context": most["context"], "limit": limit, "way": way, "users": users,
+        "died": died, "resolution": resolution, "peak": most["peak"], "peak_rss": most.get("peak_rss"), "peak_one": first["peak"],
+        "weight_bytes": most["weight_bytes"], "kv_bytes": most["cache_bytes"] // users,
+        "kv_bytes_predicted": most["cache_bytes_predicted"] // users, "workspace_bytes": most["workspace"] // users,
+        "user_bytes_predicted": user_bytes(most, users), "user_bytes": (most["peak"] - first["peak"]) / (users - 1) if users > 1 else None,
+        "users_predicted": predicted(first, most, users, limit, way), "step_seconds": round(most["step_seconds"], 4), "steps": steps,
         "children": children,
-        "seconds": time.monotonic() - start,
-    }
+    }  # fmt: skip
+    return Crash(**found)
 
 
-def _died(ended: limits.Ended) -> Record:
+def _died(ended: limits.Ended) -> dict[str, str]:
     return {"died": ended.said.get("stage", "starting")} if ended.failed else {}
 
 
-def _measured(ended: limits.Ended) -> Record:
+def _measured(ended: limits.Ended) -> dict[str, Any]:
     """What a child measured; BadInput that says how it ended if it did not live."""
     if not ended.failed:
         return ended.said
@@ -132,12 +117,12 @@ def _measured(ended: limits.Ended) -> Record:
     raise BadInput(f"a child failed, and not for want of memory, while {stage}: {ended.failed}")
 
 
-def user_bytes(child: Record, users: int) -> float:
+def user_bytes(child: Mapping, users: int) -> float:
     """Predicted bytes of a user: a row's cache, and its share of what a step takes beside it."""
     return (child["cache_bytes_predicted"] + child["workspace"]) / users
 
 
-def predicted(first: Record, child: Record, users: int, limit: int, way: str) -> int:
+def predicted(first: Mapping, child: Mapping, users: int, limit: int, way: str) -> int:
     """How many users should fit: the first one's measured peak, and for each other one the bytes predicted from a child's program."""
     taken = first["peak"] + (first["reserved"] if way == "RLIMIT_DATA" else 0)
     return max(1, 1 + int((limit - taken) / user_bytes(child, users)))
@@ -173,38 +158,30 @@ def _accelerated() -> bool:
     )
 
 
-def _baseline(found: Sequence[Record], record: Record) -> Record:
-    """The first `full` cache of the same model, else its first."""
-    mine = [r for r in found if r["model"] == record["model"]]
-    return next((r for r in mine if r["cache"] == "full"), mine[0])
+def _baseline(found: Sequence[Crash], record: Crash) -> Crash:
+    """The `full` cache of the same model, else its first."""
+    return baseline(record, found) or next(r for r in found if r.model == record.model)
 
 
-def sentences(found: Sequence[Record]) -> list[str]:
+def sentences(found: Sequence[Crash]) -> list[str]:
     """The baseline against each other cache of its model."""
-    lines = []
-    for r in found:
-        full = _baseline(found, r)
-        if r is not full:
-            lines.append(
-                f"{Path(r['model']).name}, {r['context']:,} tokens each in {r['limit'] / 1e9:g} GB: `{full['cache']}` {full['users']:,} users, "
-                f"`{r['cache']}` {r['users']:,} users, {r['users'] / full['users'] - 1:+.0%}."
-            )
-    return lines
+    return [
+        f"{r.name}, {r.context:,} tokens each in {r.limit / 1e9:g} GB: `{full.cache}` {full.users:,} users, "
+        f"`{r.cache}` {r.users:,} users, {r.users / full.users - 1:+.0%}."
+        for r in found
+        if (full := _baseline(found, r)) is not r
+    ]
 
 
-def table(found: Sequence[Record]) -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and rows: users that lived, their peak, and how far the arithmetic was off."""
-    first = found[0]
-    title = f"Users until memory broke under {first['limit'] / 1e9:g} GB ({first['way']})"
-    columns = ["cache", "model", "tokens each", "users", "died at", "change", "peak, GB"]
-    columns += ["MB a user", "predicted", "off", "users predicted", "off"]
-    rows = []
-    for r in found:
-        full, measured, expected = _baseline(found, r), r["user_bytes"], r["user_bytes_predicted"]
-        change = "" if r is full else f"{r['users'] / full['users'] - 1:+.0%}"
-        slope, off = (f"{measured / 1e6:.3f}", f"{expected / measured - 1:+.1%}") if measured else ("", "")
-        rows.append([
-            r["cache"], Path(r["model"]).name, f"{r['context']:,}", f"{r['users']:,}", f"{r['died']:,}", change, f"{r['peak'] / 1e9:.2f}",
-            slope, f"{expected / 1e6:.3f}", off, f"{r['users_predicted']:,}", f"{r['users_predicted'] / r['users'] - 1:+.1%}",
-        ])  # fmt: skip
-    return title, columns, rows
+def table(found: Sequence[Crash]) -> Table:
+    """Users that lived, their peak, and how far the arithmetic was off."""
+    change = lambda r: None if (full := _baseline(found, r)) is r else r.users / full.users - 1
+    columns = [
+        CACHE, Column("model", "name"), Column("tokens each", "context", "{:,}"), Column("users", "users", "{:,}"),
+        Column("died at", "died", "{:,}"), Column("change", change, "{:+.0%}"), Column("peak, GB", lambda r: r.peak / 1e9, "{:.2f}"),
+        Column("MB a user", lambda r: r.user_bytes and r.user_bytes / 1e6, "{:.3f}"),
+        Column("predicted", lambda r: r.user_bytes_predicted / 1e6, "{:.3f}"),
+        Column("off", lambda r: r.user_bytes and r.user_bytes_predicted / r.user_bytes - 1, "{:+.1%}"),
+        Column("users predicted", "users_predicted", "{:,}"), Column("off", lambda r: r.users_predicted / r.users - 1, "{:+.1%}"),
+    ]  # fmt: skip
+    return Table.of(f"Users until memory broke under {found[0].limit / 1e9:g} GB ({found[0].way})", columns, found)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -12,7 +13,8 @@ from kvcascade.eval import worker
 from kvcascade.eval.kernels import whole_step
 from kvcascade.eval.measure import Job
 from kvcascade.eval.memory import arithmetic
-from kvcascade.eval.records import Record, full_bytes
+from kvcascade.eval.records import FILLED, Fit, FitFailed, FitTask, baseline, of
+from kvcascade.eval.table import CACHE, CONTEXT, Column, Table
 from kvcascade.kernels import aot
 from kvcascade.model.config import ModelConfig, built
 
@@ -44,6 +46,10 @@ class Task:
     cache: str
     contexts: tuple[int, ...]
     budget: int
+
+
+type Plan = dict[str, int]
+"""Bytes of a step's arguments, outputs and temporaries, and of all that it holds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +90,7 @@ def largest(
     return Found(low, high is not None and high - low == 1, len(seen), seen.get(low + 1))
 
 
-def measure(task: Task, batch: int, context: int) -> Record:
+def measure(task: Task, batch: int, context: int) -> Plan:
     """Bytes that a decode step of so many rows holds on a card, as XLA plans them: arguments, outputs that are none of these, temporaries.
 
     Its program ends with the logits: what draws from them is held beside it, and counted among the arguments.
@@ -100,14 +106,14 @@ def measure(task: Task, batch: int, context: int) -> Record:
     }
 
 
-def solve(task: Task, measure: Callable[[Task, int, int], Record] = measure) -> list[Record]:
+def solve(task: Task, measure: Callable[[Task, int, int], Plan] = measure) -> list[dict[str, Any]]:
     """For every context how many users fit, next to what the arithmetic says, and the longest context that one user may have."""
     config, spec = task.model, parse(task.cache)
     longest = one_user(task, spec, measure)
     found = []
     for context in task.contexts:
         expected = arithmetic.decode_step(config, spec, context)
-        plans: dict[int, Record] = {}
+        plans: dict[int, Plan] = {}
 
         def held(batch: int, context=context, plans=plans) -> int:
             plans[batch] = measure(task, batch, context)
@@ -126,21 +132,21 @@ def solve(task: Task, measure: Callable[[Task, int, int], Record] = measure) -> 
                 **compare(expected, shown, plan),
                 "expected_users": expected.users(task.budget),
                 "kv_bytes": expected.cache,
-                "kv_bytes_full": full_bytes(config, context),
+                "kv_bytes_full": arithmetic.full_bytes(config, context),
                 "longest": longest,
             }
         )
     return found
 
 
-def one_user(task: Task, spec: CacheSpec, measure: Callable[[Task, int, int], Record]) -> Record:
+def one_user(task: Task, spec: CacheSpec, measure: Callable[[Task, int, int], Plan]) -> dict[str, Any]:
     """The longest context of one user, in whole `GRAIN`s of tokens; none where the cache does not grow with the context."""
     guess = arithmetic.longest(task.model, spec, task.budget)
     if guess is None:
         return {"context": None, "exact": True, "compiles": 0}
     limit = task.model.context // GRAIN if task.model.positions == "learned" else None
     expected = lambda grains: arithmetic.decode_step(task.model, spec, grains * GRAIN)
-    plans: dict[int, Record] = {}
+    plans: dict[int, Plan] = {}
 
     def held(grains: int) -> int:
         plans[grains] = measure(task, 1, grains * GRAIN)
@@ -153,7 +159,7 @@ def one_user(task: Task, spec: CacheSpec, measure: Callable[[Task, int, int], Re
     return {"context": found.most * GRAIN, "exact": found.exact, "compiles": found.compiles} | compared
 
 
-def compare(expected: arithmetic.Memory, rows: int, plan: Record) -> Record:
+def compare(expected: arithmetic.Memory, rows: int, plan: Plan) -> dict[str, Any]:
     """What so many rows hold by XLA's plan and by the arithmetic; where they are further apart than `CLOSE`, a sentence says in what."""
     difference = plan["held"] / expected.total(rows) - 1
     parts = {
@@ -194,15 +200,14 @@ def job(
         "cache": str(spec), "baseline": str(baseline),
     }  # fmt: skip
 
-    def run() -> list[Record]:
+    def run() -> list[FitTask]:
         jax.config.update(
             "jax_platforms", "cpu"
         )  # this process only adds up; with the compilers, JAX would look for a GPU
         answer = worker.results(CHILD, [case], aot.ENVIRONMENT, lambda: None)[case]
-        return [
-            common | (answer["found"][index] if "found" in answer else {"context": context, **answer})
-            for index, context in enumerate(contexts)
-        ]
+        if "failed" in answer:
+            return [FitFailed(**common, context=context, **answer) for context in contexts]
+        return [Fit(**common, **each) for each in answer["found"]]
 
     return Job(common | {"task": json.loads(case)}, "eval/memory", run, str(spec))
 
@@ -220,59 +225,47 @@ def main(cases: list[str]) -> None:
         worker.say(**found)
 
 
-def table(found: Sequence[Record]) -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and rows of the fits of one model on one card: users against the first cache's, what fills the card, the cross-check."""
-    first = found[0]
-    title = f"users of {first['model']} that fit on {first['gpu']}, in {first['share']:.0%} of its {first['gpu_memory'] / 2**30:.1f} GiB"
+def table(found: Sequence[FitTask]) -> Table:
+    """The fits of one model on one card: users against the first cache's, what fills the card, the cross-check."""
+    fits, first = of(found, Fit), found[0]
+    for_fits = lambda value: lambda one: value(one) if isinstance(one, Fit) else None
+    longest = lambda one: "any" if (tokens := one.longest["context"]) is None else f"{tokens:,}"
+    of_bf16 = lambda one: (
+        f"{one.kv_bytes / one.kv_bytes_full:.1%}" if isinstance(one, Fit) else f"failed: {one.failed}"[:60]
+    )
+
+    def gain(one: Fit) -> int | float | None:
+        base = baseline(one, fits)
+        return None if base is None or base is one or not base.users else one.users / base.users - 1
+
     columns = [
-        "cache", "context", "of bf16 K and V", "users", "against the first", "weights", "cache", "temporaries and logits",
-        "one user's context", "XLA / arithmetic",
+        CACHE, CONTEXT, Column("of bf16 K and V", of_bf16), Column("users", for_fits(lambda one: ("" if one.exact else "≥ ") + f"{one.users:,}")),
+        Column("against the first", for_fits(gain), "{:+.1%}"),
+        *(Column(what, for_fits(lambda one, what=what: one.filled[what] / one.held), "{:.1%}") for what in FILLED),
+        Column("one user's context", for_fits(longest)), Column("XLA / arithmetic", "difference", "{:+.2%}"),
     ]  # fmt: skip
-    rows = []
-    for one in found:
-        if "failed" in one:
-            rows.append(
-                [one["cache"], f"{one['context']:,}", f"failed: {one['failed']}"[:60], *[""] * (len(columns) - 3)]
-            )
-            continue
-        base = baseline(one, found)
-        gain = "" if base is None or base is one or not base["users"] else f"{one['users'] / base['users'] - 1:+.1%}"
-        longest = one["longest"]["context"]
-        rows.append([
-            one["cache"], f"{one['context']:,}", f"{one['kv_bytes'] / one['kv_bytes_full']:.1%}", ("" if one["exact"] else "≥ ") + f"{one['users']:,}",
-            gain, *(f"{size / one['held']:.1%}" for size in filled(one).values()), "any" if longest is None else f"{longest:,}", f"{one['difference']:+.2%}",
-        ])  # fmt: skip
-    return title, columns, rows
+    title = f"users of {first.model} that fit on {first.gpu}, in {first.share:.0%} of its {first.gpu_memory / 2**30:.1f} GiB"
+    return Table.of(title, columns, found)
 
 
-def filled(one: Record) -> dict[str, int]:
-    """Bytes that a fit's rows hold: weights, cache, and all the rest of the step."""
-    weights, cache = one["expected"]["weights"], one["rows"] * one["kv_bytes"]
-    return {"weights": weights, "cache": cache, "temporaries and logits": one["held"] - weights - cache}
-
-
-def baseline(one: Record, found: Sequence[Record]) -> Record | None:
-    """The fit that another is compared with: that of the baseline's cache for the same model, card and context; None if it failed."""
-    same = ("model", "weights", "gpu", "share", "context")
-    alike = [each for each in found if all(each[key] == one[key] for key in same) and "users" in each]
-    return next((each for each in alike if each["cache"] == one["baseline"]), None)
-
-
-def notes(found: Sequence[Record]) -> list[str]:
+def notes(found: Sequence[FitTask]) -> list[str]:
     """What has to be said with a table: differences from the arithmetic, answers that are not exact, what others have published."""
+    fits = of(found, Fit)
     lines = [
-        f"{one['cache']}, {what}: XLA against the arithmetic {compared['explanation']}."
-        for one in found
-        if "longest" in one
-        for what, compared in ((f"{one['context']:,} tokens", one), ("one user's context", one["longest"]))
-        if compared.get("explanation")
+        f"{one.cache}, {what}: XLA against the arithmetic {explanation}."
+        for one in fits
+        for what, explanation in (
+            (f"{one.context:,} tokens", one.explanation),
+            ("one user's context", one.longest.get("explanation")),
+        )
+        if explanation
     ]
     lines += [
-        f"{one['cache']} at {one['context']:,} tokens: at least so many; the compilations did not find the next one that does not fit."
-        for one in found
-        if not one.get("exact", True)
+        f"{one.cache} at {one.context:,} tokens: at least so many; the compilations did not find the next one that does not fit."
+        for one in fits
+        if not one.exact
     ]
-    same = [(one["model"], one["gpu"], one["context"], one["cache"]) for one in found]
+    same = [(one.model, one.gpu, one.context, one.cache) for one in found]
     lines = list(dict.fromkeys(lines))  # one user's context is the same in all records of a cache
     return lines + [PUBLISHED[one] for one in dict.fromkeys(same) if one in PUBLISHED]
 

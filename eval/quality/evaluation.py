@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,9 +12,11 @@ from kvcascade.cache.policy import Random
 from kvcascade.cache.spec import CacheSpec, parse
 from kvcascade.eval import stats
 from kvcascade.eval.measure import Job
+from kvcascade.eval.memory.arithmetic import full_bytes
 from kvcascade.eval.quality import perplexity
 from kvcascade.eval.quality.windows import Windows
-from kvcascade.eval.records import Record, full_bytes
+from kvcascade.eval.records import Compared, Evaluation, baseline
+from kvcascade.eval.table import CACHE, KV_BYTES, SAVED, Column, Table
 from kvcascade.model.pretrained import Model
 from kvcascade.model.tokenizer import token_bytes
 
@@ -32,7 +35,7 @@ class Protocol:
     """Whether each distribution is compared with the full cache's."""
 
 
-def job(model: Model, spec: CacheSpec, windows: Windows, protocol: Protocol, known: Record | None = None) -> Job:
+def job(model: Model, spec: CacheSpec, windows: Windows, protocol: Protocol, known: Evaluation | None = None) -> Job:
     """The measurement of one cache; what an earlier record of the first of these windows says is not measured again."""
     about = {
         "kind": "evaluate", "model": model.name, "weights": model.config.weights, "weights_key": model.fingerprint, "cache": str(spec),
@@ -40,19 +43,20 @@ def job(model: Model, spec: CacheSpec, windows: Windows, protocol: Protocol, kno
         "context": windows.rows_BT.shape[1], "sequences": len(windows.rows_BT), "bos": windows.bos, "batch": min(protocol.batch, len(windows.rows_BT)),
         "prefix": protocol.prefix, "fidelity": protocol.fidelity, "seed": model.seed,
     }  # fmt: skip
-    measured = lambda: [about | evaluate(model, spec, windows, protocol, known)]
+    kind = Compared if protocol.fidelity else Evaluation
+    measured = lambda: [kind(**about | evaluate(model, spec, windows, protocol, known))]
     return Job(about, "eval/quality", measured, f"{model.name}: {spec}")
 
 
 def evaluate(
-    model: Model, spec: CacheSpec, windows: Windows, protocol: Protocol, known: Record | None = None
-) -> Record:
+    model: Model, spec: CacheSpec, windows: Windows, protocol: Protocol, known: Evaluation | None = None
+) -> dict[str, Any]:
     """What is found of one cache on some windows, all of it from figures per window, so that it can be added to."""
     config, context = model.config, windows.rows_BT.shape[1]
-    done = len(known["nll_windows"]) if known else 0
+    done = len(known.nll_windows) if known else 0
     speed, per_window = _scored(model, spec, windows.rows_BT[done:], done, protocol)
     if known:
-        per_window = {name: [*known[name], *new] for name, new in per_window.items()}
+        per_window = {name: [*getattr(known, name), *new] for name, new in per_window.items()}
     first = max(protocol.prefix, 1)
     tokens = len(windows.rows_BT) * (context - first)
     nll = float(np.mean(per_window["nll_windows"]))
@@ -134,30 +138,17 @@ def _reseeded(spec: CacheSpec, by: int) -> CacheSpec:
     return CacheSpec(tuple(parts))
 
 
-def alike(record: Record, other: Record) -> bool:
-    """Whether two evaluations are of the same windows."""
-    keys = ("data", "context", "sequences", "tokens", "rows", "bos")
-    return all(record.get(key) == other.get(key) for key in keys)
-
-
-def baseline(record: Record, among: list[Record]) -> Record | None:
-    """What a record is compared with: the full cache of the same model on the same windows, None where there is none."""
-    same = lambda r: r["model"] == record["model"] and r.get("weights") == record.get("weights") and alike(r, record)
-    return next((r for r in among if r["cache"] == "full" and same(r)), None)
-
-
-def paired[T](record: Record, other: Record, of: Callable[..., T] = stats.interval) -> T:
+def paired[T](record: Evaluation, other: Evaluation, of: Callable[..., T] = stats.interval) -> T:
     """What a statistic (by default the 95 % interval) says of the difference in mean nats per token between two records of the same windows.
 
     Comparing window by window takes out the spread between windows, which is far larger than that between caches. NaN for other windows.
     """
-    if not alike(record, other):
+    if record.scored != other.scored:
         return of([math.nan])
-    mine, theirs = (np.asarray(each["nll_windows"]) for each in (record, other))
-    return of(mine - theirs, record.get("document_windows"))
+    return of(np.subtract(record.nll_windows, other.nll_windows), record.document_windows)
 
 
-def changes(found: list[Record]) -> list[str]:
+def changes(found: list[Evaluation]) -> list[str]:
     """Δ PPL of each record against its full cache with a 95 % interval; `≈` before one that is not decided, all of them taken together."""
     others = [baseline(r, found) for r in found]
     decided = stats.decided(
@@ -172,46 +163,52 @@ def changes(found: list[Record]) -> list[str]:
     return cells
 
 
-def against(record: Record, other: Record) -> str:
+def against(record: Evaluation, other: Evaluation) -> str:
     """Δ PPL between two records of the same windows, of one model or of two, with a 95 % interval; nothing for one against itself."""
     if other is record:
         return ""
     low, high = (math.expm1(x) for x in paired(record, other))
-    return f"{record['ppl'] / other['ppl'] - 1:+.2%} ({low:+.2%} … {high:+.2%})"
+    return f"{record.ppl / other.ppl - 1:+.2%} ({low:+.2%} … {high:+.2%})"
 
 
-def width(found: list[Record]) -> float:
+def width(found: list[Evaluation]) -> float:
     """The widest interval, as a share of the perplexity: of the change against the full cache, and where there is none of a record's own."""
     widths = []
     for r in found:
         other = baseline(r, found)
         alone = other is None or other is r and len(found) == 1
-        low, high = stats.interval(r["nll_windows"], r.get("document_windows")) if alone else paired(r, other or r)
+        low, high = stats.interval(r.nll_windows, r.document_windows) if alone else paired(r, other or r)
         widths.append(math.expm1(high - low))
     return max(widths)
 
 
-def protocol(first: Record) -> str:
+def protocol(first: Evaluation) -> str:
     """In a sentence on what text a record's cache was scored, and how."""
-    how = {"spread": f", spread over {first.get('documents')} documents", "first": ", the first ones"}
-    text = first["data"].removeprefix("file:")
-    bos = ", with BOS" if first.get("bos") else ", without BOS"
-    return f"{first['sequences']} windows of {first['context']} tokens of {text}{how.get(first.get('windows', 'first'), '')}{bos}"
+    how = {"spread": f", spread over {first.documents} documents", "first": ", the first ones"}
+    bos = ", with BOS" if first.bos else ", without BOS"
+    chosen = how.get(first.windows or "first", "")
+    return f"{first.sequences} windows of {first.context} tokens of {first.data.removeprefix('file:')}{chosen}{bos}"
 
 
-def table(found: list[Record]) -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and rows of evaluations of one model on one text, each against the full cache if it is among them."""
-    first = found[0]
-    title = f"{first['model']}: {protocol(first)}"
-    columns = ["cache", "kept", "PPL", "Δ PPL (95 %)", "bits/byte", "KV bytes", "saved", "tokens/s", "traces"]
-    compared = "kl" in first
-    columns += ["KL, nats", "same top-1"] if compared else []
-    rows = [
-        [
-            r["cache"], str(r["kept"]), f"{r['ppl']:.3f}", change, f"{r['bits_per_byte']:.4f}", f"{r['kv_bytes']:,}",
-            f"{r['compression']:.1%}", f"{r['tokens_per_second']:,.0f}", str(r["traces"]),
-            *([f"{r['kl']:.5f}", f"{r['same_top']:.1%}"] if compared else []),
-        ]
-        for r, change in zip(found, changes(found), strict=True)
-    ]  # fmt: skip
-    return title, columns, rows
+KEPT = Column("kept", "kept")
+PPL = Column("PPL", "ppl", "{:.3f}")
+BITS = Column("bits/byte", "bits_per_byte", "{:.4f}")
+SPEED = Column("tokens/s", "tokens_per_second", "{:,.0f}")
+
+
+def change(found: list[Evaluation]) -> Column:
+    """The column of `changes`."""
+    cells = dict(zip(map(id, found), changes(found), strict=True))
+    return Column("Δ PPL (95 %)", lambda r: cells[id(r)])
+
+
+def fidelity(kl: str = "{:.5f}") -> list[Column]:
+    """How far the next-token distributions are from the full cache's."""
+    return [Column("KL, nats", "kl", kl), Column("same top-1", "same_top", "{:.1%}")]
+
+
+def table(found: list[Evaluation]) -> Table:
+    """Evaluations of one model on one text, each against the full cache if it is among them."""
+    columns = [CACHE, KEPT, PPL, change(found), BITS, KV_BYTES, SAVED, SPEED, Column("traces", "traces")]
+    columns += fidelity() if isinstance(found[0], Compared) else []
+    return Table.of(f"{found[0].model}: {protocol(found[0])}", columns, found)

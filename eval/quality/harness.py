@@ -36,7 +36,7 @@ from kvcascade.cache.whole import nbytes
 from kvcascade.eval import measure
 from kvcascade.eval.quality import tasks as records_of_tasks
 from kvcascade.eval.quality.perplexity import DISPATCH
-from kvcascade.eval.records import Record
+from kvcascade.eval.records import TaskResult
 from kvcascade.model import chat, generate, gpt
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
@@ -120,7 +120,7 @@ def job(
         "lm_eval": importlib.metadata.version("lm-eval"),
     }  # fmt: skip
 
-    def run() -> list[Record]:
+    def run() -> list[TaskResult]:
         behind = CachedModel(model, cache, context, batch)
         results = evaluate(behind, known, task, few_shot, limit, chat_template)
         spec, longest, size = cache(behind.longest), behind.longest, behind.kv_bytes

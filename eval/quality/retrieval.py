@@ -7,7 +7,8 @@ An answer counts if greedy decoding would give every token of it.
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +18,10 @@ from kvcascade.cache.spec import CacheSpec
 from kvcascade.cache.whole import nbytes
 from kvcascade.eval import stats
 from kvcascade.eval.measure import Job
+from kvcascade.eval.memory.arithmetic import full_bytes
 from kvcascade.eval.quality.puzzles import Sample, sample
-from kvcascade.eval.records import Record, full_bytes
+from kvcascade.eval.records import Retrieval, grouped
+from kvcascade.eval.table import CACHE, KV_BYTES, SAVED, Column, Table
 from kvcascade.model import generate
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
@@ -78,11 +81,11 @@ def _job(
         "task": task, "length": length, "room": room, "seed": seed,
     }  # fmt: skip
 
-    def run() -> list[Record]:
+    def run() -> list[Retrieval]:
         found, size = score(model.config, model.params, spec, flat, room, batch)
         turns = iter(found)
         return [
-            about | _record(model, depth, puzzles, [next(turns) for _ in puzzles], size, length + room)
+            Retrieval(**about, **_found(model, depth, puzzles, [next(turns) for _ in puzzles], size, length + room))
             for depth, puzzles in by_depth.items()
         ]
 
@@ -90,9 +93,9 @@ def _job(
     return Job(about | more, "eval/quality", run, f"{spec}: {task} in {length}")
 
 
-def _record(
+def _found(
     model: Model, depth: float, puzzles: list[Sample], found: list[list[Turn]], size: int, context: int
-) -> Record:
+) -> dict[str, Any]:
     """What is said of one task at one depth behind one cache; bytes are of the context with room for the turns."""
     right = [turn.right for turns in found for turn in turns]
     full = full_bytes(model.config, context)
@@ -184,10 +187,10 @@ class Share:
         return f"{self.share:.0%} ({self.low:.0%} … {self.high:.0%})"
 
 
-def answered(found: list[Record]) -> Share:
+def answered(found: list[Retrieval]) -> Share:
     """The share of turns answered, with the Wilson interval of as many puzzles: the turns of one share a context, and count as one."""
-    share = sum(r["answered"] for r in found) / sum(r["turns"] for r in found)
-    puzzles = sum(r["samples"] for r in found)
+    share = sum(r.answered for r in found) / sum(r.turns for r in found)
+    puzzles = sum(r.samples for r in found)
     return Share(share, *stats.wilson(share * puzzles, puzzles))
 
 
@@ -199,73 +202,59 @@ def macro(shares: Sequence[Share]) -> Share:
     return Share(mean, max(0.0, mean - below), min(1.0, mean + above))
 
 
-def chance(found: list[Record]) -> float:
+def chance(found: list[Retrieval]) -> float:
     """The share of turns that the best answer to be given always would answer."""
-    answers = Counter(answer for r in found for puzzle in r.get("puzzles", []) for answer in puzzle["answers"])
+    answers = Counter(answer for r in found for puzzle in r.puzzles or [] for answer in puzzle["answers"])
     return max(answers.values(), default=0) / max(1, answers.total())
 
 
-def measurable(found: list[Record], length: int) -> list[str]:
+def measurable(found: list[Retrieval], length: int) -> list[str]:
     """The tasks that the full cache does better than chance in contexts of a length; all where there is no full cache."""
-    tasks = dict.fromkeys(r["task"] for r in found if r["length"] == length)
-    full = lambda task: [r for r in found if (r["cache"], r["task"], r["length"]) == ("full", task, length)]
+    tasks = dict.fromkeys(r.task for r in found if r.length == length)
+    full = lambda task: [r for r in found if (r.cache, r.task, r.length) == ("full", task, length)]
     return [task for task in tasks if not (mine := full(task)) or answered(mine).low > chance(mine)]
 
 
-def average(found: list[Record], cache: str, length: int) -> Share | None:
+def average(found: list[Retrieval], cache: str, length: int) -> Share | None:
     """The mean over the tasks that can be measured of what a cache answers in contexts of a length; None where one of them was not asked."""
     parts = [
-        [r for r in found if (r["cache"], r["task"], r["length"]) == (cache, task, length)]
-        for task in measurable(found, length)
+        [r for r in found if (r.cache, r.task, r.length) == (cache, task, length)] for task in measurable(found, length)
     ]
     return macro([answered(mine) for mine in parts]) if parts and all(parts) else None
 
 
-def at(found: list[Record], cache: str, length: int, depth: float) -> float:
+def at(found: list[Retrieval], cache: str, length: int, depth: float) -> float:
     """The mean over the tasks that can be measured of what a cache answers at one length and depth; NaN where one of them was not asked."""
-    here = [r for r in found if (r["cache"], r["length"], r["depth"]) == (cache, length, depth)]
-    parts = [[r for r in here if r["task"] == task] for task in measurable(found, length)]
+    here = [r for r in found if (r.cache, r.length, r.depth) == (cache, length, depth)]
+    parts = [[r for r in here if r.task == task] for task in measurable(found, length)]
     return macro([answered(mine) for mine in parts]).share if parts and all(parts) else math.nan
 
 
-def table(found: list[Record]) -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and rows of one model: chance first, then a row for each length and cache, a column for each task over all depths."""
-    tasks = list(dict.fromkeys(r["task"] for r in found))
-    rows = []
-    for length in sorted({r["length"] for r in found}):
-        of_length = [r for r in found if r["length"] == length]
-        each = lambda task, of_length=of_length: [r for r in of_length if r["task"] == task]
-        counted = measurable(found, length)
-        guessed = [
-            f"{chance(mine):.0%}" + ("" if task in counted else ": not measurable") if (mine := each(task)) else ""
-            for task in tasks
-        ]
-        rows.append(["chance", f"{length:,}", "", "", *guessed, ""])
-        for cache in dict.fromkeys(r["cache"] for r in of_length):
-            mine = [r for r in of_length if r["cache"] == cache]
-            cells = [str(answered(some)) if (some := [r for r in mine if r["task"] == task]) else "" for task in tasks]
-            whole = average(found, cache, length)
-            rows.append(
-                [
-                    cache,
-                    f"{length:,}",
-                    f"{mine[0]['kv_bytes']:,}",
-                    f"{mine[0]['compression']:.1%}",
-                    *cells,
-                    str(whole) if whole else "",
-                ]
-            )
-    return (
-        f"{found[0]['model']}: {protocol(found)}",
-        ["cache", "context", "KV bytes", "saved", *tasks, "mean of tasks"],
-        rows,
-    )
+def table(found: list[Retrieval]) -> Table:
+    """Of one model: chance first, then a row for each length and cache, a column for each task over all depths."""
+    tasks, rows = list(dict.fromkeys(r.task for r in found)), []
+    for length in sorted({r.length for r in found}):
+        of_length, counted = [r for r in found if r.length == length], measurable(found, length)
+        guess = lambda mine, counted=counted: (
+            f"{chance(mine):.0%}{'' if mine[0].task in counted else ': not measurable'}"
+        )
+        rows.append(["chance", f"{length:,}", "", "", *_by_task(of_length, tasks, guess), ""])
+        for mine in grouped(of_length, lambda r: r.cache):
+            told = [column.cell(mine[0]) for column in (CACHE, Column("context", "length", "{:,}"), KV_BYTES, SAVED)]
+            rows.append([*told, *_by_task(mine, tasks, answered), str(average(found, mine[0].cache, length) or "")])
+    columns = ["cache", "context", "KV bytes", "saved", *tasks, "mean of tasks"]
+    return Table(f"{found[0].model}: {protocol(found)}", columns, rows)
 
 
-def protocol(found: list[Record]) -> str:
+def _by_task(found: list[Retrieval], tasks: list[str], cell: Callable[[list[Retrieval]], object]) -> list[str]:
+    by_task = {mine[0].task: str(cell(mine)) for mine in grouped(found, lambda r: r.task)}
+    return [by_task.get(task, "") for task in tasks]
+
+
+def protocol(found: list[Retrieval]) -> str:
     """In a sentence what was asked how often."""
-    depths = len({r["depth"] for r in found})
-    puzzles = sum(r["samples"] for r in found if (r["cache"], r["task"]) == (found[0]["cache"], found[0]["task"]))
+    depths = len({r.depth for r in found})
+    puzzles = sum(r.samples for r in found if (r.cache, r.task) == (found[0].cache, found[0].task))
     return (
         f"share of turns answered, 95 % Wilson intervals; {puzzles} puzzles a task, no two alike, at {depths} depths; "
         "tasks that the full cache does no better than the best constant answer are not in the mean"

@@ -5,8 +5,7 @@ import itertools
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import matplotlib
@@ -19,7 +18,19 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kvcascade.eval import suite
 from kvcascade.eval.quality import evaluation, retrieval
-from kvcascade.eval.records import Record
+from kvcascade.eval.records import (
+    FILLED,
+    Crash,
+    Evaluation,
+    Fit,
+    Growth,
+    Layer,
+    Profile,
+    Retrieval,
+    Stream,
+    Training,
+    baseline,
+)
 
 # Okabe and Ito's colours: told apart by colour-blind readers as well.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -67,17 +78,17 @@ def styled[T](values: Iterable[T]) -> Iterator[tuple[dict[str, Any], T]]:
     )
 
 
-def loss_curves(trainings: list[Record]) -> str:
+def loss_curves(trainings: list[Training]) -> str:
     """Validation loss against tokens seen: of each model the mean over seeds and their range, or with one seed its standard error."""
     with plt.rc_context(STYLE):
         figure, axes = _axes()
         shown = []
         for style, (name, runs) in styled(suite.by_model(trainings).items()):
             points = [
-                list(zip(*(run["curve"][index] for run in runs), strict=True))
-                for index in range(min(len(r["curve"]) for r in runs))
+                list(zip(*(run.curve[index] for run in runs), strict=True))
+                for index in range(min(len(r.curve) for r in runs))
             ]
-            tokens = [steps[0] * runs[0]["tokens_per_step"] / 1e6 for steps, *_ in points]
+            tokens = [steps[0] * runs[0].tokens_per_step / 1e6 for steps, *_ in points]
             losses = [sum(each) / len(each) for _, each, *_ in points]
             low, high = [min(each) for _, each, *_ in points], [max(each) for _, each, *_ in points]
             if len(runs) == 1:
@@ -95,34 +106,32 @@ def loss_curves(trainings: list[Record]) -> str:
         return to_svg(figure)
 
 
-def quality_against_bytes(evaluations: list[Record]) -> str:
+def quality_against_bytes(evaluations: list[Evaluation]) -> str:
     """Perplexity against measured bytes of a row's cache; bars are 95 % intervals of the change against the full cache.
 
     Colour is the group of caches that are compared, hollow is random eviction; caches that none of fewer bytes beats have their names.
     """
-    groups = {r["cache"]: suite.group_of(r["cache"], r["context"]) for r in evaluations}
+    groups = {r.cache: suite.group_of(r.cache, r.context) for r in evaluations}
     with plt.rc_context(STYLE):
         figure, axes = _axes()
-        colours = {
-            name: style["color"] for style, name in styled(dict.fromkeys(groups[r["cache"]] for r in evaluations))
-        }
+        colours = {name: style["color"] for style, name in styled(dict.fromkeys(groups[r.cache] for r in evaluations))}
         front = math.inf
-        for record in sorted(evaluations, key=lambda r: (r["kv_bytes"], r["ppl"])):
-            colour, full = colours[groups[record["cache"]]], evaluation.baseline(record, evaluations)
+        for record in sorted(evaluations, key=lambda r: (r.kv_bytes, r.ppl)):
+            colour, full = colours[groups[record.cache]], baseline(record, evaluations)
             low, high = evaluation.paired(record, full) if full and full is not record else (math.nan, math.nan)
             bar = None
             if full and math.isfinite(low):
-                ends = [full["ppl"] * math.exp(low), full["ppl"] * math.exp(high)]
-                bar = [[max(0.0, record["ppl"] - ends[0])], [max(0.0, ends[1] - record["ppl"])]]
-            lot = record["cache"].startswith("random")
+                ends = [full.ppl * math.exp(low), full.ppl * math.exp(high)]
+                bar = [[max(0.0, record.ppl - ends[0])], [max(0.0, ends[1] - record.ppl)]]
+            lot = record.cache.startswith("random")
             axes.errorbar(
-                record["kv_bytes"], record["ppl"], yerr=bar, color=colour, marker="o", markersize=7, markeredgewidth=1.6, elinewidth=1.2,
+                record.kv_bytes, record.ppl, yerr=bar, color=colour, marker="o", markersize=7, markeredgewidth=1.6, elinewidth=1.2,
                 capsize=2.5, markerfacecolor="white" if lot else colour,
             )  # fmt: skip
-            if record["ppl"] < front and not lot:
-                front = record["ppl"]
+            if record.ppl < front and not lot:
+                front = record.ppl
                 axes.annotate(
-                    record["cache"], (record["kv_bytes"], record["ppl"]), (5, -11), textcoords="offset points", fontsize=7.5, color="#333",
+                    record.cache, (record.kv_bytes, record.ppl), (5, -11), textcoords="offset points", fontsize=7.5, color="#333",
                     family="monospace",
                 )  # fmt: skip
         for name, colour in colours.items():
@@ -130,9 +139,9 @@ def quality_against_bytes(evaluations: list[Record]) -> str:
         axes.plot(
             [], [], color="#666", marker="o", linestyle="", markerfacecolor="white", label="hollow: random eviction"
         )
-        for full in [r for r in evaluations if r["cache"] == "full"][:1]:
-            axes.axhline(full["ppl"], color="#888", linewidth=1, linestyle="--")
-        perplexities = [r["ppl"] for r in evaluations]
+        for full in [r for r in evaluations if r.cache == "full"][:1]:
+            axes.axhline(full.ppl, color="#888", linewidth=1, linestyle="--")
+        perplexities = [r.ppl for r in evaluations]
         if max(perplexities) > 1.5 * min(perplexities):  # in a narrower range a logarithmic axis would have no ticks
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 4, 6, 8)))
@@ -149,16 +158,15 @@ def quality_against_bytes(evaluations: list[Record]) -> str:
         return to_svg(figure)
 
 
-def bytes_by_kind(layers: list[Record]) -> str:
+def bytes_by_kind(layers: list[Layer]) -> str:
     """Bytes that one token takes in one layer, by kind of attention and codec."""
     with plt.rc_context(STYLE):
         figure, axes = _axes()
-        kinds = list(dict.fromkeys(r["layer"] for r in layers))
-        codecs = list(dict.fromkeys(r["codec"] for r in layers))
+        kinds = list(dict.fromkeys(r.layer for r in layers))
+        codecs = list(dict.fromkeys(r.codec for r in layers))
         for index, codec in enumerate(codecs):
             sizes = [
-                next((r["bytes_per_token"] for r in layers if r["layer"] == kind and r["codec"] == codec), 0)
-                for kind in kinds
+                next((r.bytes_per_token for r in layers if r.layer == kind and r.codec == codec), 0) for kind in kinds
             ]
             places = [place + (index - (len(codecs) - 1) / 2) * 0.26 for place in range(len(kinds))]
             bars = axes.bar(places, sizes, 0.24, color=COLOURS[index % len(COLOURS)], label=codec)
@@ -170,16 +178,22 @@ def bytes_by_kind(layers: list[Record]) -> str:
         return to_svg(figure)
 
 
-def growth(records: list[Record]) -> str:
+def growth(records: Sequence[Growth | Profile]) -> str:
     """Bytes of one row's cache against the context; dashed, where they are known, the temporaries of a decode step."""
     with plt.rc_context(STYLE):
         figure, axes = _axes()
+        temporaries = False
         for style, record in styled(records):
-            axes.plot(record["contexts"], record["kv_bytes"], marker="o", markersize=4, label=record["cache"], **style)
-            if "temporary_bytes" in record:
+            grown = (
+                record.growth
+                if isinstance(record, Profile)
+                else {"contexts": record.contexts, "kv_bytes": record.kv_bytes}
+            )
+            axes.plot(grown["contexts"], grown["kv_bytes"], marker="o", markersize=4, label=record.cache, **style)
+            if "temporary_bytes" in grown:
+                temporaries = True
                 dashed: dict[str, Any] = style | {"linestyle": "--"}
-                axes.plot(record["contexts"], record["temporary_bytes"], linewidth=1.2, **dashed)
-        temporaries = any("temporary_bytes" in record for record in records)
+                axes.plot(grown["contexts"], grown["temporary_bytes"], linewidth=1.2, **dashed)
         if temporaries:
             axes.plot(
                 [], [], color="#666", linestyle="--", linewidth=1.2, label="dashed: temporaries of a step, all rows"
@@ -209,20 +223,20 @@ PARTS = {
 }
 
 
-def step_shares(records: list[Record]) -> str:
+def step_shares(records: list[Profile]) -> str:
     """Time of a decode step by component, a bar for each cache."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(SIZE[0], 1.3 + 0.5 * len(records)))
-        widest = max(record["profiled_ms"] for record in records)
+        widest = max(record.profiled_ms for record in records)
         for place, record in enumerate(reversed(records)):
-            ms = {each["name"]: each["ms"] for each in record["components"]}
-            ms |= {"between": record["between_ms"], "around": record["around_ms"]}
+            ms = {each["name"]: each["ms"] for each in record.components}
+            ms |= {"between": record.between_ms, "around": record.around_ms}
             left = 0.0
             for colour, names in PARTS.values():
                 width = sum(ms.get(name, 0.0) for name in names)
                 bar = axes.barh(place, width, 0.62, left, color=colour, edgecolor="white", linewidth=0.6)
                 if width > 0.06 * widest:
-                    share = f"{width / record['profiled_ms']:.0%}"
+                    share = f"{width / record.profiled_ms:.0%}"
                     axes.bar_label(
                         bar,
                         [share],
@@ -232,8 +246,8 @@ def step_shares(records: list[Record]) -> str:
                     )
                 left += width
             axes.annotate(f"{left:.2f}", (left, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
-        models = {record["model"] for record in records}
-        names = [f"{r['model']}: {r['cache']}" if len(models) > 1 else r["cache"] for r in reversed(records)]
+        models = {record.model for record in records}
+        names = [f"{r.model}: {r.cache}" if len(models) > 1 else r.cache for r in reversed(records)]
         axes.set_yticks(range(len(records)), ["\n".join(textwrap.wrap(name, 34)) for name in names])
         axes.set_xlabel("milliseconds of a decode step")
         handles = [Patch(color=colour) for colour, _ in PARTS.values()]
@@ -244,10 +258,10 @@ def step_shares(records: list[Record]) -> str:
         return to_svg(figure)
 
 
-def found_at(records: list[Record]) -> str:
+def found_at(records: list[Retrieval]) -> str:
     """A heat map per cache: what is answered by depth and length, the mean over the tasks that can be measured; grey was not measured."""
-    caches = list(dict.fromkeys(r["cache"] for r in records))
-    lengths, depths = sorted({r["length"] for r in records}), sorted({r["depth"] for r in records})
+    caches = list(dict.fromkeys(r.cache for r in records))
+    lengths, depths = sorted({r.length for r in records}), sorted({r.depth for r in records})
     columns = min(4, len(caches))
     rows = -(-len(caches) // columns)
     style: dict[Any, Any] = STYLE | {"axes.grid": False, "font.size": 9}
@@ -276,19 +290,19 @@ def found_at(records: list[Record]) -> str:
         return to_svg(figure)
 
 
-def stream(records: list[Record]) -> str:
+def stream(records: list[Stream]) -> str:
     """Milliseconds per token against tokens generated, a line per cache."""
     with plt.rc_context(STYLE):
         figure, axes = _axes()
         for style, record in styled(records):
-            done, ms, _ = zip(*record["points"], strict=True)
+            done, ms, _ = zip(*record.points, strict=True)
             axes.plot(
                 done,
                 ms,
                 **style,
                 marker="o",
                 markersize=3,
-                label=f"{Path(record['model']).name}: {record['cache']}",
+                label=f"{record.name}: {record.cache}",
             )
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -299,28 +313,27 @@ def stream(records: list[Record]) -> str:
         return to_svg(figure)
 
 
-def users(records: list[Record], filled: list[dict[str, int]]) -> str:
+def users(records: list[Fit]) -> str:
     """Users that fit on a card, a bar per cache and context; beside it the bytes that fill the card, against what a program may have of it."""
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(
             1, 2, figsize=(1.3 * SIZE[0], 1.3 + 0.5 * len(records)), sharey=True, gridspec_kw={"wspace": 0.06}
         )
         places = range(len(records))[::-1]
-        bars = left.barh(places, [r["users"] for r in records], 0.6, color=COLOURS[0])
-        left.bar_label(bars, [f"{r['users']:,}" for r in records], padding=3, fontsize=9)
+        bars = left.barh(places, [r.users for r in records], 0.6, color=COLOURS[0])
+        left.bar_label(bars, [f"{r.users:,}" for r in records], padding=3, fontsize=9)
         left.margins(x=0.15)
         names = [
-            "\n".join(textwrap.wrap(r["cache"], 34)) + (f", {r['context']:,}" if len(records) > 1 else "")
-            for r in records
+            "\n".join(textwrap.wrap(r.cache, 34)) + (f", {r.context:,}" if len(records) > 1 else "") for r in records
         ]
         left.set_yticks(places, names, fontsize=9)
         left.set_xlabel("users that fit")
         start = [0.0] * len(records)
-        for colour, what in zip(("#999999", COLOURS[5], COLOURS[1]), filled[0], strict=True):
-            sizes = [each[what] / 2**30 for each in filled]
+        for colour, what in zip(("#999999", COLOURS[5], COLOURS[1]), FILLED, strict=True):
+            sizes = [each.filled[what] / 2**30 for each in records]
             right.barh(places, sizes, 0.6, left=start, color=colour, label=what)
             start = [before + size for before, size in zip(start, sizes, strict=True)]
-        right.axvline(records[0]["budget"] / 2**30, color="#333", linewidth=1, linestyle="--")
+        right.axvline(records[0].budget / 2**30, color="#333", linewidth=1, linestyle="--")
         right.set_xlabel("GiB held; dashed: what a program may have")
         right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=9)
         for axes in (left, right):
@@ -328,26 +341,26 @@ def users(records: list[Record], filled: list[dict[str, int]]) -> str:
         return to_svg(figure)
 
 
-def peak_memory(records: list[Record]) -> str:
+def peak_memory(records: list[Crash]) -> str:
     """Peak memory against users, a panel per model: a point lived, a cross died at the limit, a line is the arithmetic."""
-    models = list(dict.fromkeys(r["model"] for r in records))
+    models = list(dict.fromkeys(r.model for r in records))
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
             1, len(models), figsize=(SIZE[0] * max(1, 0.75 * len(models)), SIZE[1]), squeeze=False
         )
         for panel, model in zip(panels.flat, models, strict=True):
-            mine = [r for r in records if r["model"] == model]
+            mine = [r for r in records if r.model == model]
             for style, record in styled(mine):
                 colour = style["color"]
-                limit, last = record["limit"] / 1e9, record["users_predicted"]
-                line = [record["peak_one"] / 1e9 + n * record["user_bytes_predicted"] / 1e9 for n in (0, last - 1)]
+                limit, last = record.limit / 1e9, record.users_predicted
+                line = [record.peak_one / 1e9 + n * record.user_bytes_predicted / 1e9 for n in (0, last - 1)]
                 panel.plot([1, last], line, linewidth=1, **style)
-                lived = [(c["users"], c["peak"] / 1e9) for c in record["children"] if c["lived"]]
-                died = [(c["users"], limit) for c in record["children"] if not c["lived"]]
-                panel.plot(*zip(*lived, strict=True), color=colour, marker="o", linestyle="", label=record["cache"])
+                lived = [(c["users"], c.get("peak", 0) / 1e9) for c in record.children if c["lived"]]
+                died = [(c["users"], limit) for c in record.children if not c["lived"]]
+                panel.plot(*zip(*lived, strict=True), color=colour, marker="o", linestyle="", label=record.cache)
                 panel.plot(*zip(*died, strict=True), color=colour, marker="x", linestyle="", markersize=8)
-            panel.axhline(mine[0]["limit"] / 1e9, color="#888", linewidth=1, linestyle="--")
-            panel.set_title(f"{model}, {mine[0]['context']:,} tokens each", fontsize=10)
+            panel.axhline(mine[0].limit / 1e9, color="#888", linewidth=1, linestyle="--")
+            panel.set_title(f"{model}, {mine[0].context:,} tokens each", fontsize=10)
             panel.set_xlabel("users")
             panel.set_ylim(bottom=0)
             panel.legend(fontsize=8, loc="lower right")

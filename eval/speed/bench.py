@@ -1,10 +1,10 @@
 """How fast a model prefills and decodes behind a cache, what a step must read from memory, and peers timed in turns with it."""
 
 import dataclasses
-import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,10 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.cache.whole import Cache
 from kvcascade.eval.measure import Job
-from kvcascade.eval.records import Record, Table, full_bytes
+from kvcascade.eval.memory.arithmetic import full_bytes
+from kvcascade.eval.records import Bench, BenchFailed, BenchRow, grouped, of
 from kvcascade.eval.speed.peers import Peer, PeerFailed
+from kvcascade.eval.table import Column, Table
 from kvcascade.kernels import processor
 from kvcascade.model import generate
 from kvcascade.model.config import ModelConfig
@@ -80,7 +82,7 @@ class Ours:
             seconds.append(time.perf_counter() - start)
         return seconds
 
-    def about(self) -> Record:
+    def about(self) -> dict[str, Any]:
         """What is known of it besides its times; the bytes are those of its cache as it is now."""
         config, params = self._model.config, self._model.params
         read = weight_bytes(config, params)
@@ -148,7 +150,7 @@ class Timed:
         first = [self.who.prefill()] if prefill else []
         self.rounds.append(Round(first, self.who.decode(WARM + steps, True)[WARM:], self.who.decode(steps, False)))
 
-    def record(self, batch: int, context: int, kept: list[int]) -> Record:
+    def record(self, batch: int, context: int, kept: list[int]) -> dict[str, Any]:
         """What it is and how fast in the rounds that are kept."""
         known = self.who.about()
         if self.reason:
@@ -203,7 +205,7 @@ def bench(
     steps: int,
     repeats: int,
     prefills: int,
-) -> list[Record]:
+) -> list[BenchRow]:
     """Records of each cache at one batch and context, and of each peer: rounds in turns, so that noise of the machine hits all.
 
     A round is `WARM` steps and `steps` that are timed in each library's own loop, and as many one by one. The first `prefills` of the
@@ -231,12 +233,13 @@ def bench(
         steady = len(kept) >= repeats and begun >= min(prefills, repeats)
     kept = kept if steady else [*range(len(rates))]
     measured = [rate for index in kept for rate in rates[index]]
-    shared = {
-        "kind": "bench", "model": models[0].name, "batch": batch, "context": context, "last_position": length - 1, "steps": steps,
+    shared: dict[str, Any] = {
+        "model": models[0].name, "batch": batch, "context": context, "last_position": length - 1, "steps": steps,
         "repeats": repeats, "prefills": sum(index < prefills or index >= repeats for index in kept), "rounds": len(rates), "kept": len(kept),
         "steady": steady, "seed": models[0].seed, "bandwidth": statistics.median(measured), "bandwidth_range": [min(measured), max(measured)],
     }  # fmt: skip
-    return [shared | entry.record(batch, context, kept) for entry in entries]
+    kind = lambda entry: BenchFailed if entry.reason else Bench
+    return [kind(entry)(**shared | entry.record(batch, context, kept)) for entry in entries]
 
 
 def random_prompts(model: Model, batch: int, context: int) -> list[list[int]]:
@@ -268,115 +271,94 @@ def seconds(call: Callable) -> float:
 
 
 HEADLINE = "Decoding in each library's own loop, ours over the quickest variant of a library"
+CASE = Column("batch × context", lambda r: f"{r.batch} × {r.context:,}")
 PRUNING = ("kvpress",)
 """Libraries that keep a part of the tokens: their like among ours are caches that do so too."""
 
 
-def table(found: list[Record]) -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and rows of one model: times with their spread, bytes per step against the memory's bandwidth, ratios to each library."""
-    libraries = _libraries(found)
+def table(found: list[BenchRow]) -> Table:
+    """Of one model: times with their spread, bytes per step against the memory's bandwidth, ratios to each library."""
+    timed, first = of(found, Bench), found[0]
+    if_timed = lambda value: lambda r: value(r) if isinstance(r, Bench) else None
+    read = lambda r: r.speed and f"{r.speed / 1e9:.1f}, {r.speed / r.bandwidth:.0%}"
     columns = [
-        "cache", "weights", "batch × context", "KV, MB/row", "first token, ms", "prefill, tok/s", "decode, tok/s",
-        "loop, ms (5–95 %)", "alone, ms (5–95 %)", "read, MB", "GB/s", "memory, GB/s", *(f"× {library}" for library in libraries),
+        Column("cache", lambda r: r.cache if isinstance(r, Bench) else f"{r.cache}: {r.reason}"), Column("weights", "weights"), CASE,
+        Column("KV, MB/row", if_timed(lambda r: r.kv_bytes and r.kv_bytes / 1e6), "{:,.2f}"), Column("first token, ms", "first_token_ms", "{:,.0f}"),
+        Column("prefill, tok/s", "prefill_tokens_per_second", "{:,.0f}"), Column("decode, tok/s", "decode_tokens_per_second", "{:,.1f}"),
+        Column("loop, ms (5–95 %)", if_timed(lambda r: _spread(r.step_ms, r.step_ms_5_95))),
+        Column("alone, ms (5–95 %)", if_timed(lambda r: _spread(r.alone, r.alone_ms_5_95))),
+        Column("read, MB", if_timed(lambda r: r.step_bytes and r.step_bytes / 1e6), "{:,.1f}"), Column("GB/s", if_timed(read)),
+        Column("memory, GB/s", if_timed(_memory)),
+        *(Column(f"× {library}", if_timed(lambda r, library=library: _ratios(r, timed, library))) for library in _libraries(found)),
     ]  # fmt: skip
-    rows = []
-    for r in found:
-        cells = [r["cache"], r.get("weights", ""), f"{r['batch']} × {r['context']:,}"]
-        if "reason" in r:
-            rows.append([f"{cells[0]}: {r['reason']}", *cells[1:], *[""] * (len(columns) - len(cells))])
-            continue
-        speed = r["step_bytes"] / r["step_ms"] / 1e6 if "step_bytes" in r else None
-        read = (
-            (f"{r['step_bytes'] / 1e6:,.1f}", f"{speed:.1f}, {speed * 1e9 / r['bandwidth']:.0%}") if speed else ("", "")
-        )
-        size = r.get("kv_bytes")
-        rows.append([
-            *cells, f"{size / 1e6:,.2f}" if size else "", f"{r['first_token_ms']:,.0f}", f"{r['prefill_tokens_per_second']:,.0f}",
-            f"{r['decode_tokens_per_second']:,.1f}", _spread(r["step_ms"], r.get("step_ms_5_95")),
-            _spread(_alone(r), r.get("alone_ms_5_95")), *read, _memory(r), *(_ratios(r, _like(r, found, library)) for library in libraries),
-        ])  # fmt: skip
-    first = found[0]
-    names = list(dict.fromkeys(r["peer"] for r in found if "peer" in r))
-    peers = (
-        f"; × a library: prefill, loop, alone, over its quickest variant in each ({'; '.join(names)})" if names else ""
-    )
-    prefills = [r["prefills"] for r in found if "prefills" in r]
+    names = "; ".join(dict.fromkeys(r.peer for r in found if r.peer))
+    peers = f"; × a library: prefill, loop, alone, over its quickest variant in each ({names})" if names else ""
+    prefills = [r.prefills for r in found if r.prefills]
     times = f", {_from_to(prefills)} prefills" if prefills else ""
-    rates = _from_to([round(r["bandwidth"] / 1e9) for r in found])
-    title = f"{first['model']}, {first['steps']} steps × {first['repeats']} rounds{times}, memory read at {rates} GB/s{peers}"
-    return title, columns, rows
+    rates = _from_to(r.bandwidth / 1e9 for r in found)
+    title = f"{first.model}, {first.steps} steps × {first.repeats} rounds{times}, memory read at {rates} GB/s{peers}"
+    return Table.of(title, columns, found)
 
 
-def headline(found: list[Record]) -> Table:
+def headline(found: list[BenchRow]) -> Table:
     """Decoding as each library's own loop does it, the best of ours over the best of each library's; and the same among weights of as many bits.
 
     Of ours those that keep all tokens, against a library that keeps a part of them the others. No rows without a peer that was timed.
     """
     libraries, rows = _libraries(found), []
-    quickest = lambda some: max(some, key=lambda r: r["decode_tokens_per_second"], default=None)
-    timed = [r for r in found if "reason" not in r]
-    for batch, context in dict.fromkeys((r["batch"], r["context"]) for r in timed):
-        case = [r for r in timed if (r["batch"], r["context"]) == (batch, context)]
-        for bits in (None, *sorted({_bits(r) for r in case if "library" not in r}, reverse=True)):
-            alike = [r for r in case if bits in (None, _bits(r))]
-            ours = [r for r in alike if "library" not in r]
-            whole = [r for r in ours if r["cache"].startswith("full")]
+    quickest = lambda some: max(some, key=lambda r: r.decode_tokens_per_second, default=None)
+    for case in grouped(of(found, Bench), lambda r: (r.batch, r.context)):
+        for bits in (None, *sorted({r.bits for r in case if not r.library}, reverse=True)):
+            alike = [r for r in case if bits in (None, r.bits)]
+            ours = [r for r in alike if not r.library]
+            whole = [r for r in ours if r.cache.startswith("full")]
             parts = [r for r in ours if r not in whole]
-            cells, best = [], quickest(whole or ours)
+            best = quickest(whole or ours)
+            told = {}
             for library in libraries:
-                mine, theirs = quickest((parts if library in PRUNING else whole) or ours), quickest(_of(alike, library))
-                cells.append(_against(mine, theirs) if mine and theirs else "")
-            if best and any(cells):
-                of = "best" if bits is None else f"{bits} bits"
-                shown = f"{best['decode_tokens_per_second']:,.1f} ({best['cache']}, {best['weights']})"
-                rows.append([f"{batch} × {context:,}", of, shown, *cells])
-    return ["batch × context", "weights", "ours, tok/s", *(f"× {library}" for library in libraries)], rows
+                mine = quickest((parts if library in PRUNING else whole) or ours)
+                theirs = quickest([r for r in alike if r.library == library])
+                told[library] = mine and theirs and _against(mine, theirs)
+            if best and any(told.values()):
+                rows.append((best, "best" if bits is None else f"{bits} bits", told))
+    shown = lambda row: f"{row[0].decode_tokens_per_second:,.1f} ({row[0].cache}, {row[0].weights})"
+    columns = [
+        CASE._replace(value=lambda row: CASE.cell(row[0])), Column("weights", lambda row: row[1]), Column("ours, tok/s", shown),
+        *(Column(f"× {library}", lambda row, library=library: row[2][library]) for library in libraries),
+    ]  # fmt: skip
+    return Table.of(HEADLINE, columns, rows)
 
 
-def _against(mine: Record, theirs: Record) -> str:
-    steady = "" if mine.get("steady", True) else ", unsteady"
-    name = theirs["cache"].removeprefix(f"{theirs['library']} ")
-    return f"{mine['decode_tokens_per_second'] / theirs['decode_tokens_per_second']:.2f} ({name}{steady})"
+def _against(mine: Bench, theirs: Bench) -> str:
+    name = theirs.cache.removeprefix(f"{theirs.library} ")
+    return f"{mine.decode_tokens_per_second / theirs.decode_tokens_per_second:.2f} ({name}{_unsteady(mine)})"
 
 
-def _bits(record: Record) -> int:
-    """Of a weight: float32 and f32 are 32, int8 and q8_0 are 8, Q4_1 is 4."""
-    digits = re.search(r"\d+", record.get("weights", ""))
-    return int(digits[0]) if digits else 0
+def _libraries(found: list[BenchRow]) -> list[str]:
+    return list(dict.fromkeys(r.library for r in found if r.library))
 
 
-def _libraries(found: list[Record]) -> list[str]:
-    return list(dict.fromkeys(r["library"] for r in found if "library" in r))
+def _ratios(record: Bench, found: list[Bench], library: str) -> str | None:
+    """Of prefill, loop and step alone, each of a library's quickest in the same case over a record's."""
+    case = (library, record.batch, record.context)
+    peers = [r for r in found if (r.library, r.batch, r.context) == case]
+    times = (lambda r: r.first_token_ms, lambda r: r.step_ms, lambda r: r.alone)
+    return ", ".join(f"{min(map(time, peers)) / time(record):.2f}" for time in times) if peers else None
 
 
-def _of(found: list[Record], library: str) -> list[Record]:
-    return [r for r in found if r.get("library") == library and "reason" not in r]
-
-
-def _like(record: Record, found: list[Record], library: str) -> list[Record]:
-    return [r for r in _of(found, library) if (r["batch"], r["context"]) == (record["batch"], record["context"])]
-
-
-def _ratios(record: Record, peers: list[Record]) -> str:
-    times = (lambda r: r["first_token_ms"], lambda r: r["step_ms"], _alone)
-    return ", ".join(f"{min(map(time, peers)) / time(record):.2f}" for time in times) if peers else ""
-
-
-def _alone(record: Record) -> float:
-    """Milliseconds of a step by itself: older records have three quantiles, of which the median is the first."""
-    return record["alone_ms"] if "alone_ms" in record else record["alone_ms_50_90_99"][0]
-
-
-def _spread(median: float, ends: list[float] | None) -> str:
+def _spread(median: int | float, ends: Sequence[int | float] | None) -> str:
     return f"{median:.2f}" + (f" ({ends[0]:.2f}–{ends[1]:.2f})" if ends else "")
 
 
-def _memory(record: Record) -> str:
+def _memory(record: Bench) -> str:
     """What the memory gave before and after the rounds, and whether that changed."""
-    ends = [round(rate / 1e9) for rate in record.get("bandwidth_range", [record["bandwidth"]])]
-    return _from_to(ends) + ("" if record.get("steady", True) else ", unsteady")
+    return _from_to(rate / 1e9 for rate in record.bandwidth_range or [record.bandwidth]) + _unsteady(record)
 
 
-def _from_to(values: list[int]) -> str:
-    low, high = min(values), max(values)
+def _unsteady(record: Bench) -> str:
+    return ", unsteady" if record.steady is False else ""
+
+
+def _from_to(values: Iterable[int | float]) -> str:
+    low, *_, high = sorted(2 * [round(value) for value in values])
     return f"{low}" if low == high else f"{low}–{high}"

@@ -3,7 +3,7 @@
 import collections
 import statistics
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from kvcascade.cache.spec import CacheSpec
 from kvcascade.cache.whole import Cache, nbytes
 from kvcascade.eval.measure import Job
 from kvcascade.eval.memory import buffers
-from kvcascade.eval.records import Record
+from kvcascade.eval.records import Profile
 from kvcascade.eval.speed import bench
 from kvcascade.eval.speed.trace import trace
 from kvcascade.kernels import native, processor, traffic
@@ -72,16 +72,16 @@ def job(model: Model, spec: CacheSpec, batch: int, context: int) -> Job:
         "batch": batch, "context": context, "seed": model.seed, "processor": processor.name(),
     }  # fmt: skip
 
-    def run() -> list[Record]:
+    def run() -> list[Profile]:
         bandwidth = bench.bandwidth()
-        found = profile(model, spec, batch, context)
-        return [about | found | {"bandwidth": bandwidth, "growth": buffers.measured(model, spec, batch, context)}]
+        found = about | profile(model, spec, batch, context)
+        return [Profile(**found, bandwidth=bandwidth, growth=buffers.measured(model, spec, batch, context))]
 
     return Job(about, "eval/speed", run, str(spec))
 
 
-def profile(model: Model, spec: CacheSpec, batch: int, context: int) -> Record:
-    """The record of one cache: a step's time and bytes by component, its buffers, and whether anything grows from step to step.
+def profile(model: Model, spec: CacheSpec, batch: int, context: int) -> dict[str, Any]:
+    """What is found of one cache: a step's time and bytes by component, its buffers, and whether anything grows from step to step.
 
     Rows of random tokens are prefilled, then decoded greedily by `generate.generate` up to `context`, DISPATCH steps at a time. The shares
     are means over the fastest quarter of the profiled dispatches, so they add up to `profiled_ms`; `step_ms` is the same without the profiler.
@@ -115,12 +115,6 @@ def profile(model: Model, spec: CacheSpec, batch: int, context: int) -> Record:
         calls[places.get(key, "other")] += 1
     moved = _moved(program, cache)
     return {
-        "kind": "profile",
-        "model": model.name,
-        "weights": config.weights,
-        "cache": str(spec),
-        "batch": batch,
-        "context": context,
         "steps": len(traced) * generate.DISPATCH,
         "step_ms": mean(_fastest(plain, float)) * 1e9,
         "profiled_ms": mean(each.total for each in fastest),
@@ -136,7 +130,6 @@ def profile(model: Model, spec: CacheSpec, batch: int, context: int) -> Record:
         "kv_bytes": nbytes(cache) // batch,
         "buffers": buffers.of_step(program.compiled, cache, component),
         "watched": watch | {"steps": watch["steps"] * generate.DISPATCH},
-        "seed": model.seed,
     }
 
 

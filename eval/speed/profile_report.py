@@ -3,109 +3,107 @@
 import csv
 import io
 from pathlib import Path
+from typing import NamedTuple
 
-from kvcascade.eval.records import Record
+from kvcascade.eval.records import Profile
 from kvcascade.eval.report import figures
 from kvcascade.eval.speed.profile import COMPONENTS, TOLERANCE
+from kvcascade.eval.table import CACHE, Column, Table
 from kvcascade.kernels.files import write_whole
 
 WEIGHTS = ("qkv", "output", "mlp", "head")
-CACHE = ("attention", "priority", "exchange", "scores")
+EVICTION = ("priority", "exchange", "scores")
 
 
-def table(record: Record) -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and rows of one cache: each component's part of a decode step, the longest first, in time and in bytes."""
-    columns = ["component", "instructions", "ms", "of the step", "MB", "GB/s", "of bandwidth"]
-    rows = []
-    for each in _parts(record):
-        speed = each["bytes"] / each["ms"] / 1e6
-        rows.append([
-            f"{each['name']}: {COMPONENTS.get(each['name'], '')}", str(each["calls"]), f"{each['ms']:.3f}", f"{each['ms'] / record['profiled_ms']:.1%}",
-            f"{each['bytes'] / 1e6:,.3f}", f"{speed:.1f}", f"{speed * 1e9 / record['bandwidth']:.0%}",
-        ])  # fmt: skip
-        if each["name"] == "attention" and len(record["tiers"]) > 1:
-            for tier in record["tiers"]:
-                rows.append([f"  {tier['tier']}", "", f"~{tier['ms']:.3f}", "", f"{tier['bytes'] / 1e6:,.3f}", "", ""])
-    for name, key in (
-        ("between: from an instruction to the next", "between_ms"),
-        ("dispatch: Python, programs started, threads woken", "around_ms"),
-    ):
-        rows.append([name, "", f"{record[key]:.3f}", f"{record[key] / record['profiled_ms']:.1%}", "", "", ""])
-    total = f"{_moved(record) / 1e6:,.3f}"
-    rows.append(["sum: the step under the profiler", "", f"{record['profiled_ms']:.3f}", "100.0%", total, "", ""])
-    speed = _moved(record) / record["step_ms"] / 1e6
-    share = f"{speed * 1e9 / record['bandwidth']:.0%}"
-    rows.append(["step: without the profiler", "", f"{record['step_ms']:.3f}", "", "", f"{speed:.1f}", share])
-    title = f"{record['model']}, {record['weights']}, batch {record['batch']}, context {record['context']:,}: {record['cache']}"
-    return title, columns, rows
-
-
-def summary(found: list[Record]) -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and rows of several caches: where their decode steps spend their time."""
-    columns = [
-        "cache",
-        "weights",
-        "step, ms",
-        "weights' products",
-        "attention",
-        "eviction",
-        "other instructions",
-        "nothing runs",
-        "MB",
-        "of bandwidth",
-    ]
-    rows = []
-    for r in found:
-        share = lambda ms, r=r: f"{ms / r['profiled_ms']:.0%}"
-        ms = {each["name"]: each["ms"] for each in r["components"]}
-        weights, cache = (sum(ms.get(name, 0.0) for name in names) for names in (WEIGHTS, CACHE))
-        attention = ms.get("attention", 0.0)
-        rows.append([
-            r["cache"], r["weights"], f"{r['step_ms']:.2f}", share(weights), share(attention), share(cache - attention),
-            share(sum(ms.values()) - weights - cache), share(r["between_ms"] + r["around_ms"]), f"{_moved(r) / 1e6:,.1f}",
-            f"{_moved(r) / r['step_ms'] * 1e3 / r['bandwidth']:.0%}",
-        ])  # fmt: skip
-    first = found[0]
-    title = f"{first['model']}: a greedy decode step at batch {first['batch']}, context {first['context']:,}"
-    return title, columns, rows
-
-
-def memory_table(found: list[Record]) -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and rows: what one row's cache takes at each context, and the step's temporaries at the shortest and the longest."""
-    contexts = found[0]["growth"]["contexts"]
-    columns = ["cache", *(f"{context:,}" for context in contexts), "× the shortest", "temporaries of a step"]
-    rows = []
-    for r in found:
-        size, temporaries = r["growth"]["kv_bytes"], r["growth"]["temporary_bytes"]
-        label = figures.bytes_label
-        rows.append(
-            [
-                r["cache"],
-                *map(label, size),
-                f"{size[-1] / size[0]:.1f}",
-                f"{label(temporaries[0])} … {label(temporaries[-1])}",
+def table(record: Profile) -> Table:
+    """Of one cache: each component's part of a decode step, the longest first, in time and in bytes."""
+    parts: list[_Part] = []
+    for each in record.longest_first:
+        told = f"{each['name']}: {COMPONENTS.get(each['name'], '')}"
+        parts.append(_Part(told, each["ms"], each["calls"], each["bytes"], each["bytes"] / each["ms"]))
+        if each["name"] == "attention" and len(record.tiers) > 1:
+            parts += [
+                _Part(f"  {tier['tier']}", tier["ms"], size=tier["bytes"], ms_form="~{:.3f}", share=False)
+                for tier in record.tiers
             ]
-        )
-    return f"{found[0]['model']}: one row's cache by context, measured from its buffers", columns, rows
+    parts += [
+        _Part("between: from an instruction to the next", record.between_ms),
+        _Part("dispatch: Python, programs started, threads woken", record.around_ms),
+        _Part("sum: the step under the profiler", record.profiled_ms, size=record.moved),
+        _Part("step: without the profiler", record.step_ms, speed=record.moved / record.step_ms, share=False),
+    ]
+    columns = [
+        Column("component", "name"), Column("instructions", "calls"), Column("ms", lambda part: part.ms_form.format(part.ms)),
+        Column("of the step", lambda part: part.ms / record.profiled_ms if part.share else None, "{:.1%}"),
+        Column("MB", lambda part: None if part.size is None else part.size / 1e6, "{:,.3f}"),
+        Column("GB/s", lambda part: None if part.speed is None else part.speed / 1e6, "{:.1f}"),
+        Column("of bandwidth", lambda part: None if part.speed is None else part.speed * 1e3 / record.bandwidth, "{:.0%}"),
+    ]  # fmt: skip
+    title = f"{record.model}, {record.weights}, batch {record.batch}, context {record.context:,}: {record.cache}"
+    return Table.of(title, columns, parts)
 
 
-def sentences(record: Record) -> list[str]:
+class _Part(NamedTuple):
+    """A row of a step: bytes, and bytes per millisecond."""
+
+    name: str
+    ms: float
+    calls: float | None = None
+    size: float | None = None
+    speed: float | None = None
+    ms_form: str = "{:.3f}"
+    share: bool = True
+
+
+def summary(found: list[Profile]) -> Table:
+    """Of several caches: where their decode steps spend their time."""
+    of = lambda wanted: lambda r: sum(each["ms"] for each in r.components if wanted(each["name"])) / r.profiled_ms
+    others = lambda name: name not in (*WEIGHTS, "attention", *EVICTION)
+    share = lambda name, value: Column(name, value, "{:.0%}")
+    columns = [
+        CACHE, Column("weights", "weights"), Column("step, ms", "step_ms", "{:.2f}"), share("weights' products", of(WEIGHTS.__contains__)),
+        share("attention", of("attention".__eq__)), share("eviction", of(EVICTION.__contains__)), share("other instructions", of(others)),
+        share("nothing runs", lambda r: (r.between_ms + r.around_ms) / r.profiled_ms), Column("MB", lambda r: r.moved / 1e6, "{:,.1f}"),
+        share("of bandwidth", lambda r: r.moved / r.step_ms * 1e3 / r.bandwidth),
+    ]  # fmt: skip
+    first = found[0]
+    title = f"{first.model}: a greedy decode step at batch {first.batch}, context {first.context:,}"
+    return Table.of(title, columns, found)
+
+
+def memory_table(found: list[Profile]) -> Table:
+    """What one row's cache takes at each context, and the step's temporaries at the shortest and the longest."""
+    label = figures.bytes_label
+    ends = lambda r: f"{label(r.growth['temporary_bytes'][0])} … {label(r.growth['temporary_bytes'][-1])}"
+    columns = [
+        CACHE,
+        *(
+            Column(f"{context:,}", lambda r, index=index: label(r.growth["kv_bytes"][index]))
+            for index, context in enumerate(found[0].growth["contexts"])
+        ),
+        Column("× the shortest", lambda r: r.growth["kv_bytes"][-1] / r.growth["kv_bytes"][0], "{:.1f}"),
+        Column("temporaries of a step", ends),
+    ]
+    return Table.of(f"{found[0].model}: one row's cache by context, measured from its buffers", columns, found)
+
+
+def sentences(record: Profile) -> list[str]:
     """The answers, a line each: what a step is spent on, which buffers it has, what grows."""
-    ms = record["profiled_ms"]
-    longest = ", ".join(f"{each['name']} {each['ms'] / ms:.0%}" for each in _parts(record)[:4])
-    change = record["profiled_ms"] / record["step_ms"] - 1
+    ms = record.profiled_ms
+    longest = ", ".join(f"{each['name']} {each['ms'] / ms:.0%}" for each in record.longest_first[:4])
+    change = record.profiled_ms / record.step_ms - 1
     close = "within" if abs(change) <= TOLERANCE else "NOT within"
     found = [
-        f"A step takes {record['step_ms']:.2f} ms and moves {_moved(record) / 1e6:,.1f} MB with {record['operations'] / 1e6:,.1f} million operations; "
-        f"memory is read at {record['bandwidth'] / 1e9:.1f} GB/s (above 100% of it: from the processor's caches).",
-        f"Its time: {longest}; nothing runs in {(record['around_ms'] + record['between_ms']) / ms:.0%}. The shares add up to "
+        f"A step takes {record.step_ms:.2f} ms and moves {record.moved / 1e6:,.1f} MB with {record.operations / 1e6:,.1f} million operations; "
+        f"memory is read at {record.bandwidth / 1e9:.1f} GB/s (above 100% of it: from the processor's caches).",
+        f"Its time: {longest}; nothing runs in {(record.around_ms + record.between_ms) / ms:.0%}. The shares add up to "
         f"{ms:.2f} ms under the profiler, {change:+.0%}: {close} {TOLERANCE:.0%}.",
     ]
-    if len(record["tiers"]) > 1:
+    if len(record.tiers) > 1:
         found.append(
             "Attention is one call for all tiers; its time is divided (~) as the times that it takes over each tier alone."
         )
-    buffers, label = record["buffers"], figures.bytes_label
+    buffers, label = record.buffers, figures.bytes_label
     largest = ", ".join(
         f"{b['component']} {b['type']}{' in each layer' if b['count'] > 1 else ''} ({label(b['bytes'])})"
         for b in buffers["largest"][:3]
@@ -119,18 +117,18 @@ def sentences(record: Record) -> list[str]:
         f"The cache's {label(buffers['cache'])} are changed in place ({buffers['aliased'] / buffers['cache']:.0%} aliased) and {copies}; "
         f"all temporaries together take {label(buffers['temporaries'])}, the largest: {largest}."
     )
-    grew = record["watched"]
+    grew = record.watched
     found.append(
         f"Over {grew['steps']} steps live arrays grew by {grew['arrays']}, their bytes by {grew['bytes']:,}, the process by {label(grew['resident'])}."
     )
-    growth = record["growth"]
+    growth = record.growth
     size, contexts = growth["kv_bytes"], growth["contexts"]
     spare = max(
         map(
             sum,
             zip(
                 growth["live_bytes"],
-                (-record["batch"] * s for s in size),
+                (-record.batch * s for s in size),
                 (-o for o in growth["output_bytes"]),
                 strict=True,
             ),
@@ -143,55 +141,39 @@ def sentences(record: Record) -> list[str]:
     return found
 
 
-def groups(profiles: list[Record]) -> list[list[Record]]:
-    """Those of one model, its weights, a batch and a context together."""
-    found: dict[tuple, list[Record]] = {}
-    for r in profiles:
-        found.setdefault((r["model"], r["weights"], r["batch"], r["context"]), []).append(r)
-    return list(found.values())
-
-
-def write(folder: Path, found: list[Record], text: str) -> None:
+def write(folder: Path, found: list[Profile], text: str) -> None:
     """Write profile.txt with this text, step.csv, memory.csv, step.svg and memory.svg."""
     parts = [
         {
-            "cache": r["cache"],
+            "cache": r.cache,
             "component": name,
             "instructions": calls,
             "ms": ms,
-            "share": ms / r["profiled_ms"],
+            "share": ms / r.profiled_ms,
             "bytes": size,
         }
         for r in found
         for name, calls, ms, size in (
-            *((each["name"], each["calls"], each["ms"], each["bytes"]) for each in _parts(r)),
-            ("between", 0, r["between_ms"], 0),
-            ("dispatch", 0, r["around_ms"], 0),
+            *((each["name"], each["calls"], each["ms"], each["bytes"]) for each in r.longest_first),
+            ("between", 0, r.between_ms, 0),
+            ("dispatch", 0, r.around_ms, 0),
         )
     ]
     sizes = ("kv_bytes", "held_bytes", "live_bytes", "output_bytes", "temporary_bytes")
     grown = [
-        {"cache": r["cache"], "batch": r["batch"], "context": context} | {key: r["growth"][key][index] for key in sizes}
+        {"cache": r.cache, "batch": r.batch, "context": context} | {key: vars(r)["growth"][key][index] for key in sizes}
         for r in found
-        for index, context in enumerate(r["growth"]["contexts"])
+        for index, context in enumerate(r.growth["contexts"])
     ]
     files = {
         "profile.txt": text,
         "step.csv": _csv(parts),
         "memory.csv": _csv(grown),
         "step.svg": figures.step_shares(found),
-        "memory.svg": figures.growth([r["growth"] for r in found]),
+        "memory.svg": figures.growth(found),
     }
     for name, content in files.items():
         write_whole(folder / name, content.encode())
-
-
-def _parts(record: Record) -> list[dict]:
-    return sorted(record["components"], key=lambda each: -each["ms"])
-
-
-def _moved(record: Record) -> int:
-    return sum(each["bytes"] for each in record["components"])
 
 
 def _csv(rows: list[dict]) -> str:

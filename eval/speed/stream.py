@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
 import statistics
 import time
-from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from kvcascade.cache.spec import CacheSpec
 from kvcascade.cache.whole import nbytes
 from kvcascade.eval.measure import Job
 from kvcascade.eval.memory.buffers import resident
-from kvcascade.eval.records import Record
+from kvcascade.eval.records import Stream
+from kvcascade.eval.table import CACHE, Column, Table
 from kvcascade.kernels import processor
 from kvcascade.kernels.write import argmin
 from kvcascade.model import generate, gpt
@@ -31,10 +33,10 @@ def job(model: Model, spec: CacheSpec, batch: int, tokens: int) -> Job:
         "kind": "stream", "model": model.name, "weights": model.config.weights, "weights_key": model.fingerprint, "cache": str(spec), "batch": batch,
         "tokens": tokens, "seed": model.seed, "processor": processor.name(),
     }  # fmt: skip
-    return Job(about, "eval/speed", lambda: [about | stream(model, spec, batch, tokens)], str(spec))
+    return Job(about, "eval/speed", lambda: [Stream(**about | stream(model, spec, batch, tokens))], str(spec))
 
 
-def stream(model: Model, spec: CacheSpec, batch: int, tokens: int) -> Record:
+def stream(model: Model, spec: CacheSpec, batch: int, tokens: int) -> dict[str, Any]:
     """Decode so many tokens greedily, also past the model's own context; a point of time and memory per STRETCH.
 
     A point is [tokens so far, milliseconds per token (the median over its dispatches), resident bytes]. `traces` counts the step's.
@@ -72,25 +74,22 @@ def stream(model: Model, spec: CacheSpec, batch: int, tokens: int) -> Record:
     return {"points": points, "finite": bool(finite), "traces": len(traces), "kv_bytes": kv_bytes}
 
 
-def table(found: list[Record]) -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and rows: milliseconds per token by tokens generated, and how far the process grew after the first stretch."""
-    marks = [mark for mark in (1024 * 2**n for n in range(20)) if any(r["points"][-1][0] >= mark for r in found)]
-    last = max(r["points"][-1][0] for r in found)
+def table(found: list[Stream]) -> Table:
+    """Milliseconds per token by tokens generated, and how far the process grew after the first stretch."""
+    last = max(r.points[-1][0] for r in found)
+    marks = [mark for mark in (1024 * 2**n for n in range(20)) if mark <= last]
     marks += [last] if last > marks[-1] else []
-    rows = []
-    for r in found:
-        at = {point[0]: point for point in r["points"]}
-        # A mark's figure is the median of the points since the mark before it.
-        cells = []
-        for before, mark in zip([0, *marks], marks, strict=False):
-            part = [ms for done, ms, _ in r["points"] if before < done <= mark]
-            cells.append(f"{statistics.median(part):.2f}" if mark in at else "")
-        grown = r["points"][-1][2] - r["points"][0][2]
-        rows.append([
-            r["cache"], Path(r["model"]).name, r["weights"], f"{r['tokens']:,}", f"{r['kv_bytes'] / 2**20:.2f}", *cells,
-            f"{grown / 2**20:+.1f} of {r['points'][0][2] / 2**20:,.0f}", "finite" if r["finite"] else "NOT FINITE", str(r["traces"]),
-        ])  # fmt: skip
+
+    def since(before: int, mark: int) -> Column:
+        """The median of the points since the mark before."""
+        part = lambda r: [ms for done, ms, _ in r.points if before < done <= mark]
+        there = lambda r: any(done == mark for done, *_ in r.points)
+        return Column(f"…{mark:,}", lambda r: statistics.median(part(r)) if there(r) else None, "{:.2f}")
+
+    grown = lambda r: f"{(r.points[-1][2] - r.points[0][2]) / 2**20:+.1f} of {r.points[0][2] / 2**20:,.0f}"
     columns = [
-        "cache", "model", "weights", "tokens", "cache, MiB", *(f"…{mark:,}" for mark in marks), "process, MiB", "logits", "traces",
+        CACHE, Column("model", "name"), Column("weights", "weights"), Column("tokens", "tokens", "{:,}"),
+        Column("cache, MiB", lambda r: r.kv_bytes / 2**20, "{:.2f}"), *(since(*pair) for pair in itertools.pairwise([0, *marks])),
+        Column("process, MiB", grown), Column("logits", lambda r: "finite" if r.finite else "NOT FINITE"), Column("traces", "traces"),
     ]  # fmt: skip
-    return "Milliseconds per token, by tokens generated", columns, rows
+    return Table.of("Milliseconds per token, by tokens generated", columns, found)
