@@ -64,3 +64,5 @@ def main(arguments: list[str]) -> None:
     console.show(bench.table(found))
     if (headline := bench.headline(found)).rows:
         console.show(headline)
+    for note in bench.notes(found):
+        console.say(note)

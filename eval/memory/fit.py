@@ -245,7 +245,7 @@ def table(found: Sequence[FitTask]) -> Table:
         Column("one user's context", for_fits(longest)), Column("XLA / arithmetic", "difference", "{:+.2%}"),
     ]  # fmt: skip
     title = f"users of {first.model} that fit on {first.gpu}, in {first.share:.0%} of its {first.gpu_memory / 2**30:.1f} GiB"
-    return Table.of(title, columns, found)
+    return Table.of(title, columns, sorted(found, key=lambda one: one.context))
 
 
 def notes(found: Sequence[FitTask]) -> list[str]:

@@ -52,7 +52,7 @@ def _weights(found: list[Record]) -> list[dict]:
 
 def _speed(benches: list[BenchRow]) -> dict:
     best = bench.headline(benches)
-    return {"best": best if best.rows else None, "table": bench.table(benches)}
+    return {"best": best if best.rows else None, "table": bench.table(benches), "notes": bench.notes(benches)}
 
 
 def _profile(profiles: list[Profile]) -> dict:

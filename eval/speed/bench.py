@@ -17,7 +17,7 @@ from kvcascade.eval.measure import Job
 from kvcascade.eval.memory.arithmetic import full_bytes
 from kvcascade.eval.records import Bench, BenchFailed, BenchRow, grouped, of
 from kvcascade.eval.speed.peers import Peer, PeerFailed
-from kvcascade.eval.table import Column, Table
+from kvcascade.eval.table import CACHE, Column, Table
 from kvcascade.kernels import processor
 from kvcascade.model import generate
 from kvcascade.model.config import ModelConfig
@@ -279,17 +279,15 @@ PRUNING = ("kvpress",)
 def table(found: list[BenchRow]) -> Table:
     """Of one model: times with their spread, bytes per step against the memory's bandwidth, ratios to each library."""
     timed, first = of(found, Bench), found[0]
-    if_timed = lambda value: lambda r: value(r) if isinstance(r, Bench) else None
     read = lambda r: r.speed and f"{r.speed / 1e9:.1f}, {r.speed / r.bandwidth:.0%}"
     columns = [
-        Column("cache", lambda r: r.cache if isinstance(r, Bench) else f"{r.cache}: {r.reason}"), Column("weights", "weights"), CASE,
-        Column("KV, MB/row", if_timed(lambda r: r.kv_bytes and r.kv_bytes / 1e6), "{:,.2f}"), Column("first token, ms", "first_token_ms", "{:,.0f}"),
+        CACHE, Column("weights", "weights"), CASE, Column("KV, MB/row", lambda r: r.kv_bytes and r.kv_bytes / 1e6, "{:,.2f}"),
+        Column("first token, ms", "first_token_ms", "{:,.0f}"),
         Column("prefill, tok/s", "prefill_tokens_per_second", "{:,.0f}"), Column("decode, tok/s", "decode_tokens_per_second", "{:,.1f}"),
-        Column("loop, ms (5–95 %)", if_timed(lambda r: _spread(r.step_ms, r.step_ms_5_95))),
-        Column("alone, ms (5–95 %)", if_timed(lambda r: _spread(r.alone, r.alone_ms_5_95))),
-        Column("read, MB", if_timed(lambda r: r.step_bytes and r.step_bytes / 1e6), "{:,.1f}"), Column("GB/s", if_timed(read)),
-        Column("memory, GB/s", if_timed(_memory)),
-        *(Column(f"× {library}", if_timed(lambda r, library=library: _ratios(r, timed, library))) for library in _libraries(found)),
+        Column("loop, ms (5–95 %)", lambda r: _spread(r.step_ms, r.step_ms_5_95)),
+        Column("alone, ms (5–95 %)", lambda r: _spread(r.alone, r.alone_ms_5_95)),
+        Column("read, MB", lambda r: r.step_bytes and r.step_bytes / 1e6, "{:,.1f}"), Column("GB/s", read), Column("memory, GB/s", _memory),
+        *(Column(f"× {library}", lambda r, library=library: _ratios(r, timed, library)) for library in _libraries(found)),
     ]  # fmt: skip
     names = "; ".join(dict.fromkeys(r.peer for r in found if r.peer))
     peers = f"; × a library: prefill, loop, alone, over its quickest variant in each ({names})" if names else ""
@@ -297,7 +295,12 @@ def table(found: list[BenchRow]) -> Table:
     times = f", {_from_to(prefills)} prefills" if prefills else ""
     rates = _from_to(r.bandwidth / 1e9 for r in found)
     title = f"{first.model}, {first.steps} steps × {first.repeats} rounds{times}, memory read at {rates} GB/s{peers}"
-    return Table.of(title, columns, found)
+    return Table.of(title, columns, timed)
+
+
+def notes(found: list[BenchRow]) -> list[str]:
+    """A line for each peer that could not do a case, in its own words."""
+    return [f"{r.cache} at {CASE.cell(r)}: {r.reason}" for r in of(found, BenchFailed)]
 
 
 def headline(found: list[BenchRow]) -> Table:
