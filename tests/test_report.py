@@ -1,13 +1,15 @@
 """The page and the README's tables are made from records alone."""
 
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.eval import record_files, suite
-from kvcascade.eval.records import Compared, Evaluation, Retrieval, Training, of
+from kvcascade.eval.records import Compared, Evaluation, Retrieval, Training, changed, of
 from kvcascade.eval.report import page
 from kvcascade.eval.table import Table, markdown
 from kvcascade.scripts import readme
@@ -75,6 +77,34 @@ def test_recorded_bytes_are_exact_and_savings_are_covered(recorded):
     saved = [one.compression for one in evaluations if "heavy" in one.cache]
     assert max(saved) >= 0.9 and any(2 / 3 <= share < 0.75 for share in saved)
     assert next(one for one in evaluations if one.cache == str(suite.parse("neurokv"))).kept == 353
+
+
+def test_caches_of_equally_many_tokens_are_ranked_and_told_apart_where_they_are(recorded):
+    """The best first; one that is only by chance behind the one before is marked; without the full cache nothing is said."""
+    first = next(r for r in of(recorded, Evaluation) if r.cache == "full")
+    noise = np.random.default_rng(0).normal(0, 0.01, (4, first.sequences))
+
+    def behind(cache: str, index: int, kept: int, cost: float) -> Evaluation:
+        nll_windows = 3 + cost + noise[index]
+        nll = float(nll_windows.mean())
+        return changed(first, cache=cache, kept=kept, nll_windows=nll_windows.tolist(), nll=nll, ppl=math.exp(nll),
+                       document_windows=[*range(first.sequences)])  # fmt: skip
+
+    caches = [
+        ("full", 512, 0.0),
+        ("random 128", 128, 0.5),
+        ("recent 128", 128, 0.1),
+        ("sink 4 | recent 124", 128, 0.1005),
+    ]
+    found = [behind(cache, index, kept, cost) for index, (cache, kept, cost) in enumerate(caches)]
+    (line,) = [line for line in page.findings(found) if "best first" in line]
+    order = [found.index(r) for r in sorted(found[2:], key=lambda r: r.ppl)]
+    assert re.fullmatch(
+        rf"{first.model}, 128 of 512 tokens, best first: `{re.escape(caches[order[0]][0])}` .*, ≈ `{re.escape(caches[order[1]][0])}` .*, "
+        r"then `random 128` \+6\d\.\d% perplexity; ≈: not told apart from the one before\.",
+        line,
+    )
+    assert not any("best first" in line for line in page.findings(found[1:]))
 
 
 def test_fill_replaces_what_is_between_the_markers():

@@ -1,5 +1,6 @@
 """One page and the README's tables, made from records alone."""
 
+import itertools
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -111,7 +112,7 @@ def _protocol(found: list[Record]) -> dict:
     }
 
 
-def findings(records: list[Record]) -> list[str]:
+def findings(records: Sequence[Record]) -> list[str]:
     """What the study found, in sentences made from its figures."""
     trainings, evaluations = of(records, Training), of(records, Evaluation)
     found = []
@@ -138,6 +139,7 @@ def findings(records: list[Record]) -> list[str]:
         found.append(f"GQA uptrained from MHA's mean-pooled heads {match}; {end}.")
     for mine in comparable(evaluations):
         found += [line for saved in (2 / 3, 0.9) if (line := _best_at(mine, saved))]
+        found += [line for group in suite.CACHES if (line := _ranked(mine, group))]
     if not evaluations:
         return found
     wrong = [r for r in evaluations if r.kv_bytes != r.kv_bytes_predicted]
@@ -178,6 +180,17 @@ def _best_at(evaluations: list[Evaluation], saved: float) -> str | None:
         f"{best.model}, at least {saved:.0%} of the bytes saved: `{best.cache}`, the best of {len(kept)}, saves {best.compression:.1%} "
         f"at {evaluation.against(best, full)} perplexity{against}."
     )
+
+
+def _ranked(evaluations: list[Evaluation], group: str) -> str | None:
+    """The caches of a group of the study that keep equally many tokens, the best first, and which of them are told apart from the one before."""
+    mine = sorted((r for r in evaluations if suite.group_of(r.cache, r.context) == group), key=lambda r: r.ppl)
+    if len(mine) < 3 or len({r.kept for r in mine}) > 1 or (full := baseline(mine[0], evaluations)) in (None, *mine):
+        return None
+    told_apart = stats.decided([evaluation.paired(b, a, stats.p_value) for a, b in itertools.pairwise(mine)])
+    words = [("" if index == 0 else "then " if told_apart[index - 1] else "≈ ") for index in range(len(mine))]
+    ranked = (f"{word}`{r.cache}` {r.ppl / full.ppl - 1:+.1%}" for word, r in zip(words, mine, strict=True))
+    return f"{mine[0].model}, {mine[0].kept} of {mine[0].context} tokens, best first: {', '.join(ranked)} perplexity; ≈: not told apart from the one before."
 
 
 def models_table(trainings: list[Training]) -> Table:
