@@ -275,7 +275,7 @@ def test_the_recorded_tests_agree_with_the_arithmetic(tmp_path: Path) -> None:
         assert one.users_predicted == pytest.approx(one.users, rel=0.05)
         assert one.given["kv_bytes"] == one.given["kv_bytes_predicted"] and one.peak <= one.limit
     models = {one.model for one in found}
-    assert len(models) == 2 and len(crash.sentences(found)) == len(found) - len(models)
+    assert len(crash.sentences(found)) == len(found) - len(models) > 0
     assert all(", +" in line for line in crash.sentences(found))
     page.write(tmp_path / "report.html", found, "kvcascade report")
     html = (tmp_path / "report.html").read_text()
