@@ -10,11 +10,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from kvcascade.kernels import int4, native
+from kvcascade.kernels import int4, native, processor
 from kvcascade.kernels.backend import Implementation, run
 
 WEIGHTS = ("float32", "bfloat16", "int8", "int4")
-MANY = 256  # rows of float32; from here on XLA's products are as fast as the C++ ones
+MANY = 256  # rows; from here on XLA's products of float32 are as fast as the C++ ones, and where it has tiles (AMX) all are faster
 
 type Matrix = dict[str, Array]
 """`weight` [out, in] in float32, bfloat16 or int8, the last with a float32 `scale` [out], or in four bits as `int4.packed` has it, where
@@ -52,7 +52,7 @@ def products(
     weights as they are stored; `xla` converts a matrix first; None takes the better one.
     """
     flat, found = x.reshape(-1, x.shape[-1]), {}
-    if implementation is None and len(flat) >= MANY and _exact(x, matrices):
+    if implementation is None and len(flat) >= MANY and (_exact(x, matrices) or processor.tiles()):
         implementation = "xla"
     for indices in _alike(matrices):
         some = [matrices[index] for index in indices]

@@ -55,7 +55,7 @@ inline void SumGroups(Register* row, const Shape& shape) {
 template <typename T, typename X>
 void Convert(const X* x, int64_t rows, int64_t I, const Shape& shape, Register* to) {
   for (int64_t r = 0; r < rows; ++r, to += shape.row()) {
-    for (int64_t n = 0, i = 0; n < shape.operands; ++n, i += kInputs<X>) to[n].lanes = Operand(x + r * I, i, I - i);
+    for (int64_t n = 0, i = 0; n < shape.operands; ++n, i += kInputs<T>) to[n].lanes = OperandOf<kPairs<T>>(x + r * I, i, I - i);
     SumGroups<T>(to, shape);
   }
 }

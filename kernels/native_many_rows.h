@@ -30,8 +30,8 @@ constexpr int Place(int lane) {
   return place;
 }
 
-// Past the last row the last one is taken again. In tiles the lanes of an operand stand together.
-template <typename T, typename X, bool kTiles>
+// Past the last row the last one is taken again.
+template <typename T, typename X>
 void Pack(const X* x, int64_t rows, int64_t I, const Shape& shape, Register* panel) {
   static thread_local std::vector<Register> held;
   held.resize(std::max<size_t>(held.size(), kLanes * shape.row()));
@@ -42,7 +42,7 @@ void Pack(const X* x, int64_t rows, int64_t I, const Shape& shape, Register* pan
     Lanes block[kLanes];
     for (int r = 0; r < kLanes; ++r) block[r] = held[r * shape.row() + n].lanes;
     Transpose(block);
-    for (int lane = 0; lane < kLanes; ++lane) panel[kTiles ? n * kLanes + lane : Place(lane) * shape.row() + n].lanes = block[lane];
+    for (int lane = 0; lane < kLanes; ++lane) panel[Place(lane) * shape.row() + n].lanes = block[lane];
   }
 }
 

@@ -2,7 +2,7 @@
 //
 // Float32 weights are multiplied by x in float32, bf16 and int8 weights by x in bf16; such products are exact in float32. A row's
 // sums are in one order for any number of rows, so its results are the same to the last bit: over the operands of each lane, and then
-// over the lanes, halves first (Sums). Where there are tiles, more rows than kTooFewForTiles have an order of their own.
+// over the lanes, halves first (Sums).
 
 #include <algorithm>
 #include <cstdint>
@@ -11,7 +11,6 @@
 #include "native_few_rows.h"
 #include "native_handler.h"
 #include "native_many_rows.h"
-#include "native_tiles.h"
 #include "native_workers.h"
 
 namespace kvcascade {
@@ -19,7 +18,6 @@ namespace {
 
 constexpr int64_t kPanelBytes = 512 << 10;  // of x at a time: what stays in a core's second cache
 constexpr int kFewRows = 16;                // from 17 on a panel of 32 is quicker
-constexpr int kTooFewForTiles = 3;
 
 struct Matrix {
   const void* weight;     // [O, inputs]
@@ -65,12 +63,7 @@ void Products(ffi::ThreadPool& pool, const X* x, const std::vector<Matrix>& matr
   // Some 4 us of work for each thread: about as many bytes to be read, or products with so many rows.
   const int64_t threads = std::clamp<int64_t>(outputs * (size + R * I) / 200'000, 1, pool.num_threads());
   // What is read in one long piece comes faster; short ones keep all threads at work to the end, which counts with many rows.
-  const bool tiles = kTiled<T> && R > kTooFewForTiles && Tiles(), few = R <= kFewRows && !tiles;
-  auto lay = few ? Convert<T, X> : Pack<T, X, false>;
-  auto multiply = few ? FewRows<T> : ManyRows<T>;
-  if constexpr (kTiled<T>) {
-    if (tiles) lay = Pack<T, X, true>, multiply = TiledRows<T>;
-  }
+  const bool few = R <= kFewRows;
   const int64_t piece = std::clamp<int64_t>(outputs * size / (2 * threads), 96 << 10, 576 << 10) / (few ? 1 : 4);
   const int64_t block = std::max<int64_t>(1, piece / (size * kGroup)) * kGroup;
   auto blocks = [block](const Matrix& matrix) { return (matrix.outputs + block - 1) / block; };
@@ -82,21 +75,20 @@ void Products(ffi::ThreadPool& pool, const X* x, const std::vector<Matrix>& matr
   Register* const laid = held.data();  // this thread's, for all of them
   for (int64_t first = 0; first < R; first += most) {
     const int64_t rows = std::min(most, R - first);
-    Shared().Run(RoundUp(rows) / kLanes, R <= kFewRows ? 1 : threads, [&](int64_t panel) {
+    Shared().Run(RoundUp(rows) / kLanes, few ? 1 : threads, [&](int64_t panel) {
       const int64_t r = panel * kLanes;
       const X* const from = x + (first + r) * I;
-      lay(from, std::min<int64_t>(kLanes, rows - r), I, shape, laid + r * shape.row());
+      (few ? Convert<T, X> : Pack<T, X>)(from, std::min<int64_t>(kLanes, rows - r), I, shape, laid + r * shape.row());
     });
     Shared().Run(tasks, threads, [&](int64_t task) {
       const Matrix* matrix = matrices.data();
       for (; task >= blocks(*matrix); ++matrix) task -= blocks(*matrix);
-      const Configured configured(tiles);
       const int64_t O = matrix->outputs, end = std::min(O, (task + 1) * block);
       for (int64_t n = task * block; n < end; n += kGroup) {
         const T* const w = At(static_cast<const T*>(matrix->weight), n * shape.inputs);
         float* const y = matrix->y + first * O + n;
         const int64_t some = std::min<int64_t>(kGroup, end - n);
-        multiply(laid, w, Scaled<T>(*matrix, n, shape), y, rows, some, shape, O);
+        (few ? FewRows<T> : ManyRows<T>)(laid, w, Scaled<T>(*matrix, n, shape), y, rows, some, shape, O);
       }
     });
   }

@@ -1,5 +1,6 @@
 """What this process has of the machine: which processor, and how much of it."""
 
+import functools
 import itertools
 import math
 import os
@@ -21,6 +22,12 @@ def identity() -> str:
             # The first processor is enough, and on a machine of many the whole file takes long to write.
             known = [line for line in itertools.takewhile(str.strip, lines) if _NAMES.match(line)]
     return "".join([platform.machine(), "\n", *known]) if known else str(platform.uname())
+
+
+@functools.cache
+def tiles() -> bool:
+    """Return whether the processor multiplies tiles of bfloat16 (AMX), which XLA uses."""
+    return "amx_bf16" in identity().split()
 
 
 def name() -> str:

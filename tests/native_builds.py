@@ -21,7 +21,8 @@ TESTS = Path(__file__).parent
 KERNELS = Path(native.__file__).parent
 BUILDS = {
     "the default": ("c++", "", 16),
-    "no tiles": ("c++", "-mno-amx-bf16 -mno-amx-tile", 16),
+    "16 lanes, pairs for int8": ("c++", "-mno-avx512fp16", 16),
+    "16 lanes without pairs": ("c++", "-mno-avx512bf16 -mno-avx512fp16", 16),
     "8 lanes": ("c++", "-mno-avx512f", 8),
     "8 lanes without AVX2": ("c++", "-mno-avx2 -mno-avx512f", 8),
     "4 lanes": ("c++", "-mno-avx", 4),
