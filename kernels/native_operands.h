@@ -35,7 +35,7 @@ inline const T* At(const T* row, int64_t i) {
 }
 
 // An operand is what is multiplied at a time: kLanes inputs in float32, or twice as many in bf16 where the processor multiplies
-// pairs. Intel's, which have float16 as well, take four times as long for that as for kLanes: it is worth no conversion of int8.
+// pairs. On Intel's, which have float16 as well, products with int8 weights were quicker in float32 (docs/decisions.md).
 #if defined(__AVX512BF16__)
 #if defined(__AVX512FP16__)
 template <typename T>
