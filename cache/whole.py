@@ -1,4 +1,4 @@
-"""The caches of all layers as one value, and a draft: tokens that have looked at it and may be thrown away."""
+"""The caches of all layers as one value; several of the same tokens; and a draft: tokens that have looked at one and may be thrown away."""
 
 import dataclasses
 import functools
@@ -82,6 +82,37 @@ class Draft:
         return dataclasses.replace(
             self.cache, layers=tuple(layer.commit(look) if look else layer for layer, look in pairs)
         )
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["caches"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Together:
+    """Caches that take in the same prompt, each in its own way: a model goes once over it for all of them.
+
+    It goes through a model's layers as a cache does, while all are empty: what a prompt's tokens see then is the same for any cache.
+    """
+
+    caches: tuple[Cache, ...]
+
+    @property
+    def context(self) -> int:
+        """The shortest context that one of them was made for."""
+        return min(each.context for each in self.caches)
+
+    def step(
+        self,
+        index: int,
+        q_BTNH: Float[Array, "B T N H"],
+        k_BTKH: Float[Array, "B T K H"],
+        v_BTKW: Float[Array, "B T K W"],
+        positions_BT: Int[Array, "B T"],
+        fresh: bool = True,
+    ) -> tuple[Float[Array, "B T N W"], "Together"]:
+        """`LayerCache.step` of the model's layer of that number in each. Raises ValueError for caches that are not empty."""
+        if not fresh:
+            raise ValueError("caches that hold different tokens cannot go through a model together")
+        found = [each.step(index, q_BTNH, k_BTKH, v_BTKW, positions_BT, fresh) for each in self.caches]
+        return found[0][0], Together(tuple(cache for _, cache in found))
 
 
 def _put[T](parts: tuple[T, ...], place: int, part: T) -> tuple[T, ...]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from kvcascade.cache.whole import Cache, Draft
+from kvcascade.cache.whole import Cache, Draft, Together
 from kvcascade.kernels.activation import activate
 from kvcascade.kernels.heads import capped
 from kvcascade.kernels.loss import token_nll
@@ -169,9 +169,9 @@ def step[C: (Cache, Draft)](
     return model.logits(x_BTM), cache
 
 
-def first_step(
-    config: ModelConfig, params: Params, cache: Cache, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"]
-) -> tuple[Float[Array, "B V"], Cache]:
+def first_step[C: (Cache, Together)](
+    config: ModelConfig, params: Params, cache: C, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"]
+) -> tuple[Float[Array, "B V"], C]:
     """`step` on rows whose cache is still empty, padded on the right, with the logits after each row's last token alone."""
     model = nnx.merge(graph(config)[0], params)
     x_BTM, cache = model.hidden(tokens_BT, positions_BT, cache, fresh=True)

@@ -134,9 +134,12 @@ def test_an_answer_counts_if_greedy_decoding_gives_it(cache):
             told.append((index + turn) % 2 == 0)
         samples.append(puzzles.Sample(context, turns))
         wanted.append(told)
-    found, size = retrieval.score(CONFIG, PARAMS, parse(cache), samples, retrieval.asked(samples), batch=2)
-    assert [[turn.right for turn in turns] for turns in found] == wanted
-    assert size == parse(cache).nbytes(CONFIG.layer_heads, 64 + 2 * (7 + 3))
+    others = [parse(cache), parse("random 8"), parse("full@int4")]
+    scored = retrieval.score(CONFIG, PARAMS, others, samples, retrieval.asked(samples), batch=2)
+    assert [[turn.right for turn in turns] for turns in scored[0][0]] == wanted
+    assert [size for _, size in scored] == [each.nbytes(CONFIG.layer_heads, 64 + 2 * (7 + 3)) for each in others]
+    alone = [retrieval.score(CONFIG, PARAMS, [each], samples, 20, 2)[0] for each in others]
+    assert scored == alone and len({str(found) for found, _ in scored}) > 1, "what the others hold changes something"
 
 
 def test_wilson_is_between_0_and_1_and_around_the_share():
@@ -149,4 +152,4 @@ def test_logits_that_are_not_numbers_are_refused():
     broken = PARAMS | {"norm": {"scale": PARAMS["norm"]["scale"].at[0].set(jnp.nan)}}
     one = puzzles.Sample(list(range(8)), [([1, 2], [3])])
     with pytest.raises(BadInput, match="for position 9 of row 0 are not numbers"):
-        retrieval.score(CONFIG, broken, parse("full"), [one], 3, 1)
+        retrieval.score(CONFIG, broken, [parse("full")], [one], 3, 1)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from kvcascade.cache.spec import CacheSpec
-from kvcascade.cache.whole import nbytes
+from kvcascade.cache.whole import Cache, Together, nbytes
 from kvcascade.eval import stats
 from kvcascade.eval.measure import Job
 from kvcascade.eval.memory.arithmetic import full_bytes
@@ -38,6 +38,10 @@ class Turn:
     """The likeliest token at each place of the answer, those before it given."""
 
 
+type Scored = tuple[list[list[Turn]], int]
+"""What came of each turn of each sample, turn after turn over one cache, and the bytes of a row's cache."""
+
+
 def jobs(
     model: Model,
     specs: Sequence[CacheSpec],
@@ -48,41 +52,49 @@ def jobs(
     seed: int,
     batch: int,
 ) -> list[Job]:
-    """A measurement for each cache, task and length, which gives a record for each depth; every puzzle is another one."""
+    """A measurement for each task, length and cache, which gives a record for each depth; every puzzle is another one.
+
+    The first one of a task and length goes over the prompts for all caches from it on.
+    """
     made = {
-        (task, length): [
-            [sample(task, model.encoding, length, depth, seed, number, model.before) for number in range(samples)]
+        (task, length): {
+            depth: [sample(task, model.encoding, length, depth, seed, n, model.before) for n in range(samples)]
             for depth in depths
-        ]
+        }
         for task in tasks
         for length in lengths
     }
-    room = asked(each for by_depth in made.values() for puzzles in by_depth for each in puzzles)
-    return [
-        _job(model, spec, task, length, dict(zip(depths, by_depth, strict=True)), room, seed, batch)
-        for spec in specs
-        for (task, length), by_depth in made.items()
-    ]
+    room = asked(each for by_depth in made.values() for puzzles in by_depth.values() for each in puzzles)
+    found = []
+    for (task, length), by_depth in made.items():
+        scored: dict[CacheSpec, Scored] = {}
+        for index in range(len(specs)):
+            found.append(_job(model, specs[index:], task, length, by_depth, room, seed, batch, scored))
+    return found
 
 
 def _job(
     model: Model,
-    spec: CacheSpec,
+    specs: Sequence[CacheSpec],
     task: str,
     length: int,
     by_depth: dict[float, list[Sample]],
     room: int,
     seed: int,
     batch: int,
+    scored: dict[CacheSpec, Scored],
 ) -> Job:
-    flat = [each for puzzles in by_depth.values() for each in puzzles]
+    """The measurement of the first cache, by what was scored already, or else with the others, whose turn will come."""
+    flat, spec = [each for puzzles in by_depth.values() for each in puzzles], specs[0]
     about = {
         "kind": "retrieve", "model": model.name, "weights": model.config.weights, "weights_key": model.fingerprint, "cache": str(spec),
         "task": task, "length": length, "room": room, "seed": seed,
     }  # fmt: skip
 
     def run() -> list[Retrieval]:
-        found, size = score(model.config, model.params, spec, flat, room, batch)
+        if spec not in scored:
+            scored.update(zip(specs, score(model.config, model.params, specs, flat, room, batch), strict=True))
+        found, size = scored.pop(spec)
         turns = iter(found)
         return [
             Retrieval(**about, **_found(model, depth, puzzles, [next(turns) for _ in puzzles], size, length + room))
@@ -127,9 +139,9 @@ def asked(samples: Iterable[Sample]) -> int:
 
 
 def score(
-    config: ModelConfig, params: Params, spec: CacheSpec, samples: list[Sample], room: int, batch: int
-) -> tuple[list[list[Turn]], int]:
-    """What came of each turn of each sample, turn after turn over one cache, and the bytes of a row's cache.
+    config: ModelConfig, params: Params, specs: Sequence[CacheSpec], samples: list[Sample], room: int, batch: int
+) -> list[Scored]:
+    """What came of the samples behind each cache; their contexts go through the model once for all caches.
 
     Samples have contexts of one length; `room` is for the turns of any of them, and the same for all tasks, so that each
     length is compiled once. Raises BadInput if context and turns are longer than the model's context, or logits are not numbers.
@@ -137,32 +149,41 @@ def score(
     length = len(samples[0].context)
     whole = length + room
     generate.check_context(config, whole)
-    spec.nbytes(config.layer_heads, whole)
-    found: list[list[Turn]] = []
-    batch, size = min(batch, len(samples)), 0
+    for spec in specs:
+        spec.nbytes(config.layer_heads, whole)
+    found: list[list[list[Turn]]] = [[] for _ in specs]
+    sizes: list[int] = []
+    batch = min(batch, len(samples))
     for first in range(0, len(samples), batch):
         part = samples[first : first + batch]
         rows = part + part[-1:] * (batch - len(part))
-        cache = generate.empty_cache(config, spec, batch, whole)
-        size = nbytes(cache) // batch
+        caches = Together(tuple(generate.empty_cache(config, spec, batch, whole) for spec in specs))
+        sizes = [nbytes(cache) // batch for cache in caches.caches]
         contexts = jnp.asarray([each.context for each in rows], jnp.int32)
         positions = jnp.broadcast_to(jnp.arange(length), contexts.shape)
-        _, cache = generate.prefill(config, params, cache, contexts, positions)
-        tokens = [[token for q, a in each.turns for token in (*q, *a)] for each in rows]
-        steps = max(map(len, tokens))
-        # A row whose turns are over goes on with padding, which nobody sees.
-        fed = np.asarray([each + [0] * (steps - len(each)) for each in tokens], np.int32)
-        where = np.asarray([[length + t if t < len(each) else -1 for t in range(steps)] for each in tokens], np.int32)
-        guesses = []
-        for t in range(steps):
-            logits_BV, cache = generate.decode_step(
-                config, params, cache, jnp.asarray(fed[:, t]), jnp.asarray(where[:, t])
-            )
-            guesses.append(jnp.where(jnp.isfinite(logits_BV.max(-1)), logits_BV.argmax(-1), NOT_A_NUMBER))
-        guessed = np.asarray(jnp.stack(guesses, 1))
-        generate.check_numbers((guessed == NOT_A_NUMBER) & (where >= 0), np.full(batch, length + 1), first)
-        found += [_answered(each, guessed[row]) for row, each in enumerate(part)]
-    return found, size
+        _, caches = generate.prefill_step(config, params, caches, contexts, positions)
+        for turns, cache in zip(found, caches.caches, strict=True):
+            guessed = _asked(config, params, cache, rows, length, first)
+            turns += [_answered(each, guessed[row]) for row, each in enumerate(part)]
+    return [*zip(found, sizes, strict=True)]
+
+
+def _asked(
+    config: ModelConfig, params: Params, cache: Cache, rows: list[Sample], length: int, first: int
+) -> Int[np.ndarray, "B T"]:
+    """The likeliest token after each of the turns' tokens, given the context and all before it; the cache is donated."""
+    tokens = [[token for q, a in each.turns for token in (*q, *a)] for each in rows]
+    steps = max(map(len, tokens))
+    # A row whose turns are over goes on with padding, which nobody sees.
+    fed = np.asarray([each + [0] * (steps - len(each)) for each in tokens], np.int32)
+    where = np.asarray([[length + t if t < len(each) else -1 for t in range(steps)] for each in tokens], np.int32)
+    guesses = []
+    for t in range(steps):
+        logits_BV, cache = generate.decode_step(config, params, cache, jnp.asarray(fed[:, t]), jnp.asarray(where[:, t]))
+        guesses.append(jnp.where(jnp.isfinite(logits_BV.max(-1)), logits_BV.argmax(-1), NOT_A_NUMBER))
+    guessed = np.asarray(jnp.stack(guesses, 1))
+    generate.check_numbers((guessed == NOT_A_NUMBER) & (where >= 0), np.full(len(rows), length + 1), first)
+    return guessed
 
 
 def _answered(sample: Sample, guessed: Int[np.ndarray, " T"]) -> list[Turn]:
