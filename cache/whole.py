@@ -1,4 +1,4 @@
-"""The caches of all layers as one value; several of the same tokens; and a draft: tokens that have looked at one and may be thrown away."""
+"""The caches of all layers as one value; a draft: tokens that have looked at it and may be thrown away; and a prompt, to be put into several."""
 
 import dataclasses
 import functools
@@ -7,6 +7,8 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from kvcascade.cache.layer import LayerCache, Look
+from kvcascade.kernels.causal import causal_attention
+from kvcascade.kernels.heads import Heads
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=["of"])
@@ -84,20 +86,20 @@ class Draft:
         )
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["caches"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=["heads", "context"])
 @dataclasses.dataclass(frozen=True)
-class Together:
-    """Caches that take in the same prompt, each in its own way: a model goes once over it for all of them.
+class Prompt:
+    """What a model's layers make of whole prompts, to be put into any number of empty caches: the model goes over them once for all.
 
-    It goes through a model's layers as a cache does, while all are empty: what a prompt's tokens see then is the same for any cache.
+    It goes through a model's layers as a cache does.
     """
 
-    caches: tuple[Cache, ...]
-
-    @property
-    def context(self) -> int:
-        """The shortest context that one of them was made for."""
-        return min(each.context for each in self.caches)
+    heads: tuple[Heads, ...]
+    """What the attention of each layer is."""
+    context: int
+    """The context of the caches."""
+    parts: tuple[tuple[Float[Array, "B T _ _"], ...], ...] = ()
+    """Queries, keys and values of each layer that it has gone through."""
 
     def step(
         self,
@@ -107,12 +109,23 @@ class Together:
         v_BTKW: Float[Array, "B T K W"],
         positions_BT: Int[Array, "B T"],
         fresh: bool = True,
-    ) -> tuple[Float[Array, "B T N W"], "Together"]:
-        """`LayerCache.step` of the model's layer of that number in each. Raises ValueError for caches that are not empty."""
-        if not fresh:
-            raise ValueError("caches that hold different tokens cannot go through a model together")
-        found = [each.step(index, q_BTNH, k_BTKH, v_BTKW, positions_BT, fresh) for each in self.caches]
-        return found[0][0], Together(tuple(cache for _, cache in found))
+    ) -> tuple[Float[Array, "B T N W"], "Prompt"]:
+        """Causal attention of rows from position 0 on, which is what any empty cache gives."""
+        out_BTNW = causal_attention(q_BTNH, k_BTKH, v_BTKW, self.heads[index])
+        return out_BTNW, dataclasses.replace(self, parts=(*self.parts, (q_BTNH, k_BTKH, v_BTKW)))
+
+    def enter(self, cache: Cache, positions_BT: Int[Array, "B T"]) -> Cache:
+        """The cache, which is donated and must be empty, with the prompts in it."""
+        layers = list(cache.layers)
+        for place, (q_BTNH, k_BTKH, v_BTKW) in zip(cache.of, self.parts, strict=True):
+            layers[place] = _enter(layers[place], q_BTNH, k_BTKH, v_BTKW, positions_BT)
+        return dataclasses.replace(cache, layers=tuple(layers))
+
+
+@functools.partial(jax.jit, donate_argnames="layer")
+def _enter(layer: LayerCache, q_BTNH, k_BTKH, v_BTKW, positions_BT) -> LayerCache:
+    """One program for all layers that are alike."""
+    return layer.step(q_BTNH, k_BTKH, v_BTKW, positions_BT, fresh=True)[1]
 
 
 def _put[T](parts: tuple[T, ...], place: int, part: T) -> tuple[T, ...]:

@@ -9,7 +9,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kvcascade.cache.whole import Cache, Draft, Together
+from kvcascade.cache.whole import Cache, Draft, Prompt
 from kvcascade.kernels.causal import causal_attention
 from kvcascade.kernels.heads import Rope
 from kvcascade.model.config import ModelConfig
@@ -73,9 +73,9 @@ class Attention(nnx.Module):
         x_BTM: Float[Array, "B T M"],
         positions_BT: Int[Array, "B T"],
         by: Rotation | None,
-        cache: Cache | Draft | Together | None,
+        cache: Cache | Draft | Prompt | None,
         fresh: bool = False,
-    ) -> tuple[Float[Array, "B T M"], Cache | Draft | Together | None]:
+    ) -> tuple[Float[Array, "B T M"], Cache | Draft | Prompt | None]:
         """RoPE, `by`, is applied before a key is stored, so positions stay true after eviction; `fresh` says that the cache is empty."""
         B, T, _ = x_BTM.shape
         with jax.named_scope("qkv"):

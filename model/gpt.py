@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from kvcascade.cache.whole import Cache, Draft, Together
+from kvcascade.cache.whole import Cache, Draft, Prompt
 from kvcascade.kernels.activation import activate
 from kvcascade.kernels.heads import capped
 from kvcascade.kernels.loss import token_nll
@@ -169,7 +169,7 @@ def step[C: (Cache, Draft)](
     return model.logits(x_BTM), cache
 
 
-def first_step[C: (Cache, Together)](
+def first_step[C: (Cache, Prompt)](
     config: ModelConfig, params: Params, cache: C, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B V"], C]:
     """`step` on rows whose cache is still empty, padded on the right, with the logits after each row's last token alone."""

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from kvcascade.cache.spec import CacheSpec
-from kvcascade.cache.whole import Cache, Together, nbytes
+from kvcascade.cache.whole import Cache, Prompt, nbytes
 from kvcascade.eval import stats
 from kvcascade.eval.measure import Job
 from kvcascade.eval.memory.arithmetic import full_bytes
@@ -157,12 +157,14 @@ def score(
     for first in range(0, len(samples), batch):
         part = samples[first : first + batch]
         rows = part + part[-1:] * (batch - len(part))
-        caches = Together(tuple(generate.empty_cache(config, spec, batch, whole) for spec in specs))
-        sizes = [nbytes(cache) // batch for cache in caches.caches]
         contexts = jnp.asarray([each.context for each in rows], jnp.int32)
         positions = jnp.broadcast_to(jnp.arange(length), contexts.shape)
-        _, caches = generate.prefill_step(config, params, caches, contexts, positions)
-        for turns, cache in zip(found, caches.caches, strict=True):
+        prompt = Prompt(config.layer_heads, whole)
+        _, prompt = generate.prefill_step(config, params, prompt, contexts, positions)
+        sizes = []
+        for spec, turns in zip(specs, found, strict=True):
+            cache = prompt.enter(generate.empty_cache(config, spec, batch, whole), positions)
+            sizes.append(nbytes(cache) // batch)
             guessed = _asked(config, params, cache, rows, length, first)
             turns += [_answered(each, guessed[row]) for row, each in enumerate(part)]
     return [*zip(found, sizes, strict=True)]
