@@ -3,7 +3,7 @@
 import dataclasses
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.cache.policy import Full
+from kvcascade.cache.policies import Full
 from kvcascade.cache.statistic import Memory, Statistic
 from kvcascade.cache.tier import Tier
 from kvcascade.kernels.heads import Heads
@@ -20,6 +20,9 @@ class Cascade:
             raise BadInput("a cascade needs at least one tier")
         if any(isinstance(tier.policy, Full) for tier in tiers[:-1]):
             raise BadInput("nothing passes a full tier, so it must be the last")
+        for index, tier in enumerate(tiers):
+            if tier.policy.reads() and tier.policy.alike() and not all(each.policy.alike() for each in tiers[:index]):
+                raise BadInput(f"{tier} ranks for all heads together, so the tiers before it must too")
         object.__setattr__(self, "tiers", tiers)
 
     def __str__(self) -> str:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kvcascade.cache.cascade import Cascade
 from kvcascade.cache.checks import promise
 from kvcascade.cache.codec import f32
-from kvcascade.cache.policy import Full
+from kvcascade.cache.policies import Full
 from kvcascade.cache.statistic import Memory, Statistic, Tokens
 from kvcascade.cache.tier import empty, take_in
 from kvcascade.kernels.causal import causal_attention
@@ -118,9 +118,8 @@ class LayerCache:
         found = [observed_attention(q_BTNH, k_BTKH, v_BTKW, length_B, self.heads, last) for last in lasts]
         mass = dict(zip(lasts, (each for _, each in found), strict=True))
         out_BTNW = found[0][0] if found else causal_attention(q_BTNH, k_BTKH, v_BTKW, self.heads)
-        numbers = self._watched(
-            self.cascade.statistics, entry.numbers, lambda each: mass[each.last], entry.pos_BKT, now_B
-        )
+        among = lambda each: each.among(mass[each.last], entry.pos_BKT)
+        numbers = self._watched(self.cascade.statistics, entry.numbers, among, entry.pos_BKT, positions_BT)
         return out_BTNW, self._take(q_BTNH, dataclasses.replace(entry, numbers=numbers), positions_BT)
 
     def look(
@@ -147,9 +146,9 @@ class LayerCache:
         """Take in the tokens of a look; those of position -1 are none, so a look of which nothing was accepted changes nothing."""
         positions_BT = look.positions_BT
         cache = self._watch(look.mass[:-1], positions_BT)
-        counted = lambda each: _counted(look.mass[-1], positions_BT, each.last)
-        statistics, now_B = self.cascade.statistics, positions_BT.max(-1)
-        numbers = self._watched(statistics, look.entry.numbers, counted, look.entry.pos_BKT, now_B)
+        pos_BKT = look.entry.pos_BKT
+        counted = lambda each: each.among(_counted(look.mass[-1], positions_BT, each.last), pos_BKT)
+        numbers = self._watched(self.cascade.statistics, look.entry.numbers, counted, pos_BKT, positions_BT)
         return cache._take(look.q_BTNH, dataclasses.replace(look.entry, numbers=numbers), positions_BT)
 
     @property
@@ -181,7 +180,7 @@ class LayerCache:
         for index, slots in enumerate(self.slots):
             counted = lambda each, index=index: _counted(mass[index], positions_BQ, each.last)
             kept = self.cascade.numbers(index)
-            numbers = self._watched(kept, slots.numbers, counted, slots.pos_BKS, positions_BQ.max(-1))
+            numbers = self._watched(kept, slots.numbers, counted, slots.pos_BKS, positions_BQ)
             tiers.append(dataclasses.replace(slots, numbers=numbers))
         return dataclasses.replace(self, slots=tuple(tiers))
 
@@ -196,14 +195,14 @@ class LayerCache:
         slots = (dataclasses.replace(each, numbers=made) for each, made in zip(self.slots, numbers, strict=True))
         return out_BTNW, dataclasses.replace(self, slots=tuple(slots))
 
-    def _watched(self, statistics, numbers, mass_of, pos_BKS, now_B):
+    def _watched(self, statistics, numbers, mass_of, pos_BKS, positions_BQ):
         """The numbers of tokens after attention; those of a row without a query stay as they are."""
-        now_B11 = now_B[:, None, None]
+        now_B11, new_B11 = (x[:, None, None] for x in (positions_BQ.max(-1), (positions_BQ >= 0).sum(-1)))
 
         def one(statistic, number):
             if not statistic.watches:
                 return number
-            new = statistic.watch(number, lax.stop_gradient(mass_of(statistic)), pos_BKS, now_B11)
+            new = statistic.watch(number, lax.stop_gradient(mass_of(statistic)), pos_BKS, now_B11, new_B11)
             return jnp.where(now_B11 >= 0, new, number)
 
         return tuple(map(one, statistics, numbers))

@@ -20,7 +20,8 @@ from kvcascade.cache.cascade import Cascade
 from kvcascade.cache.codec import CODECS, bf16
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.layer import LayerCache
-from kvcascade.cache.policy import POLICIES, Full, Policy
+from kvcascade.cache.policies import POLICIES, Full
+from kvcascade.cache.policy import Policy
 from kvcascade.cache.policy import argument as argument_of
 from kvcascade.cache.tier import Tier
 from kvcascade.cache.whole import Cache
@@ -170,7 +171,7 @@ def _tier(text: str, start: int, piece: str) -> Tier:
 
 
 def _policy(name: str, arguments: str | None) -> Policy:
-    types = typing.get_type_hints(POLICIES[name])
+    types = typing.get_type_hints(POLICIES[name], include_extras=True)
     types = {field.name: types[field.name] for field in dataclasses.fields(POLICIES[name])}
     values = {}
     for argument in (arguments or "").split(",") if arguments is not None else []:

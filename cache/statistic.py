@@ -78,9 +78,17 @@ class Statistic:
         mass_BKS: Float[Array, "B K S"],
         pos_BKS: Int[Array, "B K S"],
         now_B11: Int[Array, "B 1 1"],
+        new_B11: Int[Array, "B 1 1"],
     ) -> Float[Array, "B K S"]:
-        """The numbers after a call whose last queries gave the tokens so much attention, summed over queries and query heads."""
+        """The numbers after a call whose last queries gave the tokens so much attention, summed over queries and query heads.
+
+        `new` is how many of a row's positions the call has, the last of them `now`.
+        """
         return number_BKS
+
+    def among(self, mass_BKT: Float[Array, "B K T"], pos_BKT: Int[Array, "B K T"]) -> Float[Array, "B K T"]:
+        """What `watch` is told of a call's own tokens for the attention that they got; they are in the order of their positions."""
+        return mass_BKT
 
     def review(self, number_BKS: Float[Array, "B K S"], held: Tokens) -> Float[Array, "B K S"]:
         """The numbers reckoned anew from all that a head holds and is offered; position -1 is an empty slot."""
@@ -96,7 +104,7 @@ class Statistic:
 class Mass(Statistic):
     """All the attention that a token has received (H2O, Zhang et al. 2023, §4.2)."""
 
-    def watch(self, number_BKS, mass_BKS, pos_BKS, now_B11):
+    def watch(self, number_BKS, mass_BKS, pos_BKS, now_B11, new_B11):
         return number_BKS + mass_BKS
 
 

@@ -12,7 +12,8 @@ from jaxtyping import Array, Int
 
 from kvcascade.cache.codec import bf16
 from kvcascade.cache.errors import BadInput
-from kvcascade.cache.policy import Full, Heavy, Policy, PositionAware, Random, Recent, Sink, text
+from kvcascade.cache.policies import Full, Heavy, PositionAware, Random, Recent, Sink, text
+from kvcascade.cache.policy import Policy
 from kvcascade.cache.statistic import Memory, Statistic
 from kvcascade.kernels.heads import Heads
 from kvcascade.kernels.slots import Codec, Codecs, Entry, Slots

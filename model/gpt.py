@@ -13,7 +13,8 @@ from kvcascade.kernels.activation import activate
 from kvcascade.kernels.heads import capped
 from kvcascade.kernels.loss import token_nll
 from kvcascade.kernels.nonlinear import GATED
-from kvcascade.model.attention import Attention, rotation
+from kvcascade.kernels.rotation import rotation
+from kvcascade.model.attention import Attention
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.experts import Experts
 from kvcascade.model.linear import Embedding, Linear, head_weights, products

@@ -26,7 +26,7 @@ class LastUse(Statistic):
     def enter(self, new):
         return new.pos_BKS.astype(new.k_BKSH.dtype)
 
-    def watch(self, number_BKS, mass_BKS, pos_BKS, now_B11):
+    def watch(self, number_BKS, mass_BKS, pos_BKS, now_B11, new_B11):
         return jnp.where(mass_BKS >= self.least, now_B11.astype(number_BKS.dtype), number_BKS - 1)
 
 

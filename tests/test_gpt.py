@@ -17,8 +17,8 @@ from kvcascade.kernels.activation import activate
 from kvcascade.kernels.heads import Rope
 from kvcascade.kernels.nonlinear import ACTIVATIONS
 from kvcascade.kernels.resources import equations
+from kvcascade.kernels.rotation import rotation, turn
 from kvcascade.model import gpt
-from kvcascade.model.attention import rotation, turn
 from kvcascade.model.config import ModelConfig
 from kvcascade.train import config
 

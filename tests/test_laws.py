@@ -24,7 +24,8 @@ from kvcascade.cache.checks import checked
 from kvcascade.cache.codec import CODECS, f32, int4, int4h, int8
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.layer import LayerCache
-from kvcascade.cache.policy import POLICIES, Full, Policy, Random, Recent, Sink
+from kvcascade.cache.policies import POLICIES, Full, Random, Recent, Sink
+from kvcascade.cache.policy import Policy, Positive
 from kvcascade.cache.spec import PRESETS, CacheSpec, everywhere, parse
 from kvcascade.cache.statistic import Memory, Statistic, Tokens
 from kvcascade.cache.tier import Tier, full, recent
@@ -49,7 +50,8 @@ def few(*values) -> st.SearchStrategy:
 
 
 # Hypothesis begins with what stands first, so the plainest of all, f32 and full, stand last.
-ARGUMENTS = {int: st.integers(0, 3), float: st.integers(1, 64).map(lambda n: n / 64)}  # weights of 0 make ties
+ARGUMENTS = {int: st.integers(0, 3), Positive: st.integers(1, 3), bool: st.booleans()}
+ARGUMENTS |= {float: st.integers(1, 64).map(lambda n: n / 64)}  # weights of 0 make ties
 COUNT = few(3, "25%", 1, 2, 4, 5, "10%")
 ONE = few(*reversed(CODECS.values()))
 CODEC = st.one_of(ONE, ONE, st.builds(Codecs, ONE, ONE))
@@ -77,7 +79,10 @@ def cascades(draw, *some: st.SearchStrategy[Tier], tier=TIER, sizes=(2, 3, 1)) -
     drawn = [draw(strategy) for strategy in some]
     drawn += [draw(tier) for _ in range(draw(few(*sizes)) - len(drawn))]
     last = [tier for tier in drawn if isinstance(tier.policy, Full)]
-    return Cascade(*(tier for tier in draw(st.permutations(drawn)) if tier not in last), *last[:1])
+    order = [tier for tier in draw(st.permutations(drawn)) if tier not in last]
+    # What ranks for all heads together wants to be offered the same by all.
+    order.sort(key=lambda tier: not tier.policy.alike())
+    return Cascade(*order, *last[:1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,13 +226,17 @@ class Replay:
             q, positions = jnp.asarray(q_BTNH, jnp.float64), jnp.asarray(positions_BT)
             self.memories[each] = each.update(memory, q, positions, self.history.heads)
 
-    def watch(self, mass_BKTS, pos_BKS, positions_BT) -> None:
-        now_B11 = positions_BT.max(1)[:, None, None]
+    def watch(self, mass_BKTS, pos_BKS, positions_BT, new: int = 0) -> None:
+        """The last `new` of the slots are the call's own tokens."""
+        now_B11, new_B11 = positions_BT.max(1)[:, None, None], (positions_BT >= 0).sum(1)[:, None, None]
         for each in self.numbers:
             counts = (positions_BT[:, None] >= 0) & (positions_BT[:, None] > now_B11 - (each.last or CONTEXT))
             mass = (mass_BKTS * counts[..., None]).sum(2)
-            new = each.watch(*map(jnp.asarray, (self.at(each, pos_BKS), mass, pos_BKS, now_B11)))
-            self.put(each, pos_BKS, new, now_B11 >= 0)
+            held, own = np.split(mass, [mass.shape[2] - new], 2)
+            among = each.among(jnp.asarray(own), jnp.asarray(pos_BKS[..., mass.shape[2] - new :])) if new else own
+            mass = np.concatenate([held, among], 2)
+            changed = each.watch(*map(jnp.asarray, (self.at(each, pos_BKS), mass, pos_BKS, now_B11, new_B11)))
+            self.put(each, pos_BKS, changed, now_B11 >= 0)
 
     def review(self, everything, positions_BT) -> None:
         now_B11, single = positions_BT.max(1)[:, None, None], positions_BT.shape[1] == 1
@@ -288,7 +297,7 @@ def play(history: History) -> list[Moment]:
         with jax.enable_x64(True):
             replay.enter(call[0], new, positions_BT)
             if not single:
-                replay.watch(mass_BKTS, seen[2], positions_BT)
+                replay.watch(mass_BKTS, seen[2], positions_BT, new=positions_BT.shape[1])
             replay.review(everything, positions_BT)
             ranked_by = replay.copy()
             if single:
@@ -849,7 +858,7 @@ def test_the_gradient_of_an_evicted_entry_is_zero(cascade: Cascade, number: int)
 
 # Law 7: round trips
 
-ANY = {int: st.integers(), float: st.floats(allow_nan=False, allow_infinity=False)}
+ANY = {int: st.integers(), Positive: st.integers(1), float: st.floats(allow_nan=False, allow_infinity=False)}
 ANY |= {bool: st.booleans(), str: st.from_regex(r"[\w.+-]+", fullmatch=True)}
 shares = st.floats(0.01, 100).map(lambda share: f"{share:.2f}%")
 any_count = st.one_of(st.integers(1, 10**6), shares)

@@ -2,7 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvcascade.cache.policy import POLICIES, Policy, PositionAware, Random, text
+from kvcascade.cache.policies import POLICIES, PositionAware, Random, text
+from kvcascade.cache.policy import Policy
 from kvcascade.kernels.heads import Heads
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvcascade.cache import policy
+from kvcascade.cache import policies, policy
 from kvcascade.cache.cascade import Cascade
 from kvcascade.cache.layer import LayerCache
 from kvcascade.cache.spec import parse
@@ -34,7 +34,7 @@ def test_the_policy_of_the_readme_works(monkeypatch):
     """The policy shown is in effect once it is in POLICIES: multiples of the step stay."""
     names = {"dataclasses": dataclasses, "jnp": jnp, "Policy": policy.Policy, "PINNED": policy.PINNED}
     exec(POLICY, names)
-    monkeypatch.setitem(policy.POLICIES, "stride", names["Stride"])
+    monkeypatch.setitem(policies.POLICIES, "stride", names["Stride"])
     spec = parse("stride[step=8] 6")
     assert str(spec) == "stride[step=8] 6"
     cache = LayerCache.empty(spec.cascades(1)[0], batch=1, heads=Heads(1, 1, 4), context=40)

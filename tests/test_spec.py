@@ -5,7 +5,7 @@ import pytest
 from kvcascade.cache.cascade import Cascade
 from kvcascade.cache.codec import int4, int8
 from kvcascade.cache.errors import BadInput
-from kvcascade.cache.policy import POLICIES, Heavy, PositionAware, Random, Recent
+from kvcascade.cache.policies import POLICIES, Heavy, PositionAware, Random, Recent
 from kvcascade.cache.spec import PRESETS, CacheSpec, everywhere, parse
 from kvcascade.cache.tier import Tier, full, heavy, recent, sink
 from kvcascade.kernels.slots import Codecs

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kvcascade.cache.policy import Random
+from kvcascade.cache.policies import Random
 from kvcascade.cache.spec import CacheSpec, parse
 from kvcascade.eval import stats
 from kvcascade.eval.measure import Job

@@ -1,0 +1,259 @@
+"""What published methods rank by is what their papers say, reckoned here a second time, token by token."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvcascade.cache import scores
+from kvcascade.cache.statistic import GRACE, Memory, Tokens
+from kvcascade.kernels.heads import Heads, Rope
+from kvcascade.kernels.rotation import rotation, turn
+
+B, K, G, H, S = 2, 2, 2, 8, 24
+HEADS = Heads(K * G, K, H, rope=Rope(base=100.0))
+DRAW = np.random.default_rng(0)
+
+
+def turned(x: np.ndarray, positions: np.ndarray, back: bool = False) -> np.ndarray:
+    """RoPE in complex numbers, [..., H] at [...]."""
+    frequency = 100.0 ** (-np.arange(0, H, 2) / H)
+    z = x[..., : H // 2] + 1j * x[..., H // 2 :]
+    z = z * np.exp((-1j if back else 1j) * positions[..., None] * frequency)
+    return np.concatenate([z.real, z.imag], -1)
+
+
+@dataclasses.dataclass
+class Case:
+    """A cache's tokens in any order of slots, some slots empty, and what its layer remembers of the queries before them."""
+
+    pos: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    q: np.ndarray
+    """[B, positions, N, H]"""
+    now: int
+
+    @classmethod
+    def drawn(cls) -> "Case":
+        pos = np.stack([[DRAW.permutation(40)[:S] for _ in range(K)] for _ in range(B)])
+        pos[:, :, DRAW.permutation(S)[:3]] = -1
+        k, v = DRAW.standard_normal((2, B, K, S, H))
+        return cls(pos, k, v, DRAW.standard_normal((B, 40, K * G, H)), 39)
+
+    def tokens(self, memory: Memory | None = None) -> Tokens:
+        memories = ()
+        if memory:
+            held = memory.init(B, HEADS, 0)
+            for start, stop in ((0, 20), (20, 21), (21, 40)):
+                positions = np.broadcast_to(np.arange(start, stop), (B, stop - start))
+                held = memory.update(held, jnp.asarray(self.q[:, start:stop]), jnp.asarray(positions), HEADS)
+            memories = (held,)
+        now = jnp.full((B, 1, 1), self.now)
+        return Tokens(jnp.asarray(self.pos), jnp.asarray(self.k), jnp.asarray(self.v), now, memories, HEADS)
+
+    def review(self, statistic) -> np.ndarray:
+        memories = statistic.reads()
+        with jax.enable_x64(True):
+            found = statistic.review(jnp.zeros(self.pos.shape), self.tokens(*memories))
+        return np.where(self.pos >= 0, np.asarray(found), 0)
+
+    def each(self):
+        """Row, head, the places of its tokens in the order of their positions."""
+        for b in range(B):
+            for h in range(K):
+                order = np.argsort(self.pos[b, h])
+                yield b, h, order[self.pos[b, h][order] >= 0]
+
+    def queries(self, b: int, h: int) -> np.ndarray:
+        """[positions, G, H]"""
+        return self.q[b].reshape(40, K, G, H)[:, h]
+
+
+@pytest.fixture
+def case() -> Case:
+    return Case.drawn()
+
+
+def compare(got: np.ndarray, want: np.ndarray, rtol: float = 1e-4) -> None:
+    np.testing.assert_allclose(got, want, rtol=rtol, atol=rtol * np.abs(want[np.abs(want) < GRACE / 2]).max())
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    return np.exp(x - x.max()) / np.exp(x - x.max()).sum()
+
+
+def test_keys_before_rope_are_what_they_were() -> None:
+    """`turned_back` undoes `turn`, also where RoPE has a scale or turns a part alone."""
+    x = jnp.asarray(DRAW.standard_normal((1, 5, 3, H)), jnp.float32)
+    for rope in (Rope(), Rope(scale=1.3), Rope(width=4, scale=0.7)):
+        by = rotation(jnp.arange(5)[None] * 1000, H, rope)
+        np.testing.assert_allclose(scores.turned_back(turn(x, by), by), x, atol=1e-5)
+
+
+def test_window_mass_is_the_attention_of_the_last_window_or_two() -> None:
+    """Token by token the two stretches are exactly the queries since the last but one boundary, also after a call that crossed some."""
+    window = 4
+    numbers = {p: jnp.zeros((1, 1, 3)) for p in (0, 1)}
+    mass_of = DRAW.random((60, 3))
+    now, since = -1, 0
+    for size in [7, 1, 1, 1, 1, 1, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 12, 1, 1, 1, 1, 1, 1]:
+        before, now = now, now + size
+        mass = mass_of[max(before + 1, now - window + 1) : now + 1].sum(0)
+        for parity in numbers:
+            rule = scores.WindowMass(last=window, parity=parity)
+            arguments = jnp.asarray(mass)[None, None], jnp.zeros((1, 1, 3), jnp.int32)
+            whole = jnp.full((1, 1, 1), now), jnp.full((1, 1, 1), size)
+            numbers[parity] = rule.watch(numbers[parity], *arguments, *whole)
+        if size > 1:
+            since = now  # from here on single steps, until two boundaries are behind it all is exact
+        boundary = now // window * window
+        if since < boundary - window:
+            want = mass_of[boundary - window : now + 1].sum(0)
+            np.testing.assert_allclose((numbers[0] + numbers[1])[0, 0], want, rtol=1e-5)
+
+
+def test_window_mass_of_a_prompt_is_pooled_over_neighbours() -> None:
+    """The mean of the neighbours that are there; padding, wherever it stands, is none."""
+    mass = DRAW.random(9)
+    rule = scores.WindowMass(last=4, kernel=5)
+    want = [mass[max(0, i - 2) : i + 3].mean() for i in range(9)]
+    there = np.array([0, 1, 3, 4, 5, 8, 9, 10, 12])
+    padded, pos = np.full((1, 1, 13), 7.0), np.full((1, 1, 13), -1)
+    padded[0, 0, there], pos[0, 0, there] = mass, np.arange(9)
+    got = np.asarray(rule.among(jnp.asarray(padded), jnp.asarray(pos)))[0, 0, there]
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_decayed_mass_halves_and_unused_counts() -> None:
+    one = lambda x: jnp.full((1, 1, 1), x)
+    decayed = scores.DecayedMass(life=8)
+    got = decayed.watch(one(4.0), one(0.5), one(0), one(20), one(8))
+    assert got.item() == pytest.approx(2.5)
+    unused = scores.Unused(least=0.25)
+    assert unused.watch(one(-3.0), one(0.2), one(0), one(20), one(2)).item() == -5
+    assert unused.watch(one(-3.0), one(0.25), one(0), one(20), one(2)).item() == 0
+
+
+def test_key_difference(case: Case) -> None:
+    want = np.zeros(case.pos.shape)
+    for b, h, at in case.each():
+        unit = case.k[b, h, at] / np.linalg.norm(case.k[b, h, at], axis=-1, keepdims=True)
+        mean = unit.mean(0)
+        want[b, h, at] = -unit @ mean / np.linalg.norm(mean)
+    compare(case.review(scores.KeyDifference()), want)
+
+
+def test_lag_deviation(case: Case) -> None:
+    """Blocks of 5 after 2 sinks: what the next whole block does not follow is out of question."""
+    want = np.zeros(case.pos.shape)
+    for b, h, at in case.each():
+        want[b, h, at] = GRACE
+        for start in range(2, len(at) - 10 + 1, 5):
+            block, after = at[start : start + 5], at[start + 5 : start + 10]
+            total = np.zeros(5)
+            for x in (case.k[b, h], case.v[b, h]):
+                low, high = x[after].min(0), x[after].max(0)
+                total += softmax(((x[block] - low) / (high - low)).std(-1, ddof=1))
+            want[b, h, block] = total.argsort().argsort() / 5
+    compare(case.review(scores.LagDeviation(size=5, sinks=2)), want)
+
+
+def test_local_leverage(case: Case) -> None:
+    want = np.zeros(case.pos.shape)
+    for b, h, at in case.each():
+        for start in range(0, len(at), 4):
+            block = at[start : start + 4]
+            k, v = ((x[b, h, block] ** 2).sum(-1) for x in (case.k, case.v))
+            want[b, h, block] = k / k.sum() * v / v.sum()
+    compare(case.review(scores.LocalLeverage(size=4)), want)
+
+
+def test_leverage_is_the_diagonal_of_the_hat_matrix(case: Case) -> None:
+    want = np.zeros(case.pos.shape)
+    sketch = np.random.default_rng(0).standard_normal((H, 5)) / 5**0.5
+    for b, h, at in case.each():
+        keys = turned(case.k[b, h, at], case.pos[b, h, at], back=True)
+        x = (keys - keys.mean(0)) @ sketch
+        want[b, h, at] = np.diag(x @ np.linalg.inv(x.T @ x + 0.01 * np.eye(5)) @ x.T)
+    compare(case.review(scores.Leverage(sketch=5)), want, 1e-3)
+
+
+def ahead(x: np.ndarray, future: int) -> np.ndarray:
+    """The mean of a vector turned to each of the next positions."""
+    return np.mean([turned(x, np.full(x.shape[:-1], 40 + i)) for i in range(future)], 0)
+
+
+@pytest.mark.parametrize("covariance", [True, False])
+def test_expected_mass(case: Case, covariance: bool) -> None:
+    """E exp(q·k/√H) of a Gaussian query is exp(μ·k/√H + k·Σk/2H); μ and Σ are of the queries before RoPE, turned to what comes."""
+    want = np.zeros(case.pos.shape)
+    for b, h, at in case.each():
+        for g in range(G):
+            q = turned(case.queries(b, h)[:, g], np.arange(40), back=True)
+            spread = np.cov(q.T, bias=True)
+            if not covariance:
+                spread = np.diag(np.diag(spread))
+            matrix = np.stack([ahead(row, 6) for row in np.eye(H)], 1)
+            spread = matrix @ spread @ matrix.T
+            if not covariance:
+                spread = np.diag(np.diag(spread))
+            k = case.k[b, h, at]
+            logits = k @ ahead(q.mean(0), 6) / H**0.5 + np.einsum("SH,HJ,SJ->S", k, spread, k) / (2 * H)
+            want[b, h, at] += softmax(logits) * np.linalg.norm(case.v[b, h, at], axis=-1)
+    compare(case.review(scores.ExpectedMass(future=6, covariance=covariance)), want, 1e-3)
+
+
+def test_capacity(case: Case) -> None:
+    want = np.zeros(case.pos.shape)
+    for b, h, at in case.each():
+        k, v = case.k[b, h, at], case.v[b, h, at]
+        for g in range(G):
+            anchor = ahead(turned(case.queries(b, h)[:, g], np.arange(40), back=True).mean(0), 6)
+            near = k @ anchor / np.linalg.norm(k, axis=-1) / np.linalg.norm(anchor)
+            w = np.exp(5 * (near - near.max()))
+            spanned = np.eye(H) + (v.T * w) @ v
+            want[b, h, at] += w * np.einsum("SH,HJ,SJ->S", v, np.linalg.inv(spanned), v)
+    compare(case.review(scores.Capacity(future=6)), want, 1e-3)
+
+
+def seen(case: Case, b: int, h: int, at: np.ndarray, position: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the tokens a query sees, and its logits, [G, S]."""
+    return case.pos[b, h, at] <= position, case.queries(b, h)[position] @ case.k[b, h, at].T / H**0.5
+
+
+def test_output_change_is_how_far_outputs_move_without_the_token(case: Case) -> None:
+    """By leaving it out."""
+    want = np.zeros(case.pos.shape)
+    for b, h, at in case.each():
+        v = case.v[b, h, at]
+        for position in range(35, 40):
+            sees, logits = seen(case, b, h, at, position)
+            for g in range(G):
+                out = softmax(logits[g, sees]) @ v[sees]
+                for j in np.flatnonzero(sees):
+                    others = sees & (np.arange(len(at)) != j)
+                    want[b, h, at[j]] += ((out - softmax(logits[g, others]) @ v[others]) ** 2).sum()
+    compare(case.review(scores.OutputChange(window=5)), want, 1e-3)
+
+
+def test_redundancy(case: Case) -> None:
+    want = np.zeros(case.pos.shape)
+    for b, h, at in case.each():
+        k = case.k[b, h, at]
+        unit = k / np.linalg.norm(k, axis=-1, keepdims=True)
+        cosine = unit @ unit.T
+        np.fill_diagonal(cosine, 0)
+        for row in cosine:
+            if (like := np.flatnonzero(row > 0.2)).size:
+                row[like[-1]] = 0
+        like = softmax(cosine.mean(0))
+        mass = np.zeros(len(at))
+        for position in range(37, 40):
+            sees, logits = seen(case, b, h, at, position)
+            mass[sees] += softmax(logits.max(0)[sees]) / 3
+        pooled = np.array([mass[max(0, i - 3) : i + 4].max() for i in range(len(at))])
+        want[b, h, at] = 0.25 * pooled - 0.75 * like
+    compare(case.review(scores.Redundancy(window=3, importance=0.25, alike=0.2)), want)
