@@ -230,7 +230,7 @@ class Capacity(Reviewed):
 
 @dataclasses.dataclass(frozen=True)
 class OutputChange(Reviewed):
-    """How far the outputs of the last `window` queries would move without the token: Σ (p / (1 - p))² · |v - o|²."""
+    """How far the outputs of the last `window` queries would move without the token: Σ (p / (1 - p))² · |v - o|², with 1 - p at least 1/100."""
 
     window: int = 32
 
@@ -240,10 +240,10 @@ class OutputChange(Reviewed):
     def review(self, number_BKS, held):
         p_BKGQS, v = _seen(held), held.v_BKSW
         out = jnp.einsum("BKGQS,BKSW->BKGQW", p_BKGQS, v)
-        apart = (v**2).sum(-1)[:, :, None, None] + (out**2).sum(-1)[..., None]
-        apart -= 2 * jnp.einsum("BKGQW,BKSW->BKGQS", out, v)
-        moved = (p_BKGQS / jnp.maximum(1 - p_BKGQS, 1e-3)) ** 2
-        return (moved * jnp.maximum(apart, 0)).sum((2, 3))
+        # Not by |v|² - 2 v·o + |o|², in which a difference near 0 is lost.
+        apart = ((v[:, :, None, None] - out[..., None, :]) ** 2).sum(-1)
+        moved = (p_BKGQS / jnp.maximum(1 - p_BKGQS, 0.01)) ** 2
+        return (moved * apart).sum((2, 3))
 
 
 @dataclasses.dataclass(frozen=True)

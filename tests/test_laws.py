@@ -7,6 +7,7 @@ Every call goes through `checked`: a history that broke a promise would be told.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -134,13 +135,14 @@ def histories(cascade: st.SearchStrategy[Cascade]) -> st.SearchStrategy[History]
 
 
 def replayed(test, fewer: int = 1):
-    """Give a test histories of cascades with each policy; every such test gets the same, so that each is compiled once."""
+    """Give a test histories of cascades with each policy, two at a time; every such test gets the same, so that each is compiled once."""
 
-    @pytest.mark.parametrize("name", DRAWN)
+    @pytest.mark.parametrize("names", [*itertools.batched(DRAWN, 2)], ids=" ".join)
     @functools.wraps(test, assigned=("__name__", "__qualname__", "__module__", "__doc__"), updated=())
-    def each(name: str) -> None:
+    def each(names: tuple[str, ...]) -> None:
         few_examples = settings(max_examples=max(1, settings().max_examples // 5 // fewer))
-        seed(name)(few_examples(given(histories(cascades(tiers(policies([name])))))(test)))()
+        some = cascades(*(tiers(policies([name])) for name in names), sizes=(2, 3))
+        seed(str(names))(few_examples(given(histories(some))(test)))()
 
     del each.__wrapped__  # or pytest would look for a fixture called `history`
     return each
