@@ -14,8 +14,10 @@ class Cascade:
     """The cache of one layer as a value: `Cascade(sink(4), recent(60), heavy(64, codec=int8))`."""
 
     tiers: tuple[Tier, ...]
+    front: int
+    """A prompt goes past the first so many tiers: they take the tokens that come one by one after it."""
 
-    def __init__(self, *tiers: Tier):
+    def __init__(self, *tiers: Tier, front: int = 0):
         if not tiers:
             raise BadInput("a cascade needs at least one tier")
         if any(isinstance(tier.policy, Full) for tier in tiers[:-1]):
@@ -23,10 +25,15 @@ class Cascade:
         for index, tier in enumerate(tiers):
             if tier.policy.reads() and tier.policy.alike() and not all(each.policy.alike() for each in tiers[:index]):
                 raise BadInput(f"{tier} ranks for all heads together, so the tiers before it must too")
+        if not 0 <= front < len(tiers):
+            raise BadInput(f"of {len(tiers)} tiers {front} cannot stand before those of a prompt")
         object.__setattr__(self, "tiers", tiers)
+        object.__setattr__(self, "front", front)
 
     def __str__(self) -> str:
-        return " | ".join(map(str, self.tiers))
+        written = lambda tiers: " | ".join(map(str, tiers))
+        front = f" then {written(self.tiers[: self.front])}" if self.front else ""
+        return written(self.tiers[self.front :]) + front
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
@@ -44,7 +51,7 @@ class Cascade:
 
         The first tiers, as long as nothing leaves them, keep only what they read themselves.
         """
-        stay = all(tier.policy.append_only for tier in self.tiers[: index + 1])
+        stay = not self.front and all(tier.policy.append_only for tier in self.tiers[: index + 1])
         wanted = {*self._read(index, index + 1 if stay else None)}
         return tuple(each for each in self.statistics if each in wanted)
 

@@ -61,7 +61,9 @@ class Look:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["slots", "memories"], meta_fields=["cascade", "heads", "context"]
+    jax.tree_util.register_dataclass,
+    data_fields=["slots", "memories"],
+    meta_fields=["cascade", "heads", "context", "prompting"],
 )
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
@@ -73,6 +75,8 @@ class LayerCache:
     """The number of positions that it was made for: a full tier has room for no more."""
     slots: tuple[Slots, ...]
     memories: tuple[Any, ...]
+    prompting: bool = False
+    """Whether there are tiers in front, and calls of many tokens are a prompt's, which goes past them."""
 
     @classmethod
     def empty(cls, cascade: Cascade, batch: int, heads: Heads, context: int, layer: int = 0) -> "LayerCache":
@@ -84,7 +88,8 @@ class LayerCache:
         numbers = [len(cascade.numbers(index)) for index in range(len(cascade.tiers))]
         tiers = zip(cascade.tiers, numbers, strict=True)
         slots = tuple(empty(tier, batch, heads, context, count) for tier, count in tiers)
-        return cls(cascade, heads, context, slots, tuple(each.init(batch, heads, layer) for each in cascade.memories))
+        memories = tuple(each.init(batch, heads, layer) for each in cascade.memories)
+        return cls(cascade, heads, context, slots, memories, prompting=cascade.front > 0)
 
     def step(
         self,
@@ -248,12 +253,17 @@ class LayerCache:
         promise(lambda: self._new(positions_BT), NOT_NEW)
         if isinstance(self.cascade.tiers[-1].policy, Full) and not self.heads.window:
             promise(lambda: (now_B11 < self.context).all(), f"a full cache for {self.context} tokens is given another")
-        cache, statistics = self._remember(q_BTNH, positions_BT), self.cascade.statistics
-        for statistic in statistics:
+        cache = self._remember(q_BTNH, positions_BT)
+        for statistic in self.cascade.statistics:
             if statistic.every:
                 cache, entry = cache._review(statistic, entry, now_B11)
-        held, window = [], self.heads.window
-        for index, (tier, slots) in enumerate(zip(self.cascade.tiers, cache.slots, strict=True)):
+        return cache._sink(entry, now_B11, self.cascade.front if self.prompting and positions_BT.shape[1] > 1 else 0)
+
+    def _sink(self, entry: Entry, now_B11, first: int) -> "LayerCache":
+        """Offer tokens to the tiers from the `first` on."""
+        cache, statistics, held, window = self, self.cascade.statistics, [*self.slots[:first]], self.heads.window
+        for index, tier in enumerate(self.cascade.tiers[first:], first):
+            slots = cache.slots[index]
             kept, carried = self.cascade.numbers(index), dict(zip(statistics, entry.numbers, strict=True))
             offered = dataclasses.replace(entry, numbers=tuple(carried[each] for each in kept))
             last = index == len(self.slots) - 1
@@ -264,6 +274,32 @@ class LayerCache:
                 carried |= dict(zip(kept, left.numbers, strict=True))
                 entry = dataclasses.replace(left, numbers=tuple(carried[each] for each in statistics))
         return dataclasses.replace(cache, slots=tuple(held))
+
+    def answering(self) -> "LayerCache":
+        """The same cache when its prompt is over: from now on all tokens enter the first tier."""
+        return dataclasses.replace(self, prompting=False)
+
+    def settled(self) -> "LayerCache":
+        """The same cache when a turn is over: what the tiers in front hold goes to the others, and the next prompt goes past them."""
+        front = self.cascade.front
+        if not front:
+            return self
+        now_B11 = jnp.stack([slots.pos_BKS.max((1, 2)) for slots in self.slots]).max(0)[:, None, None]
+        cache = dataclasses.replace(self, prompting=True)
+        # The lowest first: it holds what is oldest. A tier's tokens are offered in the order of their positions.
+        for index in reversed(range(front)):
+            slots, (_, codecs), kept = cache.slots[index], self.held[index], self.cascade.numbers(index)
+            order = jnp.argsort(jnp.where(slots.pos_BKS < 0, jnp.iinfo(jnp.int32).max, slots.pos_BKS), 2)
+            take = lambda x, order=order: jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 3)), 2)
+            carried = dict(zip(kept, map(take, slots.numbers), strict=True))
+            none = jnp.zeros(slots.pos_BKS.shape, jnp.float32)
+            numbers = tuple(carried.get(each, none) for each in self.cascade.statistics)
+            k, v = take(codecs.k.decode(slots.k)), take(codecs.v.decode(slots.v))
+            entry = Entry(k, v, take(slots.pos_BKS), numbers)
+            gone = dataclasses.replace(slots, pos_BKS=jnp.full_like(slots.pos_BKS, -1))
+            cache = dataclasses.replace(cache, slots=(*cache.slots[:index], gone, *cache.slots[index + 1 :]))
+            cache = cache._sink(entry, now_B11, front)
+        return cache
 
     def _new(self, positions_BT) -> Bool[Array, ""]:
         """Whether each row's positions are higher than what it holds, and none is there twice."""

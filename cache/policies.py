@@ -132,7 +132,7 @@ class Observed(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class Decayed(Policy):
-    """Keep what has had most attention of late: it counts half as much `life` positions later (after Scissorhands, Liu et al. 2023, §4).
+    """Keep what has had most attention of late: it counts half as much `life` positions later (after Scissorhands, arXiv 2305.17118).
 
     The paper counts the queries that attend more than on average; this sums what they give.
     """
@@ -148,7 +148,10 @@ class Decayed(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class Tova(Policy):
-    """Keep what the newest query attends to (TOVA, Oren et al. 2024, §3.2), each head by itself or, as in the paper, all heads of a layer `together`."""
+    """Keep what the newest query attends to (TOVA, Oren et al. 2024, arXiv 2401.06104).
+
+    Each head by itself or, as in the paper, all heads of a layer `together`.
+    """
 
     together: bool = False
 
@@ -165,9 +168,9 @@ class Tova(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class Snap(Policy):
-    """Keep the last `window` tokens and what their queries attend to (SnapKV, Li et al. 2024, §4); while decoding, those of the last window or two.
+    """Keep the last `window` tokens and what their queries attend to (SnapKV, Li et al. 2024, arXiv 2404.14469).
 
-    A prompt's tokens get the mean over `kernel` neighbours.
+    While decoding, the queries are those of the last window or two. A prompt's tokens get the mean over `kernel` neighbours.
     """
 
     window: Positive = 32
@@ -195,7 +198,7 @@ class LeastRecentlyUsed(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class ValueAware(Policy):
-    """Keep what has most attention times the value's L1 norm (VATP, Guo et al. 2024, §3.2)."""
+    """Keep what has most attention times the value's L1 norm (VATP, Guo et al. 2024, arXiv 2406.12335)."""
 
     def reads(self):
         return Mass(), ValueNorm(order=1)
@@ -206,7 +209,7 @@ class ValueAware(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class LowKeyNorm(Policy):
-    """Keep the keys of the lowest norm, which get much attention (Devoto et al. 2024, §3)."""
+    """Keep the keys of the lowest norm, which get much attention (Devoto et al. 2024, arXiv 2406.11430)."""
 
     def reads(self):
         return (KeyNorm(),)
@@ -217,7 +220,7 @@ class LowKeyNorm(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class KeyDiff(Policy):
-    """Keep the keys least like the mean key (KeyDiff, Park et al. 2025, §3), compared every so many positions."""
+    """Keep the keys least like the mean key (KeyDiff, Park et al. 2025, arXiv 2504.15364), compared every so many positions."""
 
     every: Positive = 32
 
@@ -230,7 +233,7 @@ class KeyDiff(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class Lag(Policy):
-    """Keep what is spread most on the scale of the `size` tokens after its block, besides `sinks` and the last blocks (LagKV, Liang et al. 2025, §3)."""
+    """Keep what is spread most on the scale of the `size` tokens after its block, besides `sinks` and the last blocks (LagKV, arXiv 2504.04704)."""
 
     size: Positive = 128
     sinks: int = 4
@@ -245,7 +248,7 @@ class Lag(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class CurDkv(Policy):
-    """Keep keys and values of large norms among their neighbours (CurDKV, Sengupta et al. 2025, by kvpress' local approximation of leverage)."""
+    """Keep keys and values of large norms among their neighbours (CurDKV, arXiv 2509.15038, by kvpress' local approximation of leverage)."""
 
     size: Positive = 16
     every: Positive = 32
@@ -259,7 +262,7 @@ class CurDkv(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class HighLeverage(Policy):
-    """Keep the keys that others cannot stand in for: high statistical leverage (Compactor, Chari and Van Durme 2025, §3)."""
+    """Keep the keys that others cannot stand in for: high statistical leverage (Compactor, arXiv 2507.08143)."""
 
     sketch: Positive = 48
     every: Positive = 128
@@ -273,7 +276,7 @@ class HighLeverage(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class Expected(Policy):
-    """Keep what the queries of the next `future` positions are expected to attend to (Expected Attention, Devoto et al. 2025, §3).
+    """Keep what the queries of the next `future` positions are expected to attend to (Expected Attention, Devoto et al. 2025, arXiv 2510.00636).
 
     By the variances of query channels, or with `covariance` as in the paper by their covariance, which takes H times the bytes.
     """
@@ -306,7 +309,7 @@ class Volume(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class Drop(Policy):
-    """Keep what the outputs of the last `window` queries would miss most (DropKV, as kvpress has it)."""
+    """Keep what the outputs of the last `window` queries would miss most (DropKV, OpenReview MqfNzH3TVH)."""
 
     window: Positive = 32
     every: Positive = 128
@@ -320,7 +323,10 @@ class Drop(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class Reasoning(Policy):
-    """Keep what the last `window` queries attend to and what is unlike other keys (R-KV, Cai et al. 2025, §3; λ as in its repository)."""
+    """Keep what the last `window` queries attend to and what is unlike other keys (R-KV, arXiv 2505.24133).
+
+    λ is its repository's default; the paper's is uncertain.
+    """
 
     window: Positive = 8
     importance: float = 0.07

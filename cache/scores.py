@@ -40,7 +40,8 @@ class WindowMass(Statistic):
         T, k = mass_BKT.shape[-1], self.kernel
         if min(T, k) == 1:
             return mass_BKT
-        order = jnp.argsort(pos_BKT < 0, -1, stable=True)  # padding may be anywhere, and is nobody's neighbour
+        # Tokens and padding may be in any order; padding is nobody's neighbour.
+        order = jnp.argsort(jnp.where(pos_BKT < 0, jnp.iinfo(jnp.int32).max, pos_BKT), -1)
         there = jnp.take_along_axis(pos_BKT >= 0, order, -1)
         mass = jnp.where(there, jnp.take_along_axis(mass_BKT, order, -1), 0)
         pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (k // 2, k - 1 - k // 2)))

@@ -5,7 +5,9 @@
     sink 4 | recent 124                     StreamingLLM
     random[seed=1] 25%                      a quarter of the context, by lot
     layers[0:2]: full ; layers[2:]: sink 4 | recent 60
+    snap 25% then recent 128                what SnapKV keeps of the prompt, and then all of 128 tokens
 
+`then`: the tiers after it stand in front of the others from the first token on that follows a prompt.
 `|` is the cascade, `POLICY[ARGUMENT=VALUE,...] COUNT[@CODEC]` a tier. COUNT is slots per KV head, or a share of the context;
 CODEC is for keys and values, `KEYS/VALUES` names one for each: `full@int8/int4`.
 """
@@ -127,9 +129,15 @@ def _wrong(text: str, start: int, stop: int, reason: str) -> BadInput:
 
 
 def _cascade(text: str, start: int, piece: str) -> Cascade:
-    tiers = [_tier(text, start + at, tier) for at, tier in _split(piece, "|")]
+    halves = _split(piece, " then ")
+    if len(halves) > 2:
+        raise _wrong(text, start, start + len(piece), "there is one prompt, so then stands once")
+    *front, back = (
+        [_tier(text, start + at + inner, tier) for inner, tier in _split(half, "|")] for at, half in halves[::-1]
+    )
+    before = front[0] if front else []
     try:
-        return Cascade(*tiers)
+        return Cascade(*before, *back, front=len(before))
     except BadInput as error:
         raise _wrong(text, start, start + len(piece), str(error)) from None
 

@@ -87,7 +87,7 @@ class Statistic:
         return number_BKS
 
     def among(self, mass_BKT: Float[Array, "B K T"], pos_BKT: Int[Array, "B K T"]) -> Float[Array, "B K T"]:
-        """What `watch` is told of a call's own tokens for the attention that they got; they are in the order of their positions."""
+        """What `watch` is told of a call's own tokens for the attention that they got."""
         return mass_BKT
 
     def review(self, number_BKS: Float[Array, "B K S"], held: Tokens) -> Float[Array, "B K S"]:

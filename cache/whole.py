@@ -39,6 +39,14 @@ class Cache:
         """The number of positions that it was made for."""
         return self.layers[0].context
 
+    def answering(self) -> "Cache":
+        """`LayerCache.answering` in each layer."""
+        return dataclasses.replace(self, layers=tuple(each.answering() for each in self.layers))
+
+    def settled(self) -> "Cache":
+        """`LayerCache.settled` in each layer."""
+        return dataclasses.replace(self, layers=tuple(each.settled() for each in self.layers))
+
     def draft(self) -> "Draft":
         """A draft of no tokens."""
         return Draft(self, (None,) * len(self.layers))
@@ -119,7 +127,11 @@ class Prompt:
         layers = list(cache.layers)
         for place, (q_BTNH, k_BTKH, v_BTKW) in zip(cache.of, self.parts, strict=True):
             layers[place] = _enter(layers[place], q_BTNH, k_BTKH, v_BTKW, positions_BT)
-        return dataclasses.replace(cache, layers=tuple(layers))
+        return dataclasses.replace(cache, layers=tuple(layers)).answering()
+
+    def answering(self) -> "Prompt":
+        """Itself: what goes past the tiers in front is decided where it enters."""
+        return self
 
 
 @functools.partial(jax.jit, donate_argnames="layer")

@@ -21,20 +21,38 @@ from kvcascade.model.gpt import Params
 from kvcascade.model.programs import Compiled, traced
 from kvcascade.model.sampling import GREEDY, NOT_A_NUMBER, Sampling, Settings, sample, settings
 
+CHUNK, LONG = 256, 2048
 DISPATCH = 8
 """Tokens that `generate` decodes between two looks at them."""
 
 
 def prefill(
-    config: ModelConfig, params: Params, cache: Cache, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"]
+    config: ModelConfig,
+    params: Params,
+    cache: Cache,
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    chunk: int | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Put whole prompts into an empty cache, which is donated; return the logits after each row's last token.
+
+    A chunk of so many tokens enters at once, 0: all of them; by default what `chunk_for` says.
 
     A row's positions are 0, 1, … and then -1 for padding. Raises BadInput for others, and for a cache that holds something; inside
     another `jit` neither is looked at.
     """
     check_start(cache, positions_BT)
-    return prefill_step(config, params, cache, tokens_BT, positions_BT)
+    chunk = chunk_for(config, cache, tokens_BT.shape[1]) if chunk is None else chunk
+    return prefill_step(config, params, cache, tokens_BT, positions_BT, chunk=chunk)
+
+
+def chunk_for(config: ModelConfig, cache: Cache, tokens: int) -> int:
+    """Tokens of a prompt that enter at once: CHUNK of a prompt longer than LONG if the cache keeps at most half of it, else all (0).
+
+    A cache that keeps most of it takes the memory anyway, and is filled more quickly at once.
+    """
+    kept = max(sum(slots.pos_BKS.shape[2] for slots in layer.slots) for layer in cache.layers)
+    return CHUNK if tokens > LONG and 2 * kept <= tokens else 0
 
 
 def check_start(cache: Cache, positions_BT: Int[Array | np.ndarray, "B T"]) -> None:
@@ -51,7 +69,7 @@ def check_start(cache: Cache, positions_BT: Int[Array | np.ndarray, "B T"]) -> N
 
 _most = jax.jit(jnp.max)
 
-prefill_step = jax.jit(gpt.first_step, static_argnames="config", donate_argnames="cache")
+prefill_step = jax.jit(gpt.first_step, static_argnames=("config", "chunk"), donate_argnames="cache")
 """What `prefill` compiles, with nothing checked."""
 
 
@@ -97,7 +115,7 @@ def decode_steps(
     return lax.fori_loop(0, jnp.minimum(count, most), body, (tokens_nB, state))
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("config", "chunk"), donate_argnames="cache")
 def begin_step(
     config: ModelConfig,
     params: Params,
@@ -106,9 +124,10 @@ def begin_step(
     positions_BT: Int[Array, "B T"],
     by: Settings,
     seen_BV: Bool[Array, "B V"],
+    chunk: int = 0,
 ) -> State:
     """Put whole prompts into an empty cache, which is donated, and draw each row's first token."""
-    logits_BV, cache = gpt.first_step(config, params, cache, tokens_BT, positions_BT)
+    logits_BV, cache = gpt.first_step(config, params, cache, tokens_BT, positions_BT, chunk)
     return _draw(logits_BV, cache, positions_BT.max(-1) + 1, by, seen_BV)
 
 
@@ -184,8 +203,9 @@ def begin(
     prompts: list[list[int]],
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     compiled: Compiled = traced,
+    chunk: int | None = None,
 ) -> State:
-    """Put prompts into an empty cache, which is donated, and draw each row's first token.
+    """Put prompts into an empty cache, which is donated, and draw each row's first token; `chunk` as for `prefill`.
 
     Raises BadInput for an empty prompt, and for one that is longer than the model's or the cache's context.
     """
@@ -199,7 +219,8 @@ def begin(
         seen[row, prompt] = True
     check_start(cache, positions_BT)
     arguments = params, cache, jnp.asarray(tokens_BT), jnp.asarray(positions_BT), by, jnp.asarray(seen)
-    return compiled(begin_step, config, *arguments)(*arguments)
+    chunk = chunk_for(config, cache, max(map(len, prompts))) if chunk is None else chunk
+    return compiled(begin_step, config, *arguments, chunk=chunk)(*arguments)
 
 
 def generate(
@@ -210,16 +231,17 @@ def generate(
     count: int,
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     compiled: Compiled = traced,
+    chunk: int | None = None,
 ) -> Iterator[tuple[Int[np.ndarray, "n B"], Cache]]:
     """Continue each prompt by `count` tokens; yields the first one per row, then DISPATCH at a time, with the cache that has seen those before.
 
     The yielded cache is donated to the next steps: look at it before asking for more tokens. One `Sampling` is for all rows, which then
-    draw by seeds one after the other. Raises BadInput for an empty prompt, where the longest prompt and all that is
+    draw by seeds one after the other; `chunk` is as for `prefill`. Raises BadInput for an empty prompt, where the longest prompt and all that is
     drawn but the last token are more than the model's or the cache's context, and where the logits are not numbers. `compiled` says how
     the steps become programs: with `programs.kept` the next start finds them.
     """
     check_room(config, cache, max(map(len, prompts)) + count - 1)  # the last token drawn enters no cache
-    state = begin(config, params, cache, prompts, sampling, compiled)
+    state = begin(config, params, cache, prompts, sampling, compiled, chunk)
     lengths = np.asarray([len(prompt) for prompt in prompts])
     first_1B = np.asarray(state.token_B)[None]
     check_numbers(first_1B.T == NOT_A_NUMBER, lengths)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from kvcascade.cache.whole import Cache, Draft, Prompt
@@ -171,10 +172,52 @@ def step[C: (Cache, Draft)](
 
 
 def first_step[C: (Cache, Prompt)](
-    config: ModelConfig, params: Params, cache: C, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"]
+    config: ModelConfig,
+    params: Params,
+    cache: C,
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    chunk: int = 0,
 ) -> tuple[Float[Array, "B V"], C]:
-    """`step` on rows whose cache is still empty, padded on the right, with the logits after each row's last token alone."""
+    """`step` on rows whose cache is still empty, padded on the right, with the logits after each row's last token alone.
+
+    With a `chunk` so many tokens enter at once, each such part before the next one is read: the memory that this takes is the cache's
+    and a chunk's, however long the rows are, and tokens see of the past what the cache kept of it.
+    """
+    if 0 < chunk < tokens_BT.shape[1]:
+        return next_step(config, params, cache, tokens_BT, positions_BT, chunk)
     model = nnx.merge(graph(config)[0], params)
     x_BTM, cache = model.hidden(tokens_BT, positions_BT, cache, fresh=True)
-    last_B = positions_BT.argmax(-1)
-    return model.logits(jnp.take_along_axis(x_BTM, last_B[:, None, None], 1))[:, 0], cache
+    return model.logits(_last(x_BTM, positions_BT)[:, None])[:, 0], cache.answering()
+
+
+def next_step[C: (Cache, Prompt)](
+    config: ModelConfig,
+    params: Params,
+    cache: C,
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    chunk: int,
+) -> tuple[Float[Array, "B V"], C]:
+    """`first_step` on rows of which the cache may hold the past; their positions go on from there."""
+    B, T = tokens_BT.shape
+    parts = -(-T // chunk)
+    cut = lambda x, fill: (
+        jnp.pad(x, ((0, 0), (0, parts * chunk - T)), constant_values=fill).reshape(B, parts, chunk).swapaxes(0, 1)
+    )
+
+    def enter(carry, part):
+        (last_BM, cache), (tokens_BC, positions_BC) = carry, part
+        x_BCM, cache = nnx.merge(graph(config)[0], params).hidden(tokens_BC, positions_BC, cache)
+        there_B1 = (positions_BC >= 0).any(-1, keepdims=True)
+        return (jnp.where(there_B1, _last(x_BCM, positions_BC), last_BM), cache), None
+
+    none_BM = jnp.zeros((B, config.width), config.dtype)
+    (last_BM, cache), _ = lax.scan(enter, (none_BM, cache), (cut(tokens_BT, 0), cut(positions_BT, -1)))
+    model = nnx.merge(graph(config)[0], params)
+    return model.logits(last_BM[:, None])[:, 0], cache.answering()
+
+
+def _last(x_BTM, positions_BT):
+    """What is at each row's newest position."""
+    return jnp.take_along_axis(x_BTM, positions_BT.argmax(-1)[:, None, None], 1)[:, 0]

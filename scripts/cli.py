@@ -23,6 +23,7 @@ COMMANDS = {
     "bench": "prefill and decode speed, and the share of the memory bandwidth",
     "stream": "decode on and on: whether time and memory per token stay flat",
     "memory": "bytes of models and caches by arithmetic, and the users that leaves room for",
+    "methods": "every policy: what it keeps, whose it is, what it reads and takes",
     "fit": "how many users fit on a GPU, compiled for it without one",
     "crash": "how many users fit: more and more under a hard limit of memory, until one is killed",
     "profile": "where a decode step spends time and bytes, and how memory grows with the context",

@@ -38,6 +38,8 @@ class Args(Recorded):
     """Windows at once."""
     prefix: CountOrNone = 0
     """Tokens of each window that enter in one prefill and are not scored."""
+    chunk: CountOrNone = 0
+    """Tokens of the prefix that enter at once, each such part before the next is read; 0: all."""
     fidelity: bool = False
     """Also compare every next-token distribution with the full cache's: KL divergence and the same likeliest token; doubles the time."""
     weights: str = "float32"
@@ -53,7 +55,7 @@ def main(arguments: list[str]) -> None:
     until = share("until", args.until) if args.until is not None else None
     model = console.open_model(args.model, args.weights)
     perplexity.check(model.config, specs, args.context, args.prefix, min(args.batch, args.sequences))
-    protocol = Protocol(min(args.batch, args.sequences), args.prefix, args.fidelity)
+    protocol = Protocol(min(args.batch, args.sequences), args.prefix, args.chunk, args.fidelity)
     choose = lambda count: kvcascade.windows(model, args.data, args.context, count, args.windows, args.seed, args.bos)
     rows, known = choose(args.sequences), [None] * len(specs)
     while True:

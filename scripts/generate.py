@@ -14,7 +14,7 @@ from kvcascade.model import chat, generate, programs
 from kvcascade.model.answer import Answer
 from kvcascade.model.sampling import Sampling
 from kvcascade.scripts import console
-from kvcascade.scripts.arguments import Count, arguments_of, text
+from kvcascade.scripts.arguments import Count, CountOrNone, arguments_of, text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Args:
     """What a pretrained model's matrices are kept in: float32, bfloat16, int8 or int4."""
     cache: str = "full"
     """A cache in one line, or a preset's name."""
+    chunk: CountOrNone | None = None
+    """Tokens of a prompt that enter at once, each such part before the next is read; 0: all. By default parts of 256 for a long prompt and a small cache."""
     tokens: Count = 64
     """The most tokens to generate."""
     chat: bool = False
@@ -62,7 +64,8 @@ def main(arguments: list[str]) -> None:
     alone = len(prompts) == 1
     if alone and not args.chat:
         print(typed[0], end="", flush=True)
-    steps = generate.generate(model.config, model.params, cache, prompts, args.tokens, args.sampling, programs.kept)
+    how = args.sampling, programs.kept, args.chunk
+    steps = generate.generate(model.config, model.params, cache, prompts, args.tokens, *how)
     drawn = 0
     for tokens_nB, seen in steps:
         cache, drawn = seen, drawn + len(tokens_nB)

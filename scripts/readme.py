@@ -5,6 +5,7 @@ from typing import Any
 
 from kvcascade.eval import record_files, records
 from kvcascade.eval.kernels import tables
+from kvcascade.eval.memory import methods
 from kvcascade.eval.records import Evaluation, Record
 from kvcascade.eval.report import costs, figures, page
 from kvcascade.kernels.files import write_whole
@@ -14,7 +15,10 @@ RESULTS = ROOT / "eval" / "results" / "toy.jsonl"
 PRETRAINED, KERNELS, SPEED, STREAM, FIT, CRASH, WEIGHTS = (
     RESULTS.with_name(f"{name}.jsonl") for name in ("smollm2", "kernels", "speed", "stream", "fit", "crash", "weights")
 )
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "speed", "memory", "kernels"))]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "speed", "memory", "kernels", "methods")),
+]
 
 
 def generated() -> dict[Path, str]:
@@ -23,7 +27,7 @@ def generated() -> dict[Path, str]:
     costly = {file.stem: records.of(record_files.read(file), Record) for file in (SPEED, STREAM, FIT, CRASH, WEIGHTS)}
     kernels: list[Any] = record_files.read(KERNELS)
     parts = page.readme_tables(toy) | page.pretrained_tables(pretrained) | costs.readme_tables(costly)
-    parts |= tables.readme_tables(kernels)
+    parts |= tables.readme_tables(kernels) | {"methods": methods.markdown()}
     evaluations = {"toy": records.of(toy, Evaluation), "smollm2": records.of(pretrained, Evaluation)}
     drawn = {name: [r for r in mine if r.model in ("mha", "smollm2")] for name, mine in evaluations.items()}
     pages = {path: page.fill(path.read_text("utf-8"), parts) for path in PAGES}

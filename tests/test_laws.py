@@ -348,8 +348,8 @@ def test_ragged_prompts_go_on_as_each_would_alone(attention_kind) -> None:
     tokens_BT, lengths = text(config, B=3), np.array([5, 1, 8], np.int32)
     want_BTV, rows = np.asarray(forward(config, params, tokens_BT)), np.arange(3)
     cache = generate.empty_cache(config, parse("full@f32"), 3, 16)
-    padded = generate.pad([row[:length].tolist() for row, length in zip(tokens_BT, lengths, strict=True)])
-    logits_BV, cache = generate.prefill(config, params, cache, *map(jnp.asarray, padded))
+    tokens, positions = generate.pad([row[:length].tolist() for row, length in zip(tokens_BT, lengths, strict=True)])
+    logits_BV, cache = generate.prefill(config, params, cache, jnp.asarray(tokens), jnp.asarray(positions))
     for position_B in (lengths + i for i in range(8)):
         np.testing.assert_allclose(logits_BV, want_BTV[rows, position_B - 1], atol=1e-5, rtol=1e-5)
         token_B = jnp.asarray(tokens_BT[rows, position_B])

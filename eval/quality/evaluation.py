@@ -31,6 +31,8 @@ class Protocol:
     batch: int = 8
     prefix: int = 0
     """Tokens that enter in one prefill and are not scored."""
+    chunk: int = 0
+    """Tokens of the prefix that enter at once; 0: all."""
     fidelity: bool = False
     """Whether each distribution is compared with the full cache's."""
 
@@ -41,7 +43,7 @@ def job(model: Model, spec: CacheSpec, windows: Windows, protocol: Protocol, kno
         "kind": "evaluate", "model": model.name, "weights": model.config.weights, "weights_key": model.fingerprint, "cache": str(spec),
         "data": windows.data, "text": windows.text, "rows": windows.key, "windows": windows.how, "windows_seed": windows.seed,
         "context": windows.rows_BT.shape[1], "sequences": len(windows.rows_BT), "bos": windows.bos, "batch": min(protocol.batch, len(windows.rows_BT)),
-        "prefix": protocol.prefix, "fidelity": protocol.fidelity, "seed": model.seed,
+        "prefix": protocol.prefix, "chunk": protocol.chunk, "fidelity": protocol.fidelity, "seed": model.seed,
     }  # fmt: skip
     kind = Compared if protocol.fidelity else Evaluation
     measured = lambda: [kind(**about | evaluate(model, spec, windows, protocol, known))]
@@ -95,7 +97,7 @@ def _scored(
     exact = parse("full")
     other = exact if protocol.fidelity and spec != exact else None
     score = lambda spec, rows, other=None: perplexity.score(
-        model.config, model.params, spec, rows, batch, protocol.prefix, other
+        model.config, model.params, spec, rows, batch, protocol.prefix, other, protocol.chunk
     )
     drawn = _draws(spec, batch, before + len(rows))
     names = ("nll_windows", *(("kl_windows", "same_top_windows") if protocol.fidelity else ()))

@@ -373,7 +373,8 @@ def score(
     contexts, continuations = ([each[part] for each in rows] for part in (0, 1))
     cache = generate.empty_cache(config, spec, len(rows), size)
     kv_bytes = nbytes(cache) // len(rows)
-    logits_BV, cache = generate.prefill(config, params, cache, *map(jnp.asarray, generate.pad(contexts, SHORTEST)))
+    tokens_BT, positions_BT = map(jnp.asarray, generate.pad(contexts, SHORTEST))
+    logits_BV, cache = generate.prefill(config, params, cache, tokens_BT, positions_BT)
     first_B, counts_B = (np.asarray([*map(len, texts)]) for texts in (contexts, continuations))
     most = int(counts_B.max())
     # In columns of DISPATCH, so that there is one program whatever the lengths are.

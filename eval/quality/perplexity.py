@@ -97,8 +97,11 @@ def score(
     batch: int,
     prefix: int = 0,
     other: CacheSpec | None = None,
+    chunk: int = 0,
 ) -> Scores:
     """Score tokens max(prefix, 1)…T-1 of each row, teacher-forced: the first `prefix` enter in one prefill, the others one by one.
+
+    With a `chunk` so many tokens of the prefix enter at once.
 
     With another cache, which goes through the same rows beside it, the distributions of the next token are compared as well. Rows go
     through in batches, the last one filled up with repeats that are not counted. BadInput where logits are not numbers.
@@ -118,7 +121,7 @@ def score(
         if prefix:
             positions = jnp.broadcast_to(jnp.arange(prefix), (batch, prefix))
             logits, caches = zip(
-                *(generate.prefill(config, params, cache, rows_BT[:, :prefix], positions) for cache in caches),
+                *(generate.prefill(config, params, cache, rows_BT[:, :prefix], positions, chunk) for cache in caches),
                 strict=True,
             )
             found = _mark(found, prefix - 1, rows_BT[:, prefix], *(each.astype(jnp.float32) for each in logits))
