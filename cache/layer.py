@@ -98,23 +98,25 @@ class LayerCache:
         v_BTKW: Float[Array, "B T K W"],
         positions_BT: Int[Array, "B T"],
         fresh: bool = False,
+        written_BTK: Float[Array, "B T K"] | None = None,
     ) -> tuple[Float[Array, "B T N W"], "LayerCache"]:
         """Put this call's tokens into the cascade and attend from them; position -1 is padding.
 
         T > 1 (prefill) is `commit` after `look`: the tokens attend to what the cascade held and causally to each other, then enter all at
         once. T = 1 (decode): the token enters, then attends to what the cascade holds, itself in it as it is stored. So a cache of S slots
         is a cache of S tokens, as everywhere in the literature; to look first would let it see S + 1, which moves the reference figures.
-        `fresh` says that the cascade holds nothing yet, and that each row is positions 0, 1, 2, … and then padding.
+        `fresh` says that the cascade holds nothing yet, and that each row is positions 0, 1, 2, … and then padding. `written` is what a
+        value adds to the residual stream, as `Tokens` has it; by default the value itself is.
         """
         now_B = positions_BT.max(-1)
-        entry = self._entry(k_BTKH, v_BTKW, positions_BT)
+        entry = self._entry(k_BTKH, v_BTKW, positions_BT, written_BTK)
         if positions_BT.shape[1] == 1:
             cache = self._take(q_BTNH, entry, positions_BT)
             found = decode(q_BTNH[:, 0], now_B, cache.held, self.heads, self.cascade.observed)
             out_BTNW, mass = normalise([found])
             return cache._watch(mass, positions_BT)._before(out_BTNW.astype(q_BTNH.dtype))
         if not fresh:
-            look = self.look(q_BTNH, k_BTKH, v_BTKW, positions_BT)
+            look = self.look(q_BTNH, k_BTKH, v_BTKW, positions_BT, written_BTK=written_BTK)
             return look.out_BTNW, self.commit(look)
         promise(lambda: jnp.all(jnp.asarray([(slots.pos_BKS < 0).all() for slots in self.slots])), NOT_EMPTY)
         index_T, length_B = jnp.arange(positions_BT.shape[1]), (positions_BT >= 0).sum(-1)
@@ -134,12 +136,13 @@ class LayerCache:
         v_BTKW: Float[Array, "B T K W"],
         positions_BT: Int[Array, "B T"],
         pending: Look | None = None,
+        written_BTK: Float[Array, "B T K"] | None = None,
     ) -> Look:
         """Attend to what is held, to the tokens of an earlier look that are pending, and causally to this call's own; write nothing.
 
         The result is for `commit`; with `pending` it has the tokens of both looks.
         """
-        entry = self._entry(k_BTKH, v_BTKW, positions_BT)
+        entry = self._entry(k_BTKH, v_BTKW, positions_BT, written_BTK)
         offered = [entry] if pending is None else [pending.entry, entry]
         as_slots = lambda each: Slots(f32.encode(each.k), f32.encode(each.v), each.pos_BKT)
         held = [*self.held, *((as_slots(each), Codecs(f32, f32)) for each in offered)]
@@ -161,12 +164,13 @@ class LayerCache:
         """Every tier's slots, and how they are stored."""
         return [(slots, tier.codecs) for tier, slots in zip(self.cascade.tiers, self.slots, strict=True)]
 
-    def _entry(self, k_BTKH, v_BTKW, positions_BT) -> Entry:
+    def _entry(self, k_BTKH, v_BTKW, positions_BT, written_BTK) -> Entry:
         """Tokens as they travel: in float32 also from a bf16 model, since what a tier decodes on the way down must not be rounded again."""
         k, v = (x.astype(jnp.float32).transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKW))
         pos_BKT = jnp.broadcast_to(positions_BT[:, None], (*k.shape[:2], positions_BT.shape[1])).astype(jnp.int32)
         now_B11 = positions_BT.max(-1)[:, None, None]
-        begins = lambda each: each.enter(Tokens(pos_BKT, k, v, now_B11, self._memories(each), self.heads))
+        written = jnp.abs(v).sum(-1) if written_BTK is None else written_BTK.transpose(0, 2, 1)
+        begins = lambda each: each.enter(Tokens(pos_BKT, k, v, now_B11, self._memories(each), self.heads, written))
         return Entry(k, v, pos_BKT, tuple(lax.stop_gradient(begins(each)) for each in self.cascade.statistics))
 
     def _memories(self, statistic: Statistic) -> tuple[Any, ...]:

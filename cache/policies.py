@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from kvcascade.cache.policy import PINNED, Policy, Positive, age, argument
 from kvcascade.cache.scores import (
     Capacity,
+    ChunkMass,
     DecayedMass,
     ExpectedMass,
     KeyDifference,
@@ -21,6 +22,8 @@ from kvcascade.cache.scores import (
     Leverage,
     LocalLeverage,
     OutputChange,
+    OutputNorm,
+    PairMass,
     Redundancy,
     Unused,
     ValueNorm,
@@ -208,6 +211,55 @@ class ValueAware(Policy):
 
 
 @dataclasses.dataclass(frozen=True)
+class Critical(Policy):
+    """Keep what has most attention times what its value writes (the second stage of CriticalKV, Feng et al. 2025, arXiv 2502.03805).
+
+    The first stage keeps half of the slots by attention alone: `heavy 32 | critical 32`.
+    """
+
+    def reads(self):
+        return Mass(), OutputNorm()
+
+    def priority(self, pos_BKS, read, now_B11):
+        return (read[0] + 1e-4) * read[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks(Policy):
+    """Keep whole chunks of `size` positions, those that got most attention from all heads (ChunkKV, arXiv 2502.00299, whose id is uncertain)."""
+
+    size: Positive = 20
+    every: Positive = 32
+
+    def alike(self):
+        return True
+
+    def reads(self):
+        return (ChunkMass(every=self.every, size=self.size),)
+
+    def priority(self, pos_BKS, read, now_B11):
+        return read[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trigonometric(Policy):
+    """Keep the keys that the mean query would attend to at distances to come (TriAttention, arXiv 2604.04921).
+
+    Query statistics are those of the row so far, where the paper calibrates them on a text; its normalisation of heads, which is
+    uncertain, is left out: ranks are within a KV head.
+    """
+
+    future: Positive = 1024
+    every: Positive = 128
+
+    def reads(self):
+        return (PairMass(every=self.every, future=self.future),)
+
+    def priority(self, pos_BKS, read, now_B11):
+        return read[0]
+
+
+@dataclasses.dataclass(frozen=True)
 class LowKeyNorm(Policy):
     """Keep the keys of the lowest norm, which get much attention (Devoto et al. 2024, arXiv 2406.11430)."""
 
@@ -360,6 +412,9 @@ POLICIES: dict[str, type[Policy]] = {
     "snap": Snap,
     "lru": LeastRecentlyUsed,
     "vatp": ValueAware,
+    "critical": Critical,
+    "chunks": Chunks,
+    "tri": Trigonometric,
     "key-norm": LowKeyNorm,
     "keydiff": KeyDiff,
     "lag": Lag,

@@ -7,7 +7,7 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvcascade.cache.statistic import GRACE, Memory, Statistic, Tokens
 from kvcascade.kernels.heads import Heads
@@ -96,6 +96,15 @@ class ValueNorm(Statistic):
 
     def enter(self, new):
         return jnp.linalg.norm(new.v_BKSW, ord=self.order, axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputNorm(Statistic):
+    """What the value adds to the residual stream: the L1 norm, the mean over the group's heads."""
+
+    def enter(self, new):
+        assert new.written_BKS is not None
+        return new.written_BKS
 
 
 # Numbers that depend on all tokens that a head holds
@@ -193,7 +202,7 @@ class ExpectedMass(Reviewed):
         count_BK, sum_BKGH, squares = held.memories[0]
         count = jnp.maximum(count_BK, 1)[..., None, None]
         mean = sum_BKGH / count
-        by, k, scale = _ahead(held, self.future), held.k_BKSH, held.heads.scale
+        by, k, scale = _ahead(held, np.arange(self.future)), held.k_BKSH, held.heads.scale
         logits = scale * jnp.einsum("BKSH,BKGH->BKGS", k, _turned(mean, by))
         if self.covariance:
             spread = squares / count[..., None] - mean[..., None] * mean[..., None, :]
@@ -203,6 +212,57 @@ class ExpectedMass(Reviewed):
             spread = _turned_variance(squares / count - mean**2, by)
             logits += scale**2 / 2 * jnp.einsum("BKSH,BKGH->BKGS", k**2, spread)
         return _softmax(logits, held.pos_BKS).sum(2) * jnp.linalg.norm(held.v_BKSW, axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairMass(Reviewed):
+    """What the mean query would give the key at each of the next 1, 2, 4, … up to `future` positions, on average, in logits; a pair of
+    channels in which queries vary counts for what it can give.
+
+    With q the mean query before RoPE, as complex pairs f turned to each position, and |q|_f the mean size of a pair: Re Σ_f q_f k̄_f +
+    Σ_f (E|q|_f - |E q_f|) |k|_f.
+    """
+
+    future: int = 1024
+
+    def reads(self):
+        return (QueryPairs(),)
+
+    def review(self, number_BKS, held):
+        count_BK, sum_BKGH, sizes_BKGF = held.memories[0]
+        count = jnp.maximum(count_BK, 1)[..., None, None]
+        mean, k = sum_BKGH / count, held.k_BKSH
+        steps = 2 ** np.arange(self.future.bit_length())
+        turned = jnp.einsum("BKSH,BKGH->BKS", k, _turned(mean, _ahead(held, steps[steps <= self.future] - 1)))
+        apart = (sizes_BKGF / count - _pairs(mean)).sum(2)
+        return turned + jnp.einsum("BKSF,BKF->BKS", _pairs(k), apart)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkMass(Reviewed):
+    """The attention that all heads gave the token's chunk of `size` positions, shared by those of the chunk that are held."""
+
+    every: int = 32
+    size: int = 20
+
+    def enter(self, new):
+        return jnp.zeros(new.pos_BKS.shape, new.k_BKSH.dtype)
+
+    def watch(self, number_BKS, mass_BKS, pos_BKS, now_B11, new_B11):
+        return number_BKS + mass_BKS
+
+    def review(self, number_BKS, held):
+        blocks, (B, K, S) = Blocks.of(held.pos_BKS, 1), number_BKS.shape
+        pos = blocks.sorted(held.pos_BKS)
+        there = pos >= 0
+        index = (jnp.diff(pos // self.size, axis=-1, prepend=-2) != 0).cumsum(
+            -1
+        ) - 1  # which of the chunks that are held
+        into = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None], index
+        total = lambda x: jnp.zeros((B, K, S), number_BKS.dtype).at[into].add(jnp.where(there, x, 0))
+        number = blocks.sorted(number_BKS).mean(1, keepdims=True)  # sorted, a token is at the same place in all heads
+        mean = total(number) / jnp.maximum(total(1.0), 1)
+        return blocks.unsorted(jnp.take_along_axis(mean, index, -1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +277,7 @@ class Capacity(Reviewed):
 
     def review(self, number_BKS, held):
         unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-        anchor = unit(_turned(held.memories[0], _ahead(held, self.future)))
+        anchor = unit(_turned(held.memories[0], _ahead(held, np.arange(self.future))))
         near = self.sharpness * jnp.einsum("BKSH,BKGH->BKGS", unit(held.k_BKSH), anchor)
         near = jnp.where(_there(held)[:, :, None, :, 0], near, -jnp.inf)
         most = jnp.maximum(near.max(-1, keepdims=True), -1e30)
@@ -309,6 +369,20 @@ class QueryMoments(Memory):
 
 
 @dataclasses.dataclass(frozen=True)
+class QueryPairs(Memory):
+    """The number, the sum, and the sum of the sizes of RoPE's pairs of channels of a layer's queries before RoPE, of each query head."""
+
+    def init(self, batch, heads, layer):
+        shape = (batch, heads.kv, heads.queries // heads.kv, heads.width)
+        return jnp.zeros((batch, heads.kv)), jnp.zeros(shape), jnp.zeros((*shape[:3], heads.width // 2))
+
+    def update(self, memory, q_BTNH, positions_BT, heads):
+        count, total, sizes = memory
+        q = _grouped(q_BTNH, positions_BT, heads, total.shape[1])
+        return count + (positions_BT >= 0).sum(1, keepdims=True), total + q.sum(1), sizes + _pairs(q).sum(1)
+
+
+@dataclasses.dataclass(frozen=True)
 class LastQueries(Memory):
     """The last so many queries of a layer as they attend, and their positions."""
 
@@ -365,7 +439,7 @@ class Blocks:
         """Whether a block and so many after it have all their tokens."""
         return (jnp.arange(self.number)[:, None] + following + 1) * self.size + self.skip <= self.count[..., None]
 
-    def sorted(self, x: Float[Array, "B K S ..."]) -> Float[Array, "B K S ..."]:
+    def sorted(self, x: Shaped[Array, "B K S ..."]) -> Shaped[Array, "B K S ..."]:
         """Something of each slot in the order of positions."""
         return jnp.take_along_axis(x, self.order.reshape(*self.order.shape, *(1,) * (x.ndim - 3)), 2)
 
@@ -419,6 +493,12 @@ def _grouped(q_BTNH, positions_BT, heads: Heads, K: int) -> Float[Array, "B T K 
     return jnp.where((positions_BT >= 0)[..., None, None], q_BTNH, 0).reshape(B, T, K, N // K, H)
 
 
+def _pairs(x: Float[Array, "... H"]) -> Float[Array, "... F"]:
+    """The size of each pair of channels that RoPE turns together."""
+    first, second = jnp.split(x, 2, -1)
+    return jnp.sqrt(first**2 + second**2)
+
+
 def _before_rope(k_BKSH, pos_BKS, heads: Heads) -> Float[Array, "B K S H"]:
     if heads.rope is None:
         return k_BKSH
@@ -427,11 +507,11 @@ def _before_rope(k_BKSH, pos_BKS, heads: Heads) -> Float[Array, "B K S H"]:
     return flat.reshape(k_BKSH.shape)
 
 
-def _ahead(held: Tokens, future: int) -> Rotation | None:
-    """The mean of RoPE's turns to the next positions."""
+def _ahead(held: Tokens, offsets: np.ndarray) -> Rotation | None:
+    """The mean of RoPE's turns to positions so far beyond the next one."""
     if held.heads.rope is None:
         return None
-    next_BT = held.now_B11[:, 0] + 1 + jnp.arange(future)
+    next_BT = held.now_B11[:, 0] + 1 + jnp.asarray(offsets, jnp.int32)
     cos, sin = rotation(next_BT, held.k_BKSH.shape[-1], held.heads.rope)
     return cos.mean(1, keepdims=True), sin.mean(1, keepdims=True)
 

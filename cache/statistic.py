@@ -27,6 +27,8 @@ class Tokens(NamedTuple):
     memories: tuple[Any, ...]
     """The memories that the statistic reads, in that order."""
     heads: Heads
+    written_BKS: Float[Array, "B K S"] | None = None
+    """What each value adds to the residual stream, its L1 norm, the mean over the group's heads; of tokens that enter alone."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,10 +28,11 @@ class Cache:
         v_BTKW: Float[Array, "B T K W"],
         positions_BT: Int[Array, "B T"],
         fresh: bool = False,
+        written_BTK: Float[Array, "B T K"] | None = None,
     ) -> tuple[Float[Array, "B T N W"], "Cache"]:
         """`LayerCache.step` of the model's layer of that number."""
         place = self.of[index]
-        out_BTNW, layer = self.layers[place].step(q_BTNH, k_BTKH, v_BTKW, positions_BT, fresh)
+        out_BTNW, layer = self.layers[place].step(q_BTNH, k_BTKH, v_BTKW, positions_BT, fresh, written_BTK)
         return out_BTNW, dataclasses.replace(self, layers=_put(self.layers, place, layer))
 
     @property
@@ -76,10 +77,11 @@ class Draft:
         v_BTKW: Float[Array, "B T K W"],
         positions_BT: Int[Array, "B T"],
         fresh: bool = False,
+        written_BTK: Float[Array, "B T K"] | None = None,
     ) -> tuple[Float[Array, "B T N W"], "Draft"]:
         """`LayerCache.look` of the model's layer of that number."""
         place = self.cache.of[index]
-        look = self.cache.layers[place].look(q_BTNH, k_BTKH, v_BTKW, positions_BT, self.looks[place])
+        look = self.cache.layers[place].look(q_BTNH, k_BTKH, v_BTKW, positions_BT, self.looks[place], written_BTK)
         return look.out_BTNW, dataclasses.replace(self, looks=_put(self.looks, place, look))
 
     def accept(self, accepted_BT: Bool[Array, "B T"]) -> "Draft":
@@ -106,8 +108,8 @@ class Prompt:
     """What the attention of each layer is."""
     context: int
     """The context of the caches."""
-    parts: tuple[tuple[Float[Array, "B T _ _"], ...], ...] = ()
-    """Queries, keys and values of each layer that it has gone through."""
+    parts: tuple[tuple[Float[Array, "B T ..."] | None, ...], ...] = ()
+    """Queries, keys, values and what those write, of each layer that it has gone through."""
 
     def step(
         self,
@@ -117,16 +119,17 @@ class Prompt:
         v_BTKW: Float[Array, "B T K W"],
         positions_BT: Int[Array, "B T"],
         fresh: bool = True,
+        written_BTK: Float[Array, "B T K"] | None = None,
     ) -> tuple[Float[Array, "B T N W"], "Prompt"]:
         """Causal attention of rows from position 0 on, which is what any empty cache gives."""
         out_BTNW = causal_attention(q_BTNH, k_BTKH, v_BTKW, self.heads[index])
-        return out_BTNW, dataclasses.replace(self, parts=(*self.parts, (q_BTNH, k_BTKH, v_BTKW)))
+        return out_BTNW, dataclasses.replace(self, parts=(*self.parts, (q_BTNH, k_BTKH, v_BTKW, written_BTK)))
 
     def enter(self, cache: Cache, positions_BT: Int[Array, "B T"]) -> Cache:
         """The cache, which is donated and must be empty, with the prompts in it."""
         layers = list(cache.layers)
-        for place, (q_BTNH, k_BTKH, v_BTKW) in zip(cache.of, self.parts, strict=True):
-            layers[place] = _enter(layers[place], q_BTNH, k_BTKH, v_BTKW, positions_BT)
+        for place, part in zip(cache.of, self.parts, strict=True):
+            layers[place] = _enter(layers[place], positions_BT, *part)
         return dataclasses.replace(cache, layers=tuple(layers)).answering()
 
     def answering(self) -> "Prompt":
@@ -135,9 +138,9 @@ class Prompt:
 
 
 @functools.partial(jax.jit, donate_argnames="layer")
-def _enter(layer: LayerCache, q_BTNH, k_BTKH, v_BTKW, positions_BT) -> LayerCache:
+def _enter(layer: LayerCache, positions_BT, q_BTNH, k_BTKH, v_BTKW, written_BTK) -> LayerCache:
     """One program for all layers that are alike."""
-    return layer.step(q_BTNH, k_BTKH, v_BTKW, positions_BT, fresh=True)[1]
+    return layer.step(q_BTNH, k_BTKH, v_BTKW, positions_BT, fresh=True, written_BTK=written_BTK)[1]
 
 
 def _put[T](parts: tuple[T, ...], place: int, part: T) -> tuple[T, ...]:

@@ -219,7 +219,8 @@ class Replay:
         k, v = (jnp.asarray(x, jnp.float64) for x in (k_BKSH, v_BKSH))
         now_B11 = jnp.asarray(positions_BT.max(1)[:, None, None])
         memories = tuple(self.memories[each] for each in statistic.reads())
-        return Tokens(jnp.asarray(pos_BKS), k, v, now_B11, memories, self.history.heads)
+        written = jnp.abs(v).sum(-1)  # there is no output matrix
+        return Tokens(jnp.asarray(pos_BKS), k, v, now_B11, memories, self.history.heads, written)
 
     def enter(self, q_BTNH, new, positions_BT) -> None:
         for each in self.numbers:

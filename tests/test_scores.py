@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from kvcascade.cache import scores
+from kvcascade.cache.spec import parse
 from kvcascade.cache.statistic import GRACE, Memory, Tokens
 from kvcascade.kernels.heads import Heads, Rope
 from kvcascade.kernels.rotation import rotation, turn
+from kvcascade.model import generate, gpt
+from kvcascade.model.config import ModelConfig
 
 B, K, G, H, S = 2, 2, 2, 8, 24
 HEADS = Heads(K * G, K, H, rope=Rope(base=100.0))
@@ -257,3 +260,45 @@ def test_redundancy(case: Case) -> None:
         pooled = np.array([mass[max(0, i - 3) : i + 4].max() for i in range(len(at))])
         want[b, h, at] = 0.25 * pooled - 0.75 * like
     compare(case.review(scores.Redundancy(window=3, importance=0.25, alike=0.2)), want)
+
+
+def test_pair_mass_is_the_mean_logit_of_the_mean_query_to_come(case: Case) -> None:
+    want = np.zeros(case.pos.shape)
+    size = lambda x: np.hypot(x[..., : H // 2], x[..., H // 2 :])
+    for b, h, at in case.each():
+        k = case.k[b, h, at]
+        for g in range(G):
+            q = turned(case.queries(b, h)[:, g], np.arange(40), back=True)
+            mean = q.mean(0)
+            want[b, h, at] += np.mean([k @ turned(mean, np.full((), 39 + step)) for step in (1, 2, 4, 8)], 0)
+            want[b, h, at] += size(k) @ (size(q).mean(0) - size(mean))
+    compare(case.review(scores.PairMass(future=8)), want, 1e-3)
+
+
+def test_chunk_mass_is_shared_by_those_of_the_chunk(case: Case) -> None:
+    """All heads hold the same tokens, each at a place of its own; a chunk's tokens get the mean over them and over heads, and its sum stays."""
+    case.pos = np.broadcast_to(case.pos[:, :1], case.pos.shape).copy()
+    number = DRAW.random(case.pos.shape)
+    with jax.enable_x64(True):
+        got = np.asarray(scores.ChunkMass(size=7).review(jnp.asarray(number), case.tokens()))
+    for b, h, at in case.each():
+        for chunk in range(6):
+            mine = at[case.pos[b, h, at] // 7 == chunk]
+            if mine.size:
+                np.testing.assert_allclose(got[b, h, mine], number[b][:, mine].mean(), rtol=1e-6)
+
+
+def test_what_a_value_writes_is_the_norm_of_its_product_with_the_output_matrix() -> None:
+    """The numbers that tokens of a model carry: the mean over a group's heads of |W_o v|₁."""
+    config = ModelConfig(layers=1, width=16, heads=4, kv_heads=2, mlp=32, vocab=64, context=32)
+    params = gpt.init(config, 0)
+    cache = generate.empty_cache(config, parse("critical 8@f32"), 1, 32)
+    tokens = jnp.asarray(DRAW.integers(0, 64, (1, 8)), jnp.int32)
+    _, cache = generate.prefill(config, params, cache, tokens, jnp.arange(8)[None])
+    slots = cache.layers[0].slots[0]
+    v_KSW, o_MNW = (
+        np.asarray(slots.v["values"])[0],
+        np.asarray(params["layers"][0]["attention"]["o"]["weight"]).reshape(16, 4, 4),
+    )
+    want = [[np.mean([np.abs(o_MNW[:, 2 * h + g] @ v).sum() for g in range(2)]) for v in v_KSW[h]] for h in range(2)]
+    np.testing.assert_allclose(slots.numbers[1][0], want, rtol=1e-4)
