@@ -458,6 +458,33 @@ class Crash(Named):
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Prompting(Named):
+    """What a prompt took on its way into a cache: bytes of the cache, of the program's temporaries, and of the process beyond its weights."""
+
+    kind: Literal["prompt"] = "prompt"
+    weights: Text
+    tokens: Count
+    chunk: Index
+    batch: Count
+    kv_bytes: Positive
+    kv_bytes_predicted: Size
+    temporaries: Size
+    peak: Size
+    grown: Size
+    prefill_seconds: Positive
+
+    @property
+    def same_prompt(self) -> tuple:
+        """What tells its prompt and model from others."""
+        return self.model, self.weights, self.tokens, self.batch
+
+    @property
+    def working(self) -> int | float:
+        """Bytes of the cache and of the temporaries."""
+        return self.kv_bytes * self.batch + self.temporaries
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Profile(Named):
     """A step's time and bytes by component, its buffers, and whether anything grows from step to step."""
 
@@ -505,7 +532,7 @@ def _uneven(growth: Mapping[str, Any]) -> str | None:
 
 KINDS: dict[str, type[Record]] = {
     "train": Training, "evaluate": Evaluation, "quantize": Quantization, "retrieve": Retrieval, "harness": TaskResult, "layer": Layer,
-    "growth": Growth, "bench": Bench, "stream": Stream, "fit": Fit, "crash": Crash, "profile": Profile,
+    "growth": Growth, "bench": Bench, "stream": Stream, "fit": Fit, "crash": Crash, "prompt": Prompting, "profile": Profile,
 }  # fmt: skip
 OTHERS = {("evaluate", "kl"): Compared, ("bench", "reason"): BenchFailed, ("fit", "failed"): FitFailed}
 """The classes of records that have a certain key."""

@@ -1,0 +1,52 @@
+"""What a prompt takes on its way into a cache: at once, or in parts that each enter before the next is read.
+
+Each case is a process of its own (`prompt_child.py`), whose peak is then the case's.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from kvcascade.cache.errors import BadInput
+from kvcascade.cache.spec import CacheSpec
+from kvcascade.eval.measure import Job
+from kvcascade.eval.memory import limits
+from kvcascade.eval.records import Prompting
+from kvcascade.eval.table import CACHE, Column, Table
+from kvcascade.kernels import processor
+
+PROGRAM = [sys.executable, "-m", "kvcascade.eval.memory.prompt_child"]
+SECONDS = 3600.0
+"""How long a child may take."""
+
+
+def job(model: str, spec: CacheSpec, tokens: int, chunk: int, batch: int, weights: str | None) -> Job:
+    """The measurement of one cache and chunk; a model is known by its name, since only children load it."""
+    about = {
+        "kind": "prompt", "model": model, "cache": str(spec), "tokens": tokens, "chunk": chunk, "batch": batch, "asked_weights": weights,
+        "processor": processor.name(),
+    }  # fmt: skip
+    wanted = {"model": model, "cache": str(spec), "tokens": tokens, "chunk": chunk, "batch": batch, "weights": weights}
+
+    def run() -> list[Prompting]:
+        ended = limits.run(PROGRAM, wanted, None, None, SECONDS)
+        if "bad_input" in ended.said:
+            raise BadInput(ended.said["bad_input"])
+        if ended.failed:
+            raise BadInput(f"{spec}, a prompt of {tokens:,} tokens in parts of {chunk or tokens:,}: {ended.failed}")
+        return [Prompting(**{**about, **ended.said})]
+
+    return Job(about, "eval/memory", run, f"{spec} in parts of {chunk or tokens:,}")
+
+
+def table(found: Sequence[Prompting]) -> Table:
+    """A row for each cache and chunk; shares are of the first one of the same model and prompt."""
+    first = lambda r: next(each for each in found if each.same_prompt == r.same_prompt)
+    columns = [
+        CACHE, Column("model", "model"), Column("tokens", "tokens", "{:,}"), Column("at once", lambda r: r.chunk or r.tokens, "{:,}"),
+        Column("KV, MB", lambda r: r.kv_bytes * r.batch / 1e6, "{:.2f}"), Column("temporaries, MB", lambda r: r.temporaries / 1e6, "{:.1f}"),
+        Column("of the first", lambda r: r.temporaries / first(r).temporaries, "{:.1%}"),
+        Column("both, MB", lambda r: r.working / 1e6, "{:.1f}"), Column("of the first", lambda r: r.working / first(r).working, "{:.1%}"),
+        Column("process grew by, MB", lambda r: r.grown / 1e6, "{:.1f}"), Column("of the first", lambda r: r.grown / max(1, first(r).grown), "{:.1%}"),
+        Column("seconds", "prefill_seconds", "{:.1f}"),
+    ]  # fmt: skip
+    return Table.of("What a prompt takes on its way into a cache, beside the weights", columns, found)
