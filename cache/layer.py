@@ -223,7 +223,9 @@ class LayerCache:
         single, place = entry.pos_BKT.shape[2] == 1, self.cascade.statistics.index(statistic)
         due_B11 = (now_B11 >= 0) & ((now_B11 % statistic.every == 0) | (not single))
         numbers = [
-            slots.numbers[names.index(statistic)] if statistic in names else jnp.zeros_like(slots.pos_BKS, jnp.float32)
+            slots.numbers[names.index(statistic)]
+            if statistic in names
+            else jnp.full_like(slots.pos_BKS, jnp.nan, jnp.float32)
             for slots, names in zip(self.slots, kept, strict=True)
         ]
         numbers.append(entry.numbers[place])

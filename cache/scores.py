@@ -240,7 +240,7 @@ class PairMass(Reviewed):
 
 @dataclasses.dataclass(frozen=True)
 class ChunkMass(Reviewed):
-    """The attention that all heads gave the token's chunk of `size` positions, shared by those of the chunk that are held."""
+    """The attention that all heads gave the token's chunk of `size` positions, shared by those of the chunk that are held in this tier or above."""
 
     every: int = 32
     size: int = 20
@@ -254,13 +254,14 @@ class ChunkMass(Reviewed):
     def review(self, number_BKS, held):
         blocks, (B, K, S) = Blocks.of(held.pos_BKS, 1), number_BKS.shape
         pos = blocks.sorted(held.pos_BKS)
-        there = pos >= 0
+        number = blocks.sorted(number_BKS)
+        there = (pos >= 0) & ~jnp.isnan(number)
         index = (jnp.diff(pos // self.size, axis=-1, prepend=-2) != 0).cumsum(
             -1
         ) - 1  # which of the chunks that are held
         into = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None], index
         total = lambda x: jnp.zeros((B, K, S), number_BKS.dtype).at[into].add(jnp.where(there, x, 0))
-        number = blocks.sorted(number_BKS).mean(1, keepdims=True)  # sorted, a token is at the same place in all heads
+        number = number.mean(1, keepdims=True)  # sorted, a token is at the same place in all heads
         mean = total(number) / jnp.maximum(total(1.0), 1)
         return blocks.unsorted(jnp.take_along_axis(mean, index, -1))
 

@@ -93,7 +93,10 @@ class Statistic:
         return mass_BKT
 
     def review(self, number_BKS: Float[Array, "B K S"], held: Tokens) -> Float[Array, "B K S"]:
-        """The numbers reckoned anew from all that a head holds and is offered; position -1 is an empty slot."""
+        """The numbers reckoned anew from all that a head holds and is offered; position -1 is an empty slot.
+
+        A number is NaN of a token in a tier that has not kept it, since nobody there or below reads it.
+        """
         return number_BKS
 
     @property

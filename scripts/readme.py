@@ -12,8 +12,9 @@ from kvcascade.kernels.files import write_whole
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "eval" / "results" / "toy.jsonl"
-PRETRAINED, KERNELS, SPEED, STREAM, FIT, CRASH, WEIGHTS = (
-    RESULTS.with_name(f"{name}.jsonl") for name in ("smollm2", "kernels", "speed", "stream", "fit", "crash", "weights")
+PRETRAINED, KERNELS, SPEED, STREAM, FIT, CRASH, WEIGHTS, PROMPT = (
+    RESULTS.with_name(f"{name}.jsonl")
+    for name in ("smollm2", "kernels", "speed", "stream", "fit", "crash", "weights", "prompt")
 )
 PAGES = [
     ROOT / "README.md",
@@ -24,7 +25,9 @@ PAGES = [
 def generated() -> dict[Path, str]:
     """The files that come from the records, with their content: pages and figures."""
     toy, pretrained = (records.of(record_files.read(path), Record) for path in (RESULTS, PRETRAINED))
-    costly = {file.stem: records.of(record_files.read(file), Record) for file in (SPEED, STREAM, FIT, CRASH, WEIGHTS)}
+    costly = {
+        file.stem: records.of(record_files.read(file), Record) for file in (SPEED, STREAM, FIT, CRASH, WEIGHTS, PROMPT)
+    }
     kernels: list[Any] = record_files.read(KERNELS)
     parts = page.readme_tables(toy) | page.pretrained_tables(pretrained) | costs.readme_tables(costly)
     parts |= tables.readme_tables(kernels) | {"methods": methods.markdown()}

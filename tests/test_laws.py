@@ -241,14 +241,18 @@ class Replay:
             changed = each.watch(*map(jnp.asarray, (self.at(each, pos_BKS), mass, pos_BKS, now_B11, new_B11)))
             self.put(each, pos_BKS, changed, now_B11 >= 0)
 
-    def review(self, everything, positions_BT) -> None:
+    def review(self, everything, positions_BT, sizes: list[int]) -> None:
+        """The first slots are those of tiers of such `sizes`; a tier that keeps no such number knows none."""
         now_B11, single = positions_BT.max(1)[:, None, None], positions_BT.shape[1] == 1
         k, v, pos_BKS = everything
         for each in self.numbers:
             if each.every:
                 due = (now_B11 >= 0) & ((now_B11 % each.every == 0) | (not single))
                 held = self.tokens(each, pos_BKS, k, v, positions_BT)
-                self.put(each, pos_BKS, each.review(jnp.asarray(self.at(each, pos_BKS)), held), due)
+                known = [each in self.history.cascade.numbers(tier) for tier in range(len(sizes))]
+                known = np.append(np.repeat(known, sizes), np.ones(pos_BKS.shape[2] - sum(sizes), bool))
+                numbers = np.where(known, self.at(each, pos_BKS), np.nan)
+                self.put(each, pos_BKS, each.review(jnp.asarray(numbers), held), due & known)
 
     def priority(self, policy: Policy, pos_BKS: np.ndarray, now_B11: np.ndarray) -> np.ndarray:
         """How a policy ranks these positions, and -inf for what no query sees any more."""
@@ -301,7 +305,7 @@ def play(history: History) -> list[Moment]:
             replay.enter(call[0], new, positions_BT)
             if not single:
                 replay.watch(mass_BKTS, seen[2], positions_BT, new=positions_BT.shape[1])
-            replay.review(everything, positions_BT)
+            replay.review(everything, positions_BT, [tier["pos"].shape[2] for tier in before])
             ranked_by = replay.copy()
             if single:
                 replay.watch(mass_BKTS, seen[2], positions_BT)

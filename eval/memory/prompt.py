@@ -10,7 +10,7 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.eval.measure import Job
 from kvcascade.eval.memory import limits
-from kvcascade.eval.records import Prompting
+from kvcascade.eval.records import Evaluation, Prompting
 from kvcascade.eval.table import CACHE, Column, Table
 from kvcascade.kernels import processor
 
@@ -38,9 +38,15 @@ def job(model: str, spec: CacheSpec, tokens: int, chunk: int, batch: int, weight
     return Job(about, "eval/memory", run, f"{spec} in parts of {chunk or tokens:,}")
 
 
-def table(found: Sequence[Prompting]) -> Table:
-    """A row for each cache and chunk; shares are of the first one of the same model and prompt."""
+def table(found: Sequence[Prompting], scored: Sequence[Evaluation] = ()) -> Table:
+    """A row for each cache and chunk; shares are of the first one of the same model and prompt.
+
+    Where such a cache was evaluated behind a prefix in such parts, the perplexity of what follows stands beside it.
+    """
     first = lambda r: next(each for each in found if each.same_prompt == r.same_prompt)
+    ppl = {
+        (each.model, each.cache, each.given.get("chunk", 0)): each.ppl for each in scored if each.given.get("prefix")
+    }
     columns = [
         CACHE, Column("model", "model"), Column("tokens", "tokens", "{:,}"), Column("at once", lambda r: r.chunk or r.tokens, "{:,}"),
         Column("KV, MB", lambda r: r.kv_bytes * r.batch / 1e6, "{:.2f}"), Column("temporaries, MB", lambda r: r.temporaries / 1e6, "{:.1f}"),
@@ -49,4 +55,6 @@ def table(found: Sequence[Prompting]) -> Table:
         Column("process grew by, MB", lambda r: r.grown / 1e6, "{:.1f}"), Column("of the first", lambda r: r.grown / max(1, first(r).grown), "{:.1%}"),
         Column("seconds", "prefill_seconds", "{:.1f}"),
     ]  # fmt: skip
+    if ppl:
+        columns.append(Column("PPL after it", lambda r: ppl.get((r.model, r.cache, r.chunk)), "{:.2f}"))
     return Table.of("What a prompt takes on its way into a cache, beside the weights", columns, found)

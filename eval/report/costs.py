@@ -2,7 +2,7 @@
 
 import markupsafe
 
-from kvcascade.eval.memory import crash, fit
+from kvcascade.eval.memory import crash, fit, prompt
 from kvcascade.eval.quality import weights
 from kvcascade.eval.records import (
     BenchRow,
@@ -11,6 +11,7 @@ from kvcascade.eval.records import (
     Fit,
     FitTask,
     Profile,
+    Prompting,
     Quantization,
     Record,
     Stream,
@@ -38,6 +39,10 @@ def sections(found: list[Record]) -> dict:
             "sentences": crash.sentences(crashes),
             "limit": f"{crashes[0].limit / 1e9:g} GB",
         },
+        "prompts": [
+            {"table": prompt.table(mine, of(found, Evaluation))}
+            for mine in grouped(of(found, Prompting), lambda r: r.same_prompt)
+        ],
         "weights": _weights(found),
         "profiles": [_profile(mine) for mine in grouped(of(found, Profile), lambda r: r.case)],
     }
@@ -78,7 +83,7 @@ def readme_tables(found: dict[str, list[Record]]) -> dict[str, str]:
     benches, streams, crashes = of(found["speed"], BenchRow), of(found["stream"], Stream), of(found["crash"], Crash)
     rounded = [r for r in found["weights"] if isinstance(r, Quantization | Evaluation)]
     speed, decoded, users = bench.table(benches), stream.table(streams), crash.table(crashes)
-    first = crashes[0]
+    first, prompts = crashes[0], of(found["prompt"], Prompting)
     protocol = (
         f"{users.title}. Each size is a process that holds a cache for so many users, every byte of it written, and decodes {first.steps} tokens of each: "
         f"*users* lived, *died at* was killed, at most {first.resolution:.1%} apart. *MB a user* is the slope between the peaks of one user and of all, "
@@ -89,8 +94,26 @@ def readme_tables(found: dict[str, list[Record]]) -> dict[str, str]:
         "stream": f"{markdown(decoded.code)}\n\n{decoded.title}; {_stamp(streams[0])}.",
         "fit": _fits_text(of(found["fit"], FitTask)),
         "crash": f"{markdown(users.code)}\n\n{protocol}",
+        "prompt": _prompts_text(prompts, of(found["prompt"], Evaluation)),
         "weights": f"{markdown(weights.table(rounded))}\n\n{weights.protocol(rounded)}; {_stamp(rounded[0])}.",
     }
+
+
+def _prompts_text(prompts: list[Prompting], scored: list[Evaluation]) -> str:
+    """The table of prompts and its protocol."""
+    taken = prompt.table(prompts, scored)
+    about = (
+        "*Temporaries*: what the compiled program takes beside its arguments, by XLA's analysis, activations included; *both*: with the cache; "
+        "*process grew by*: the peak of a process that did nothing else, beyond weights and what was there before. Shares are of the first row."
+    )
+    windows = [each for each in scored if each.given.get("prefix")]
+    if windows:
+        one = windows[0]
+        about += (
+            f" *PPL after it*: of the {one.context - one.given['prefix']} tokens after a prompt of {one.given['prefix']:,}, {one.sequences} windows of "
+            f"{one.data.rsplit('/', 1)[-1]}."
+        )
+    return f"{markdown(taken.code)}\n\n{taken.title}. {about} {_stamp(prompts[0])}."
 
 
 def _fits_text(fits: list[FitTask]) -> str:
