@@ -160,6 +160,11 @@ class LayerCache:
         return cache._take(look.q_BTNH, dataclasses.replace(look.entry, numbers=numbers), positions_BT)
 
     @property
+    def _here(self) -> Heads:
+        """The heads, with RoPE as it is in a context of this length."""
+        return dataclasses.replace(self.heads, rope=self.heads.rope and self.heads.rope.at(self.context))
+
+    @property
     def held(self) -> list[Held]:
         """Every tier's slots, and how they are stored."""
         return [(slots, tier.codecs) for tier, slots in zip(self.cascade.tiers, self.slots, strict=True)]
@@ -170,7 +175,7 @@ class LayerCache:
         pos_BKT = jnp.broadcast_to(positions_BT[:, None], (*k.shape[:2], positions_BT.shape[1])).astype(jnp.int32)
         now_B11 = positions_BT.max(-1)[:, None, None]
         written = jnp.abs(v).sum(-1) if written_BTK is None else written_BTK.transpose(0, 2, 1)
-        begins = lambda each: each.enter(Tokens(pos_BKT, k, v, now_B11, self._memories(each), self.heads, written))
+        begins = lambda each: each.enter(Tokens(pos_BKT, k, v, now_B11, self._memories(each), self._here, written))
         return Entry(k, v, pos_BKT, tuple(lax.stop_gradient(begins(each)) for each in self.cascade.statistics))
 
     def _memories(self, statistic: Statistic) -> tuple[Any, ...]:
@@ -235,7 +240,7 @@ class LayerCache:
             k = join([*(codecs.k.decode(slots.k) for slots, codecs in cache.held), entry.k])
             v = join([*(codecs.v.decode(slots.v) for slots, codecs in cache.held), entry.v])
             pos = join([*(slots.pos_BKS for slots in cache.slots), entry.pos_BKT])
-            tokens = Tokens(pos, k, v, now_B11, cache._memories(statistic), cache.heads)
+            tokens = Tokens(pos, k, v, now_B11, cache._memories(statistic), cache._here)
             new = jnp.where(due_B11, statistic.review(join(numbers), tokens), join(numbers))
             return jnp.split(new, [sum(x.shape[2] for x in numbers[: i + 1]) for i in range(len(numbers) - 1)], 2)
 
@@ -315,7 +320,7 @@ class LayerCache:
         return ((positions_BT < 0) | (positions_BT > newest_B1)).all() & ~twice.any()
 
     def _remember(self, q_BTNH, positions_BT) -> "LayerCache":
-        update = lambda each, memory: each.update(memory, lax.stop_gradient(q_BTNH), positions_BT, self.heads)
+        update = lambda each, memory: each.update(memory, lax.stop_gradient(q_BTNH), positions_BT, self._here)
         return dataclasses.replace(self, memories=tuple(map(update, self.cascade.memories, self.memories)))
 
 

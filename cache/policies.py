@@ -1,7 +1,6 @@
 """The policies: a frozen dataclass with a `priority` each, and a line in `POLICIES`; its fields are its arguments in a spec's text.
 
-The laws (tests/test_laws.py) draw from `POLICIES`, so they test a new one with no test written. Published methods rank by the numbers of
-`scores.py`. Where a paper keeps the first or the newest tokens besides, put `sink 4 | recent 60 |` before the policy.
+The laws (tests/test_laws.py) draw from `POLICIES`, so they test a new one with no test written. Those of papers are in `published.py`.
 """
 
 import dataclasses
@@ -9,25 +8,26 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from kvcascade.cache.policy import PINNED, Policy, Positive, age, argument
-from kvcascade.cache.scores import (
-    Capacity,
-    ChunkMass,
-    DecayedMass,
-    ExpectedMass,
-    KeyDifference,
-    KeyNorm,
-    LagDeviation,
-    LastMass,
-    Leverage,
-    LocalLeverage,
-    OutputChange,
-    OutputNorm,
-    PairMass,
-    Redundancy,
-    Unused,
-    ValueNorm,
-    WindowMass,
+from kvcascade.cache.policy import PINNED, Policy, age, argument
+from kvcascade.cache.published import (
+    Chunks,
+    Critical,
+    CurDkv,
+    Decayed,
+    Drop,
+    Expected,
+    HighLeverage,
+    KeyDiff,
+    Lag,
+    LeastRecentlyUsed,
+    LowKeyNorm,
+    Observed,
+    Reasoning,
+    Snap,
+    Tova,
+    Trigonometric,
+    ValueAware,
+    Volume,
 )
 from kvcascade.cache.statistic import HeadIds, Mass
 
@@ -76,9 +76,6 @@ class Heavy(Policy):
     def reads(self):
         return (Mass(),)
 
-    def priority(self, pos_BKS, read, now_B11):
-        return read[0]
-
 
 @dataclasses.dataclass(frozen=True)
 class Random(Policy):
@@ -120,275 +117,6 @@ class PositionAware(Policy):
         mass = held_BKS / jnp.maximum(held_BKS.max(-1, keepdims=True), 1e-30)
         recency = pos_BKS / jnp.maximum(now_B11, 1)
         return self.mass * mass + self.recency * recency + self.sink * (pos_BKS < self.sinks)
-
-
-@dataclasses.dataclass(frozen=True)
-class Observed(Policy):
-    """Keep what has had most attention per query that saw it (kvpress' observed attention)."""
-
-    def reads(self):
-        return (Mass(),)
-
-    def priority(self, pos_BKS, read, now_B11):
-        return read[0] / (now_B11 - pos_BKS + 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Decayed(Policy):
-    """Keep what has had most attention of late: it counts half as much `life` positions later (after Scissorhands, arXiv 2305.17118).
-
-    The paper counts the queries that attend more than on average; this sums what they give.
-    """
-
-    life: Positive = 64
-
-    def reads(self):
-        return (DecayedMass(life=self.life),)
-
-    def priority(self, pos_BKS, read, now_B11):
-        return read[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class Tova(Policy):
-    """Keep what the newest query attends to (TOVA, Oren et al. 2024, arXiv 2401.06104).
-
-    Each head by itself or, as in the paper, all heads of a layer `together`.
-    """
-
-    together: bool = False
-
-    def alike(self):
-        return self.together
-
-    def reads(self):
-        return (LastMass(),)
-
-    def priority(self, pos_BKS, read, now_B11):
-        mass = read[0]
-        return jnp.broadcast_to(mass.mean(1, keepdims=True), mass.shape) if self.together else mass
-
-
-@dataclasses.dataclass(frozen=True)
-class Snap(Policy):
-    """Keep the last `window` tokens and what their queries attend to (SnapKV, Li et al. 2024, arXiv 2404.14469).
-
-    While decoding, the queries are those of the last window or two. A prompt's tokens get the mean over `kernel` neighbours.
-    """
-
-    window: Positive = 32
-    kernel: Positive = 5
-
-    def reads(self):
-        return tuple(WindowMass(last=self.window, parity=parity, kernel=self.kernel) for parity in (0, 1))
-
-    def priority(self, pos_BKS, read, now_B11):
-        return jnp.where(pos_BKS > now_B11 - self.window, PINNED, read[0] + read[1])
-
-
-@dataclasses.dataclass(frozen=True)
-class LeastRecentlyUsed(Policy):
-    """Let go what no query has given a share of at least `least` for longest."""
-
-    least: float = 0.01
-
-    def reads(self):
-        return (Unused(least=self.least),)
-
-    def priority(self, pos_BKS, read, now_B11):
-        return read[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class ValueAware(Policy):
-    """Keep what has most attention times the value's L1 norm (VATP, Guo et al. 2024, arXiv 2406.12335)."""
-
-    def reads(self):
-        return Mass(), ValueNorm(order=1)
-
-    def priority(self, pos_BKS, read, now_B11):
-        return read[0] * read[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class Critical(Policy):
-    """Keep what has most attention times what its value writes (the second stage of CriticalKV, Feng et al. 2025, arXiv 2502.03805).
-
-    The first stage keeps half of the slots by attention alone: `heavy 32 | critical 32`.
-    """
-
-    def reads(self):
-        return Mass(), OutputNorm()
-
-    def priority(self, pos_BKS, read, now_B11):
-        return (read[0] + 1e-4) * read[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunks(Policy):
-    """Keep whole chunks of `size` positions, those that got most attention from all heads (ChunkKV, arXiv 2502.00299, whose id is uncertain)."""
-
-    size: Positive = 20
-    every: Positive = 32
-
-    def alike(self):
-        return True
-
-    def reads(self):
-        return (ChunkMass(every=self.every, size=self.size),)
-
-    def priority(self, pos_BKS, read, now_B11):
-        return read[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class Trigonometric(Policy):
-    """Keep the keys that the mean query would attend to at distances to come (TriAttention, arXiv 2604.04921).
-
-    Query statistics are those of the row so far, where the paper calibrates them on a text; its normalisation of heads, which is
-    uncertain, is left out: ranks are within a KV head.
-    """
-
-    future: Positive = 1024
-    every: Positive = 128
-
-    def reads(self):
-        return (PairMass(every=self.every, future=self.future),)
-
-    def priority(self, pos_BKS, read, now_B11):
-        return read[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class LowKeyNorm(Policy):
-    """Keep the keys of the lowest norm, which get much attention (Devoto et al. 2024, arXiv 2406.11430)."""
-
-    def reads(self):
-        return (KeyNorm(),)
-
-    def priority(self, pos_BKS, read, now_B11):
-        return -read[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class KeyDiff(Policy):
-    """Keep the keys least like the mean key (KeyDiff, Park et al. 2025, arXiv 2504.15364), compared every so many positions."""
-
-    every: Positive = 32
-
-    def reads(self):
-        return (KeyDifference(every=self.every),)
-
-    def priority(self, pos_BKS, read, now_B11):
-        return read[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class Lag(Policy):
-    """Keep what is spread most on the scale of the `size` tokens after its block, besides `sinks` and the last blocks (LagKV, arXiv 2504.04704)."""
-
-    size: Positive = 128
-    sinks: int = 4
-    every: Positive = 128
-
-    def reads(self):
-        return (LagDeviation(every=self.every, size=self.size, sinks=max(0, self.sinks)),)
-
-    def priority(self, pos_BKS, read, now_B11):
-        return read[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class CurDkv(Policy):
-    """Keep keys and values of large norms among their neighbours (CurDKV, arXiv 2509.15038, by kvpress' local approximation of leverage)."""
-
-    size: Positive = 16
-    every: Positive = 32
-
-    def reads(self):
-        return (LocalLeverage(every=self.every, size=self.size),)
-
-    def priority(self, pos_BKS, read, now_B11):
-        return read[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class HighLeverage(Policy):
-    """Keep the keys that others cannot stand in for: high statistical leverage (Compactor, arXiv 2507.08143)."""
-
-    sketch: Positive = 48
-    every: Positive = 128
-
-    def reads(self):
-        return (Leverage(every=self.every, sketch=self.sketch),)
-
-    def priority(self, pos_BKS, read, now_B11):
-        return read[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class Expected(Policy):
-    """Keep what the queries of the next `future` positions are expected to attend to (Expected Attention, Devoto et al. 2025, arXiv 2510.00636).
-
-    By the variances of query channels, or with `covariance` as in the paper by their covariance, which takes H times the bytes.
-    """
-
-    every: Positive = 32
-    future: Positive = 512
-    covariance: bool = False
-
-    def reads(self):
-        return (ExpectedMass(every=self.every, future=self.future, covariance=self.covariance),)
-
-    def priority(self, pos_BKS, read, now_B11):
-        return read[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class Volume(Policy):
-    """Keep the values that span most, those near the mean query to come first (CapKV, arXiv 2604.25975, as kvpress has it)."""
-
-    future: Positive = 512
-    sharpness: float = 5.0
-    every: Positive = 128
-
-    def reads(self):
-        return (Capacity(every=self.every, future=self.future, sharpness=self.sharpness),)
-
-    def priority(self, pos_BKS, read, now_B11):
-        return read[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class Drop(Policy):
-    """Keep what the outputs of the last `window` queries would miss most (DropKV, OpenReview MqfNzH3TVH)."""
-
-    window: Positive = 32
-    every: Positive = 128
-
-    def reads(self):
-        return (OutputChange(every=self.every, window=self.window),)
-
-    def priority(self, pos_BKS, read, now_B11):
-        return read[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class Reasoning(Policy):
-    """Keep what the last `window` queries attend to and what is unlike other keys (R-KV, arXiv 2505.24133).
-
-    λ is its repository's default; the paper's is uncertain.
-    """
-
-    window: Positive = 8
-    importance: float = 0.07
-    every: Positive = 128
-
-    def reads(self):
-        return (Redundancy(every=self.every, window=self.window, importance=self.importance),)
-
-    def priority(self, pos_BKS, read, now_B11):
-        return read[0]
 
 
 def text(policy: Policy) -> str:

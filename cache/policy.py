@@ -46,8 +46,10 @@ class Policy:
         self, pos_BKS: Int[Array, "B K S"], read: tuple[Any, ...], now_B11: Int[Array, "B 1 1"]
     ) -> Float[Array, "B K S"]:
         """Higher stays. `pos` is the position held (-1: empty, ignored), `read` what the policy `reads`, in that order: [B, K, S] of a
-        statistic; `now` is the newest position of each row. Slots and newcomers are ranked in one call."""
-        raise NotImplementedError
+        statistic; `now` is the newest position of each row. Slots and newcomers are ranked in one call. By default it is the one number
+        that the policy reads."""
+        (number_BKS,) = read
+        return number_BKS
 
 
 def age(pos_BKS: Int[Array, "B K S"], now_B11: Int[Array, "B 1 1"]) -> Float[Array, "B K S"]:

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvcascade.cache import scores
+from kvcascade.cache import reviews, scores
+from kvcascade.cache.layer import LayerCache
 from kvcascade.cache.spec import parse
 from kvcascade.cache.statistic import GRACE, Memory, Tokens
 from kvcascade.kernels.heads import Heads, Rope
-from kvcascade.kernels.rotation import rotation, turn
+from kvcascade.kernels.rotation import rotation, turn, turned_back
 from kvcascade.model import generate, gpt
 from kvcascade.model.config import ModelConfig
 
@@ -93,7 +94,19 @@ def test_keys_before_rope_are_what_they_were() -> None:
     x = jnp.asarray(DRAW.standard_normal((1, 5, 3, H)), jnp.float32)
     for rope in (Rope(), Rope(scale=1.3), Rope(width=4, scale=0.7)):
         by = rotation(jnp.arange(5)[None] * 1000, H, rope)
-        np.testing.assert_allclose(scores.turned_back(turn(x, by), by), x, atol=1e-5)
+        np.testing.assert_allclose(turned_back(turn(x, by), by), x, atol=1e-5)
+
+
+def test_what_is_remembered_of_queries_is_before_rope_as_the_context_has_it() -> None:
+    """Where frequencies depend on the context, a cache's is the one that it was made for."""
+    rope = Rope(base=100.0, long_factors=(1.0, 2.0, 3.0, 4.0), short_context=16)
+    heads = Heads(K * G, K, H, rope=rope)
+    cache = LayerCache.empty(parse("expected 8").parts[0][2], 1, heads, 32)
+    q = jnp.asarray(DRAW.standard_normal((1, 6, K * G, H)), jnp.float32)
+    positions = jnp.arange(6)[None]
+    by = rotation(positions, H, rope.at(32))
+    _, cache = cache.step(turn(q, by), q[:, :, :K], q[:, :, :K], positions)
+    np.testing.assert_allclose(cache.memories[0][1][0], q.sum(1).reshape(K, G, H), atol=1e-4)
 
 
 def test_window_mass_is_the_attention_of_the_last_window_or_two() -> None:
@@ -146,7 +159,7 @@ def test_key_difference(case: Case) -> None:
         unit = case.k[b, h, at] / np.linalg.norm(case.k[b, h, at], axis=-1, keepdims=True)
         mean = unit.mean(0)
         want[b, h, at] = -unit @ mean / np.linalg.norm(mean)
-    compare(case.review(scores.KeyDifference()), want)
+    compare(case.review(reviews.KeyDifference()), want)
 
 
 def test_lag_deviation(case: Case) -> None:
@@ -161,7 +174,7 @@ def test_lag_deviation(case: Case) -> None:
                 low, high = x[after].min(0), x[after].max(0)
                 total += softmax(((x[block] - low) / (high - low)).std(-1, ddof=1))
             want[b, h, block] = total.argsort().argsort() / 5
-    compare(case.review(scores.LagDeviation(size=5, sinks=2)), want)
+    compare(case.review(reviews.LagDeviation(size=5, sinks=2)), want)
 
 
 def test_local_leverage(case: Case) -> None:
@@ -171,7 +184,7 @@ def test_local_leverage(case: Case) -> None:
             block = at[start : start + 4]
             k, v = ((x[b, h, block] ** 2).sum(-1) for x in (case.k, case.v))
             want[b, h, block] = k / k.sum() * v / v.sum()
-    compare(case.review(scores.LocalLeverage(size=4)), want)
+    compare(case.review(reviews.LocalLeverage(size=4)), want)
 
 
 def test_leverage_is_the_diagonal_of_the_hat_matrix(case: Case) -> None:
@@ -181,7 +194,7 @@ def test_leverage_is_the_diagonal_of_the_hat_matrix(case: Case) -> None:
         keys = turned(case.k[b, h, at], case.pos[b, h, at], back=True)
         x = (keys - keys.mean(0)) @ sketch
         want[b, h, at] = np.diag(x @ np.linalg.inv(x.T @ x + 0.01 * np.eye(5)) @ x.T)
-    compare(case.review(scores.Leverage(sketch=5)), want, 1e-3)
+    compare(case.review(reviews.Leverage(sketch=5)), want, 1e-3)
 
 
 def ahead(x: np.ndarray, future: int) -> np.ndarray:
@@ -206,7 +219,7 @@ def test_expected_mass(case: Case, covariance: bool) -> None:
             k = case.k[b, h, at]
             logits = k @ ahead(q.mean(0), 6) / H**0.5 + np.einsum("SH,HJ,SJ->S", k, spread, k) / (2 * H)
             want[b, h, at] += softmax(logits) * np.linalg.norm(case.v[b, h, at], axis=-1)
-    compare(case.review(scores.ExpectedMass(future=6, covariance=covariance)), want, 1e-3)
+    compare(case.review(reviews.ExpectedMass(future=6, covariance=covariance)), want, 1e-3)
 
 
 def test_capacity(case: Case) -> None:
@@ -219,7 +232,7 @@ def test_capacity(case: Case) -> None:
             w = np.exp(5 * (near - near.max()))
             spanned = np.eye(H) + (v.T * w) @ v
             want[b, h, at] += w * np.einsum("SH,HJ,SJ->S", v, np.linalg.inv(spanned), v)
-    compare(case.review(scores.Capacity(future=6)), want, 1e-3)
+    compare(case.review(reviews.Capacity(future=6)), want, 1e-3)
 
 
 def seen(case: Case, b: int, h: int, at: np.ndarray, position: int) -> tuple[np.ndarray, np.ndarray]:
@@ -239,7 +252,7 @@ def test_output_change_is_how_far_outputs_move_without_the_token(case: Case) -> 
                 for j in np.flatnonzero(sees):
                     others = sees & (np.arange(len(at)) != j)
                     want[b, h, at[j]] += ((out - softmax(logits[g, others]) @ v[others]) ** 2).sum()
-    compare(case.review(scores.OutputChange(window=5)), want, 1e-3)
+    compare(case.review(reviews.OutputChange(window=5)), want, 1e-3)
 
 
 def test_redundancy(case: Case) -> None:
@@ -259,7 +272,7 @@ def test_redundancy(case: Case) -> None:
             mass[sees] += softmax(logits.max(0)[sees]) / 3
         pooled = np.array([mass[max(0, i - 3) : i + 4].max() for i in range(len(at))])
         want[b, h, at] = 0.25 * pooled - 0.75 * like
-    compare(case.review(scores.Redundancy(window=3, importance=0.25, alike=0.2)), want)
+    compare(case.review(reviews.Redundancy(window=3, importance=0.25, alike=0.2)), want)
 
 
 def test_pair_mass_is_the_mean_logit_of_the_mean_query_to_come(case: Case) -> None:
@@ -272,7 +285,7 @@ def test_pair_mass_is_the_mean_logit_of_the_mean_query_to_come(case: Case) -> No
             mean = q.mean(0)
             want[b, h, at] += np.mean([k @ turned(mean, np.full((), 39 + step)) for step in (1, 2, 4, 8)], 0)
             want[b, h, at] += size(k) @ (size(q).mean(0) - size(mean))
-    compare(case.review(scores.PairMass(future=8)), want, 1e-3)
+    compare(case.review(reviews.PairMass(future=8)), want, 1e-3)
 
 
 def test_chunk_mass_is_shared_by_those_of_the_chunk(case: Case) -> None:
@@ -280,7 +293,7 @@ def test_chunk_mass_is_shared_by_those_of_the_chunk(case: Case) -> None:
     case.pos = np.broadcast_to(case.pos[:, :1], case.pos.shape).copy()
     number = DRAW.random(case.pos.shape)
     with jax.enable_x64(True):
-        got = np.asarray(scores.ChunkMass(size=7).review(jnp.asarray(number), case.tokens()))
+        got = np.asarray(reviews.ChunkMass(size=7).review(jnp.asarray(number), case.tokens()))
     for b, h, at in case.each():
         for chunk in range(6):
             mine = at[case.pos[b, h, at] // 7 == chunk]

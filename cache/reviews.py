@@ -1,0 +1,323 @@
+"""The numbers that depend on all tokens that a head holds: reckoned anew every so many positions, which spreads what that costs over them."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from kvcascade.cache.queries import (
+    LastQueries,
+    QueryMean,
+    QueryMoments,
+    QueryPairs,
+    ahead,
+    before_rope,
+    pairs,
+    turned,
+    turned_variance,
+)
+from kvcascade.cache.statistic import GRACE, Statistic, Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Reviewed(Statistic):
+    """A number that is reckoned anew every so many positions; a token stays until its first review."""
+
+    every: int = 128
+
+    def enter(self, new):
+        return jnp.full(new.pos_BKS.shape, GRACE, new.k_BKSH.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyDifference(Reviewed):
+    """Minus the cosine of the key and the mean direction of the head's keys."""
+
+    def review(self, number_BKS, held):
+        unit = held.k_BKSH / jnp.maximum(jnp.linalg.norm(held.k_BKSH, axis=-1, keepdims=True), 1e-12)
+        mean = jnp.where(_there(held), unit, 0).sum(2, keepdims=True)
+        return -(unit * mean).sum(-1) / jnp.maximum(jnp.linalg.norm(mean, axis=-1), 1e-12)
+
+
+@dataclasses.dataclass(frozen=True)
+class LagDeviation(Reviewed):
+    """How far a token's channels are spread on the scale of the `size` tokens that follow its segment, ranked in the segment: 0 to 1.
+
+    Tokens before the first segment, and those of the last segments, which nothing follows, are out of question.
+    """
+
+    size: int = 128
+    sinks: int = 4
+
+    def review(self, number_BKS, held):
+        segments = Segments.of(held.pos_BKS, self.size, self.sinks)
+
+        def spread(x):
+            x = segments.cut(x)  # [B, K, segments, size, H]
+            following = jnp.roll(x, -1, 2)
+            low, high = following.min(3, keepdims=True), following.max(3, keepdims=True)
+            deviation = ((x - low) / jnp.maximum(high - low, 1e-12)).std(-1, ddof=1)
+            weights = jnp.exp(deviation - deviation.max(-1, keepdims=True))
+            return weights / weights.sum(-1, keepdims=True)
+
+        rank = (spread(held.k_BKSH) + spread(held.v_BKSW)).argsort(-1).argsort(-1) / self.size
+        return segments.put(jnp.where(segments.whole(following=1), rank, GRACE), GRACE)
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalLeverage(Reviewed):
+    """The shares of the squared norms of key and value in those of their segment of `size` tokens, multiplied."""
+
+    size: int = 16
+
+    def review(self, number_BKS, held):
+        segments = Segments.of(held.pos_BKS, self.size)
+
+        def share(x):
+            squares = jnp.where(segments.there, (segments.cut(x) ** 2).sum(-1), 0)
+            return squares / jnp.maximum(squares.sum(-1, keepdims=True), 1e-12)
+
+        return segments.put(share(held.k_BKSH) * share(held.v_BKSW), 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leverage(Reviewed):
+    """The statistical leverage of the key before RoPE among the head's keys, in a random subspace of `sketch` dimensions."""
+
+    sketch: int = 48
+
+    def review(self, number_BKS, held):
+        there, H = _there(held), held.k_BKSH.shape[-1]
+        keys = jnp.where(there, before_rope(held.k_BKSH, held.pos_BKS, held.heads), 0)
+        keys = jnp.where(there, keys - keys.sum(2, keepdims=True) / jnp.maximum(there.sum(2, keepdims=True), 1), 0)
+        drawn = np.random.default_rng(0).standard_normal((H, self.sketch)) / self.sketch**0.5
+        x = keys @ jnp.asarray(drawn, keys.dtype)
+        gram = jnp.einsum("BKSR,BKSQ->BKRQ", x, x) + 0.01 * jnp.eye(self.sketch, dtype=x.dtype)
+        return (x * jnp.linalg.solve(gram, x.swapaxes(-1, -2)).swapaxes(-1, -2)).sum(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpectedMass(Reviewed):
+    """The attention expected of the queries at the next `future` positions, if they were Gaussian with the moments of those before, times the value's norm."""
+
+    every: int = 32
+    future: int = 512
+    covariance: bool = False
+
+    def reads(self):
+        return (QueryMoments(self.covariance),)
+
+    def review(self, number_BKS, held):
+        count_BK, sum_BKGH, squares = held.memories[0]
+        count = jnp.maximum(count_BK, 1)[..., None, None]
+        mean = sum_BKGH / count
+        by, k, scale = ahead(held, np.arange(self.future)), held.k_BKSH, held.heads.scale
+        logits = scale * jnp.einsum("BKSH,BKGH->BKGS", k, turned(mean, by))
+        if self.covariance:
+            spread = squares / count[..., None] - mean[..., None] * mean[..., None, :]
+            spread = turned(turned(spread, by).swapaxes(-1, -2), by)
+            logits += scale**2 / 2 * jnp.einsum("BKSH,BKGHJ,BKSJ->BKGS", k, spread, k)
+        else:
+            spread = turned_variance(squares / count - mean**2, by)
+            logits += scale**2 / 2 * jnp.einsum("BKSH,BKGH->BKGS", k**2, spread)
+        return _softmax(logits, held.pos_BKS).sum(2) * jnp.linalg.norm(held.v_BKSW, axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairMass(Reviewed):
+    """What the mean query would give the key at each of the next 1, 2, 4, … up to `future` positions, on average, in logits; a pair of
+    channels in which queries vary counts for what it can give.
+
+    With q the mean query before RoPE, as complex pairs f turned to each position, and |q|_f the mean size of a pair: Re Σ_f q_f k̄_f +
+    Σ_f (E|q|_f - |E q_f|) |k|_f.
+    """
+
+    future: int = 1024
+
+    def reads(self):
+        return (QueryPairs(),)
+
+    def review(self, number_BKS, held):
+        count_BK, sum_BKGH, sizes_BKGF = held.memories[0]
+        count = jnp.maximum(count_BK, 1)[..., None, None]
+        mean, k = sum_BKGH / count, held.k_BKSH
+        steps = 2 ** np.arange(self.future.bit_length())
+        ahead_BKS = jnp.einsum("BKSH,BKGH->BKS", k, turned(mean, ahead(held, steps[steps <= self.future] - 1)))
+        apart = (sizes_BKGF / count - pairs(mean)).sum(2)
+        return ahead_BKS + jnp.einsum("BKSF,BKF->BKS", pairs(k), apart)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkMass(Reviewed):
+    """The attention that all heads gave the token's chunk of `size` positions, shared by those of the chunk that are held in this tier or above."""
+
+    every: int = 32
+    size: int = 20
+
+    def enter(self, new):
+        return jnp.zeros(new.pos_BKS.shape, new.k_BKSH.dtype)
+
+    def watch(self, number_BKS, mass_BKS, pos_BKS, now_B11, new_B11):
+        return number_BKS + mass_BKS
+
+    def review(self, number_BKS, held):
+        segments, (B, K, S) = Segments.of(held.pos_BKS, 1), number_BKS.shape
+        pos = segments.sorted(held.pos_BKS)
+        number = segments.sorted(number_BKS)
+        there = (pos >= 0) & ~jnp.isnan(number)
+        index = (jnp.diff(pos // self.size, axis=-1, prepend=-2) != 0).cumsum(
+            -1
+        ) - 1  # which of the chunks that are held
+        into = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None], index
+        total = lambda x: jnp.zeros((B, K, S), number_BKS.dtype).at[into].add(jnp.where(there, x, 0))
+        number = number.mean(1, keepdims=True)  # sorted, a token is at the same place in all heads
+        mean = total(number) / jnp.maximum(total(1.0), 1)
+        return segments.unsorted(jnp.take_along_axis(mean, index, -1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity(Reviewed):
+    """What a value adds to the volume that the head's values span, each weighed by how near its key is to the mean query to come."""
+
+    future: int = 512
+    sharpness: float = 5.0
+
+    def reads(self):
+        return (QueryMean(),)
+
+    def review(self, number_BKS, held):
+        unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+        anchor = unit(turned(held.memories[0], ahead(held, np.arange(self.future))))
+        near = self.sharpness * jnp.einsum("BKSH,BKGH->BKGS", unit(held.k_BKSH), anchor)
+        near = jnp.where(_there(held)[:, :, None, :, 0], near, -jnp.inf)
+        most = jnp.maximum(near.max(-1, keepdims=True), -1e30)
+        weights, v = jnp.exp(near - most), held.v_BKSW
+        spanned = jnp.einsum("BKGS,BKSW,BKSX->BKGWX", weights, v, v) + jnp.eye(v.shape[-1], dtype=v.dtype)
+        solved = jnp.linalg.solve(
+            spanned, jnp.broadcast_to(v.swapaxes(-1, -2)[:, :, None], (*spanned.shape[:-1], v.shape[2]))
+        )
+        return (weights * jnp.einsum("BKSW,BKGWS->BKGS", v, solved)).sum(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputChange(Reviewed):
+    """How far the outputs of the last `window` queries would move without the token: Σ (p / (1 - p))² · |v - o|², with 1 - p at least 1/100."""
+
+    window: int = 32
+
+    def reads(self):
+        return (LastQueries(self.window),)
+
+    def review(self, number_BKS, held):
+        p_BKGQS, v = _seen(held), held.v_BKSW
+        out = jnp.einsum("BKGQS,BKSW->BKGQW", p_BKGQS, v)
+        # Not by |v|² - 2 v·o + |o|², in which a difference near 0 is lost.
+        apart = ((v[:, :, None, None] - out[..., None, :]) ** 2).sum(-1)
+        moved = (p_BKGQS / jnp.maximum(1 - p_BKGQS, 0.01)) ** 2
+        return (moved * apart).sum((2, 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Redundancy(Reviewed):
+    """The attention of the last queries less how like the other keys the key is: λ·importance - (1 - λ)·redundancy."""
+
+    window: int = 8
+    importance: float = 0.07
+    alike: float = 0.5
+
+    def reads(self):
+        return (LastQueries(self.window),)
+
+    def review(self, number_BKS, held):
+        segments = Segments.of(held.pos_BKS, 1)
+        there = _there(held)
+        unit = held.k_BKSH / jnp.maximum(jnp.linalg.norm(held.k_BKSH, axis=-1, keepdims=True), 1e-12)
+        cosine = jnp.einsum("BKSH,BKRH->BKSR", unit, unit) * (1 - jnp.eye(unit.shape[2], dtype=unit.dtype))
+        cosine = jnp.where(there & there[..., 0][:, :, None], cosine, 0)
+        # Of those that a key is like, the latest is not held against it.
+        pos = jnp.where(cosine > self.alike, held.pos_BKS[:, :, None], -1)
+        latest = (pos == pos.max(-1, keepdims=True)) & (pos >= 0)
+        count = jnp.maximum(there[..., 0].sum(-1, keepdims=True), 1)
+        like = _softmax((jnp.where(latest, 0, cosine).sum(2) / count)[:, :, None], held.pos_BKS)[:, :, 0]
+        mass = jnp.where(there[..., 0], _seen(held, pooled=True).mean((2, 3)), 0)
+        wide = jnp.pad(segments.sorted(mass), ((0, 0), (0, 0), (3, 3)))
+        mass = segments.unsorted(jnp.stack([wide[..., i : i + mass.shape[-1]] for i in range(7)]).max(0))
+        return self.importance * mass - (1 - self.importance) * like
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """A head's tokens in the order of their positions, after the first few in segments of so many."""
+
+    order: Int[Array, "B K S"]
+    count: Int[Array, "B K 1"]
+    """Tokens that are there."""
+    size: int
+    skip: int
+
+    @classmethod
+    def of(cls, pos_BKS: Int[Array, "B K S"], size: int, skip: int = 0) -> "Segments":
+        """Segments of the tokens at these positions; empty slots come last."""
+        last = jnp.where(pos_BKS < 0, jnp.iinfo(jnp.int32).max, pos_BKS)
+        return cls(jnp.argsort(last, -1), (pos_BKS >= 0).sum(-1, keepdims=True), size, skip)
+
+    @property
+    def number(self) -> int:
+        """Segments that there is room for."""
+        return -(-max(self.order.shape[-1] - self.skip, 1) // self.size)
+
+    @property
+    def there(self) -> Bool[Array, "B K segments size"]:
+        """Where a segment has a token."""
+        places = jnp.arange(self.number * self.size).reshape(self.number, self.size)
+        return places + self.skip < self.count[..., None]
+
+    def whole(self, following: int) -> Bool[Array, "B K segments 1"]:
+        """Whether a segment and so many after it have all their tokens."""
+        return (jnp.arange(self.number)[:, None] + following + 1) * self.size + self.skip <= self.count[..., None]
+
+    def sorted(self, x: Shaped[Array, "B K S ..."]) -> Shaped[Array, "B K S ..."]:
+        """Something of each slot in the order of positions."""
+        return jnp.take_along_axis(x, self.order.reshape(*self.order.shape, *(1,) * (x.ndim - 3)), 2)
+
+    def unsorted(self, x_BKS: Float[Array, "B K S"]) -> Float[Array, "B K S"]:
+        """A number of each token in the order of slots."""
+        return jnp.take_along_axis(x_BKS, jnp.argsort(self.order, -1), 2)
+
+    def cut(self, x: Float[Array, "B K S H"]) -> Float[Array, "B K segments size H"]:
+        """Vectors in segments; there are zeros where no slots are left."""
+        x = self.sorted(x)[:, :, self.skip :]
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, self.number * self.size - x.shape[2]), (0, 0)))
+        return x.reshape(*x.shape[:2], self.number, self.size, -1)
+
+    def put(self, x: Float[Array, "B K segments size"], before: float) -> Float[Array, "B K S"]:
+        """A number of each place in a segment in the order of slots, and one for those before the first segment."""
+        S = self.order.shape[-1]
+        flat = x.reshape(*x.shape[:2], -1)[:, :, : max(S - self.skip, 0)]
+        first = jnp.full((*flat.shape[:2], S - flat.shape[2]), before, flat.dtype)
+        return self.unsorted(jnp.concatenate([first, flat], -1))
+
+
+def _there(held: Tokens) -> Bool[Array, "B K S 1"]:
+    return (held.pos_BKS >= 0)[..., None]
+
+
+def _softmax(logits_BKGS: Float[Array, "B K G S"], pos_BKS: Int[Array, "B K S"]) -> Float[Array, "B K G S"]:
+    """Over the tokens that are there; nothing where none is."""
+    logits = jnp.where((pos_BKS >= 0)[:, :, None], logits_BKGS, -jnp.inf)
+    weights = jnp.exp(logits - jnp.maximum(logits.max(-1, keepdims=True), -1e30))
+    return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
+
+
+def _seen(held: Tokens, pooled: bool = False) -> Float[Array, "B K G Q S"]:
+    """What the remembered queries give the tokens of their attention; `pooled`: by the largest logit of a group's heads."""
+    q_BKQGH, pos_BKQ = held.memories[0]
+    age = pos_BKQ[:, :, None, :, None] - held.pos_BKS[:, :, None, None]
+    sees = held.heads.sees(age) & (pos_BKQ[:, :, None, :, None] >= 0) & (held.pos_BKS[:, :, None, None] >= 0)
+    logits = held.heads.capped(held.heads.scale * jnp.einsum("BKQGH,BKSH->BKGQS", q_BKQGH, held.k_BKSH))
+    if pooled:
+        logits = logits.max(2, keepdims=True)
+    logits = jnp.where(sees, logits, -jnp.inf)
+    weights = jnp.exp(logits - jnp.maximum(logits.max(-1, keepdims=True), -1e30))
+    return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
