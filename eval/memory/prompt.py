@@ -53,7 +53,6 @@ def table(found: Sequence[Prompting], scored: Sequence[Evaluation] = ()) -> Tabl
         Column("of the first", lambda r: r.temporaries / first(r).temporaries, "{:.1%}"),
         Column("both, MB", lambda r: r.working / 1e6, "{:.1f}"), Column("of the first", lambda r: r.working / first(r).working, "{:.1%}"),
         Column("process grew by, MB", lambda r: r.grown / 1e6, "{:.1f}"), Column("of the first", lambda r: r.grown / max(1, first(r).grown), "{:.1%}"),
-        Column("seconds", "prefill_seconds", "{:.1f}"),
     ]  # fmt: skip
     if ppl:
         columns.append(Column("PPL after it", lambda r: ppl.get((r.model, r.cache, r.chunk)), "{:.2f}"))
