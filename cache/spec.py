@@ -17,6 +17,9 @@ import difflib
 import re
 import typing
 from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
 
 from kvcascade.cache.cascade import Cascade
 from kvcascade.cache.codec import CODECS, bf16
@@ -30,11 +33,9 @@ from kvcascade.cache.whole import Cache
 from kvcascade.kernels.heads import Heads
 from kvcascade.kernels.slots import Codecs
 
-PRESETS = {
-    "streaming": "sink 4 | recent 124",
-    "h2o": "recent 64 | heavy 64",
-    "neurokv": "sink 1 | recent 256 | heavy 32 | heavy 64@int8",
-}
+DESCRIBED = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text("utf-8"))
+"""Presets by their names: each a cache, and whose settings those are."""
+PRESETS: dict[str, str] = {name: each["cache"] for name, each in DESCRIBED.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,12 @@ def everywhere(cascade: Cascade) -> CacheSpec:
 
 
 def parse(text: str) -> CacheSpec:
-    """Read a spec's text or a preset's name; BadInput with the place between arrows if it is not one."""
+    """Read a spec's text, or a preset's name with or without `preset:`; BadInput with the place between arrows if it is not one."""
+    kind, colon, name = text.partition(":")
+    if colon and kind.strip() == "preset":
+        if name.strip() not in PRESETS:
+            raise BadInput(f"no preset {_unknown(name.strip(), PRESETS)}")
+        text = name
     if text.strip() in PRESETS:
         text = PRESETS[text.strip()]
     parts = []

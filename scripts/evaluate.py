@@ -21,7 +21,7 @@ class Args(Recorded):
     model: str
     """A run's folder, smollm2, gguf:FILE, or a Hugging Face directory or name."""
     cache: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
-    """A cache in one line, or a preset's name: streaming, h2o, neurokv. Give it several times to compare."""
+    """A cache in one line, or a preset's name; `kvcascade methods` lists what there is. Give it several times to compare."""
     data: str | None = None
     """stdlib, file:PATH or a hub data set; by default the text that a run was validated on, and stdlib for others."""
     context: Window = 512

@@ -17,6 +17,7 @@ class Args:
 
 
 def main(arguments: list[str]) -> None:
-    """Print a row for every policy."""
+    """Print a row for every policy, and one for every preset."""
     args = arguments_of(Args, "methods", arguments)
     console.show(methods.table(run.shape(args.model, None).layer_heads[0]))
+    console.show(methods.presets())

@@ -179,6 +179,13 @@ def test_a_cascade_needs_a_tier_and_keeps_at_most_the_context() -> None:
     assert Cascade(sink(4), recent(3)).slots(8) == 7
 
 
+def test_a_preset_may_be_said_to_be_one() -> None:
+    """`preset:NAME` is NAME, and nothing else is taken for it."""
+    assert parse("preset:h2o") == parse(" preset: h2o ") == parse("h2o")
+    assert told("preset:h20") == "no preset 'h20'; did you mean 'h2o'?"
+    assert told("preset:recent 4").startswith("no preset 'recent 4'; there are streaming, h2o")
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_a_cascade_for_every_model(name: str) -> None:
     """Presets say nothing about layers."""

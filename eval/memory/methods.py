@@ -6,6 +6,7 @@ import re
 
 from kvcascade.cache.policies import POLICIES
 from kvcascade.cache.policy import Policy
+from kvcascade.cache.spec import DESCRIBED
 from kvcascade.cache.statistic import Memory, Statistic
 from kvcascade.eval.table import Column, Table
 from kvcascade.eval.table import markdown as table_of
@@ -76,9 +77,15 @@ def methods(heads: Heads) -> list[Method]:
 
 
 def markdown() -> str:
-    """The table of a model that is known by its shape, for the documentation."""
+    """The tables for the documentation, bytes of a model that is known by its shape."""
     found = table(known.KNOWN["llama3-8b"].layer_heads[0])
-    return f"{table_of(found.code)}\n\nBytes: {found.title}."
+    return f"{table_of(found.code)}\n\nBytes: {found.title}.\n\n{table_of(presets().code)}"
+
+
+def presets() -> Table:
+    """A row for each name of a cache."""
+    rows = [[name, each["cache"], each["source"]] for name, each in DESCRIBED.items()]
+    return Table("presets", ["preset", "cache", "source"], rows)
 
 
 def table(heads: Heads) -> Table:

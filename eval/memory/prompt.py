@@ -3,6 +3,7 @@
 Each case is a process of its own (`prompt_child.py`), whose peak is then the case's.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 
@@ -38,15 +39,40 @@ def job(model: str, spec: CacheSpec, tokens: int, chunk: int, batch: int, weight
     return Job(about, "eval/memory", run, f"{spec} in parts of {chunk or tokens:,}")
 
 
+def sentence(found: Sequence[Prompting], scored: Sequence[Evaluation]) -> str:
+    """What parts save of the cache that keeps a part of the prompt and predicts best what follows; nothing where it was not measured so."""
+    ppl = perplexities(scored)
+    same = lambda r: (r.cache, r.same_prompt)
+    pairs = [(r, one) for r in found for one in found if same(r) == same(one) and r.chunk and not one.chunk]
+    pairs = [(parts, whole) for parts, whole in pairs if parts.cache != "full"]
+    if not pairs:
+        return ""
+    parts, whole = min(pairs, key=lambda pair: ppl.get((pair[0].model, pair[0].cache, pair[0].chunk), math.inf))
+    told = lambda r: (
+        f"{r.working / 1e6:,.0f} MB of cache and temporaries, and a process that grew by {r.grown / 1e6:,.0f} MB"
+    )
+    followed = [ppl.get((r.model, r.cache, r.chunk)) for r in (whole, parts)]
+    after = f", with a perplexity of {followed[0]:.2f} and {followed[1]:.2f} on what follows" if all(followed) else ""
+    return (
+        f"A prompt of {whole.tokens:,} tokens on its way into `{whole.cache}` takes {told(whole)}; in parts of {parts.chunk} that each enter before the next "
+        f"is read, {told(parts)}: {parts.working / whole.working:.0%} and {parts.grown / whole.grown:.0%}{after}."
+    )
+
+
+def perplexities(scored: Sequence[Evaluation]) -> dict[tuple[str, str, int], float]:
+    """Of what follows a prompt, by model, cache and chunk."""
+    return {
+        (each.model, each.cache, each.given.get("chunk", 0)): each.ppl for each in scored if each.given.get("prefix")
+    }
+
+
 def table(found: Sequence[Prompting], scored: Sequence[Evaluation] = ()) -> Table:
     """A row for each cache and chunk; shares are of the first one of the same model and prompt.
 
     Where such a cache was evaluated behind a prefix in such parts, the perplexity of what follows stands beside it.
     """
     first = lambda r: next(each for each in found if each.same_prompt == r.same_prompt)
-    ppl = {
-        (each.model, each.cache, each.given.get("chunk", 0)): each.ppl for each in scored if each.given.get("prefix")
-    }
+    ppl = perplexities(scored)
     columns = [
         CACHE, Column("model", "model"), Column("tokens", "tokens", "{:,}"), Column("at once", lambda r: r.chunk or r.tokens, "{:,}"),
         Column("KV, MB", lambda r: r.kv_bytes * r.batch / 1e6, "{:.2f}"), Column("temporaries, MB", lambda r: r.temporaries / 1e6, "{:.1f}"),

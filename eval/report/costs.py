@@ -94,6 +94,7 @@ def readme_tables(found: dict[str, list[Record]]) -> dict[str, str]:
         "stream": f"{markdown(decoded.code)}\n\n{decoded.title}; {_stamp(streams[0])}.",
         "fit": _fits_text(of(found["fit"], FitTask)),
         "crash": f"{markdown(users.code)}\n\n{protocol}",
+        "peak": prompt.sentence(prompts, of(found["prompt"], Evaluation)),
         "prompt": _prompts_text(prompts, of(found["prompt"], Evaluation)),
         "weights": f"{markdown(weights.table(rounded))}\n\n{weights.protocol(rounded)}; {_stamp(rounded[0])}.",
     }
