@@ -166,9 +166,8 @@ class ChunkMass(Reviewed):
         pos = segments.sorted(held.pos_BKS)
         number = segments.sorted(number_BKS)
         there = (pos >= 0) & ~jnp.isnan(number)
-        index = (jnp.diff(pos // self.size, axis=-1, prepend=-2) != 0).cumsum(
-            -1
-        ) - 1  # which of the chunks that are held
+        begins = jnp.diff(pos // self.size, axis=-1, prepend=-2) != 0
+        index = begins.cumsum(-1) - 1  # which of the chunks that are held
         into = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None], index
         total = lambda x: jnp.zeros((B, K, S), number_BKS.dtype).at[into].add(jnp.where(there, x, 0))
         number = number.mean(1, keepdims=True)  # sorted, a token is at the same place in all heads
