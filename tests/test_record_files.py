@@ -16,7 +16,7 @@ from kvcascade.eval import record_files, records
 from kvcascade.eval.report import page
 from kvcascade.scripts import cli, readme
 
-FILES = (readme.RESULTS, readme.PRETRAINED, readme.SPEED, readme.STREAM, readme.FIT, readme.CRASH, readme.PROMPT)
+FILES = (readme.PROMPT, readme.RESULTS, readme.PRETRAINED, readme.SPEED, readme.STREAM, readme.FIT, readme.CRASH)
 SAMPLES = {each.kind: each.given for file in FILES for each in records.of(record_files.read(file), records.Record)}
 GOOD = SAMPLES["evaluate"]
 

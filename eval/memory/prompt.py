@@ -52,7 +52,19 @@ def sentence(found: Sequence[Prompting], scored: Sequence[Evaluation]) -> str:
         f"{r.working / 1e6:,.0f} MB of cache and temporaries, and a process that grew by {r.grown / 1e6:,.0f} MB"
     )
     followed = [ppl.get((r.model, r.cache, r.chunk)) for r in (whole, parts)]
-    after = f", with a perplexity of {followed[0]:.2f} and {followed[1]:.2f} on what follows" if all(followed) else ""
+    others = {
+        each.cache: each
+        for each in scored
+        if each.cache == "full" or each.cache.startswith("random ") and each.given["chunk"]
+    }
+    after = ""
+    if all(followed):
+        beside = ", ".join(f"`{name}` {each.ppl:,.2f}" for name, each in others.items())
+        one = next(iter(scored))
+        after = (
+            f"; perplexity of the {one.tokens // one.sequences} tokens after it {followed[0]:.2f} at once and {followed[1]:.2f} in parts "
+            f"({beside}; {one.sequences} windows)"
+        )
     return (
         f"A prompt of {whole.tokens:,} tokens on its way into `{whole.cache}` takes {told(whole)}; in parts of {parts.chunk} that each enter before the next "
         f"is read, {told(parts)}: {parts.working / whole.working:.0%} and {parts.grown / whole.grown:.0%}{after}."

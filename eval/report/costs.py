@@ -112,7 +112,13 @@ def _prompts_text(prompts: list[Prompting], scored: list[Evaluation]) -> str:
         one = windows[0]
         about += (
             f" *PPL after it*: of the {one.context - one.given['prefix']} tokens after a prompt of {one.given['prefix']:,}, {one.sequences} windows of "
-            f"{one.data.rsplit('/', 1)[-1]}."
+            f"{one.data.rsplit('/', 1)[-1]}; beside it random eviction, "
+            + ", ".join(
+                f"`{r.cache}` {r.ppl:,.2f} {'in parts' if r.given['chunk'] else 'at once'}"
+                for r in windows
+                if r.cache.startswith("random ")
+            )
+            + "."
         )
     return f"{markdown(taken.code)}\n\n{taken.title}. {about} {_stamp(prompts[0])}."
 
