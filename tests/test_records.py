@@ -95,7 +95,7 @@ def test_windows_that_an_earlier_record_has_are_not_scored_again(monkeypatch):
     whole = Windows(rows, np.arange(12) // 2, "stdlib", "text", "spread", 0, False)
     scored = []
 
-    def score(config, params, spec, rows, batch, prefix, other):
+    def score(config, params, spec, rows, batch, prefix, other, chunk):
         scored.append((str(spec), rows.tolist()))
         nll_BT = rows[:, 1:] / 100 + spec.parts[0][2].tiers[0].policy.seed
         return Scores(nll_BT, spec.nbytes(CONFIG.layer_heads, 16), 100.0, 1, 0.5)
