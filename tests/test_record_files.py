@@ -101,9 +101,10 @@ def test_report_says_what_it_left_out(tmp_path, capfd, monkeypatch, caplog):
 def test_records_that_do_not_belong_together_make_a_page(tmp_path):
     """No full cache, other windows, tasks and lengths that one cache alone was asked, a layer and codec that is missing."""
     one = {key: value[:1] for key, value in GOOD.items() if key.endswith("_windows")} | {"sequences": 1}
+    asked = SAMPLES["retrieve"] | {"key": "a", "of": 1}  # of a measurement that gave no other
     mixed = [
         GOOD | {"cache": "recent 4"}, GOOD | {"cache": "full", "data": "file:x"}, GOOD | one | {"cache": "recent 8"},
-        SAMPLES["retrieve"], SAMPLES["retrieve"] | {"cache": "recent 9", "task": "copying", "length": 7},
+        asked, asked | {"key": "b", "cache": "recent 9", "task": "copying", "length": 7},
         SAMPLES["layer"], SAMPLES["layer"] | {"layer": "MQA", "codec": "other"}, {"kind": "kernel", "device": "x"},
     ]  # fmt: skip
     page.write(tmp_path / "x.html", record_files.read(write(tmp_path / "x.jsonl", *mixed)), "$x$^ \udcff")
