@@ -121,7 +121,11 @@ class Prompt:
         fresh: bool = True,
         written_BTK: Float[Array, "B T K"] | None = None,
     ) -> tuple[Float[Array, "B T N W"], "Prompt"]:
-        """Causal attention of rows from position 0 on, which is what any empty cache gives."""
+        """Causal attention of rows from position 0 on, which is what any empty cache gives. Raises ValueError for a part of them."""
+        if not fresh:
+            raise ValueError(
+                "a prompt for several caches enters whole: what a later part sees is not the same for all of them"
+            )
         out_BTNW = causal_attention(q_BTNH, k_BTKH, v_BTKW, self.heads[index])
         return out_BTNW, dataclasses.replace(self, parts=(*self.parts, (q_BTNH, k_BTKH, v_BTKW, written_BTK)))
 

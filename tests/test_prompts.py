@@ -11,7 +11,7 @@ from kvcascade.cache.cascade import Cascade
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import everywhere, parse
 from kvcascade.cache.tier import heavy, recent, sink
-from kvcascade.cache.whole import Cache, nbytes
+from kvcascade.cache.whole import Cache, Prompt, nbytes
 from kvcascade.model import generate, gpt
 from kvcascade.model.config import ModelConfig
 
@@ -151,6 +151,13 @@ def test_turns_are_settled() -> None:
             assert now <= was and len(now) == min(22, len(was))
         if turn < 2:
             assert all(set(range(max(0, n - 22), n)) for n in seen)
+
+
+def test_a_prompt_for_several_caches_enters_whole() -> None:
+    """In parts, each would have seen another past."""
+    tokens, positions = jnp.asarray(TEXT), jnp.asarray(POSITIONS)
+    with pytest.raises(ValueError, match="enters whole"):
+        gpt.first_step(CONFIG, PARAMS, Prompt(CONFIG.layer_heads, 96), tokens, positions, 16)
 
 
 def test_a_cache_without_tiers_in_front_is_settled_already() -> None:
