@@ -10,7 +10,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+
+from kvcascade.cache.errors import BadInput
 
 PARENT = "KVCASCADE_PARENT"
 CASE_SECONDS = 3600.0
@@ -117,3 +120,15 @@ def attend():
 def say(**words: object) -> None:
     """In the child: tell the parent."""
     print(json.dumps(words), flush=True)
+
+
+def serve(work: Callable[[dict], None]) -> None:
+    """In the child, all that it does: the work on what it was told. What the user can mend is said, and status 2; 1 with a traceback for the rest."""
+    try:
+        work(attend())
+    except BadInput as error:
+        say(bad_input=str(error))
+        sys.exit(2)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)

@@ -3,9 +3,7 @@
 import dataclasses
 import gc
 import re
-import sys
 import time
-import traceback
 from pathlib import Path
 
 from kvcascade.cache.errors import BadInput
@@ -145,11 +143,4 @@ def on_device(device) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main(worker.attend())
-    except BadInput as error:
-        worker.say(bad_input=str(error))
-        sys.exit(2)
-    except Exception:
-        traceback.print_exc()
-        sys.exit(1)
+    worker.serve(main)

@@ -1,12 +1,9 @@
 """One prompt's way into a cache, in a process of its own: what the program takes beside its arguments, and what the process grew by. See `prompt.py`."""
 
 import gc
-import sys
 import time
-import traceback
 from pathlib import Path
 
-from kvcascade.cache.errors import BadInput
 from kvcascade.eval import worker
 from kvcascade.eval.memory.crash_child import in_memory, load, on_device
 
@@ -58,11 +55,4 @@ def main(wanted: dict) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(worker.attend())
-    except BadInput as error:
-        worker.say(bad_input=str(error))
-        sys.exit(2)
-    except Exception:
-        traceback.print_exc()
-        sys.exit(1)
+    worker.serve(main)
