@@ -111,11 +111,14 @@ def generate(
     chat: bool = False,
     stop: Sequence[str] = (),
     sampling: "Sampling | None" = None,
+    keep: Sequence[str] = (),
 ) -> str:
     """Continue a prompt through a cache by at most so many tokens; with `chat` it is a user's message. Greedy unless `sampling` says otherwise.
 
+    `keep` says what ranges of the prompt's positions deserve in a `hinted` tier, such as `0:200=90@500` (`cache/hints.py`).
     Raises BadInput where prompt and tokens are more than the model's context.
     """
+    from kvcascade.cache.hints import hint
     from kvcascade.cache.spec import parse
     from kvcascade.model import chat as templates
     from kvcascade.model import generate as generation
@@ -124,6 +127,8 @@ def generate(
 
     ids = templates.encode(model, [{"role": "user", "content": prompt}]) if chat else model.encode(prompt)
     kv = generation.empty_cache(model.config, parse(cache), 1, len(ids) + tokens)
+    if keep:
+        kv = kv.hinted([[*map(hint, keep)]])
     answer = Answer(model.encoding.decode_single_token_bytes, model.end, tuple(stop))
     for new_nB, _ in generation.generate(model.config, model.params, kv, [ids], tokens, sampling or GREEDY):
         for token in new_nB[:, 0].tolist():

@@ -23,7 +23,8 @@ class Cascade:
         if any(isinstance(tier.policy, Full) for tier in tiers[:-1]):
             raise BadInput("nothing passes a full tier, so it must be the last")
         for index, tier in enumerate(tiers):
-            if tier.policy.reads() and tier.policy.alike() and not all(each.policy.alike() for each in tiers[:index]):
+            ranks = any(isinstance(each, Statistic) for each in tier.policy.reads())
+            if ranks and tier.policy.alike() and not all(each.policy.alike() for each in tiers[:index]):
                 raise BadInput(f"{tier} ranks for all heads together, so the tiers before it must too")
         if not 0 <= front < len(tiers):
             raise BadInput(f"of {len(tiers)} tiers {front} cannot stand before those of a prompt")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kvcascade.cache.cascade import Cascade
 from kvcascade.cache.checks import promise
 from kvcascade.cache.codec import f32
+from kvcascade.cache.hints import Hint, Hints
 from kvcascade.cache.policies import Full
 from kvcascade.cache.statistic import Memory, Statistic, Tokens
 from kvcascade.cache.tier import empty, take_in
@@ -109,7 +111,7 @@ class LayerCache:
         value adds to the residual stream, as `Tokens` has it; by default the value itself is.
         """
         now_B = positions_BT.max(-1)
-        entry = self._entry(k_BTKH, v_BTKW, positions_BT, written_BTK)
+        entry = self._entry(q_BTNH, k_BTKH, v_BTKW, positions_BT, written_BTK)
         if positions_BT.shape[1] == 1:
             cache = self._take(q_BTNH, entry, positions_BT)
             found = decode(q_BTNH[:, 0], now_B, cache.held, self.heads, self.cascade.observed)
@@ -142,7 +144,7 @@ class LayerCache:
 
         The result is for `commit`; with `pending` it has the tokens of both looks.
         """
-        entry = self._entry(k_BTKH, v_BTKW, positions_BT, written_BTK)
+        entry = self._entry(q_BTNH, k_BTKH, v_BTKW, positions_BT, written_BTK)
         offered = [entry] if pending is None else [pending.entry, entry]
         as_slots = lambda each: Slots(f32.encode(each.k), f32.encode(each.v), each.pos_BKT)
         held = [*self.held, *((as_slots(each), Codecs(f32, f32)) for each in offered)]
@@ -169,13 +171,14 @@ class LayerCache:
         """Every tier's slots, and how they are stored."""
         return [(slots, tier.codecs) for tier, slots in zip(self.cascade.tiers, self.slots, strict=True)]
 
-    def _entry(self, k_BTKH, v_BTKW, positions_BT, written_BTK) -> Entry:
+    def _entry(self, q_BTNH, k_BTKH, v_BTKW, positions_BT, written_BTK) -> Entry:
         """Tokens as they travel: in float32 also from a bf16 model, since what a tier decodes on the way down must not be rounded again."""
         k, v = (x.astype(jnp.float32).transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKW))
         pos_BKT = jnp.broadcast_to(positions_BT[:, None], (*k.shape[:2], positions_BT.shape[1])).astype(jnp.int32)
         now_B11 = positions_BT.max(-1)[:, None, None]
         written = jnp.abs(v).sum(-1) if written_BTK is None else written_BTK.transpose(0, 2, 1)
-        begins = lambda each: each.enter(Tokens(pos_BKT, k, v, now_B11, self._memories(each), self._here, written))
+        beside = written, q_BTNH.astype(jnp.float32)
+        begins = lambda each: each.enter(Tokens(pos_BKT, k, v, now_B11, self._memories(each), self._here, *beside))
         return Entry(k, v, pos_BKT, tuple(lax.stop_gradient(begins(each)) for each in self.cascade.statistics))
 
     def _memories(self, statistic: Statistic) -> tuple[Any, ...]:
@@ -311,6 +314,12 @@ class LayerCache:
             cache = dataclasses.replace(cache, slots=(*cache.slots[:index], gone, *cache.slots[index + 1 :]))
             cache = cache._sink(entry, now_B11, front)
         return cache
+
+    def hinted(self, rows: Sequence[Sequence[Hint]]) -> "LayerCache":
+        """The same cache with these hints of each row, where a tier reads them."""
+        pairs = zip(self.cascade.memories, self.memories, strict=True)
+        memories = (each.filled(held, rows) if isinstance(each, Hints) else held for each, held in pairs)
+        return dataclasses.replace(self, memories=tuple(memories))
 
     def _new(self, positions_BT) -> Bool[Array, ""]:
         """Whether each row's positions are higher than what it holds, and none is there twice."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.statistic import Memory, Statistic
@@ -55,6 +55,14 @@ class Policy:
 def age(pos_BKS: Int[Array, "B K S"], now_B11: Int[Array, "B 1 1"]) -> Float[Array, "B K S"]:
     """Minus how long ago each position was: exact for ages below 2^24, wherever the row stands, which positions in float32 are not."""
     return (pos_BKS - now_B11).astype(jnp.float32)
+
+
+def standardised(x_BKS: Float[Array, "B K S"], among_BKS: Bool[Array, "B K S"]) -> Float[Array, "B K S"]:
+    """How many standard deviations a number is above the mean of those that count; 0 where they are all alike."""
+    count = jnp.maximum(among_BKS.sum(-1, keepdims=True), 1)
+    mean = jnp.where(among_BKS, x_BKS, 0).sum(-1, keepdims=True) / count
+    apart = jnp.where(among_BKS, x_BKS - mean, 0)
+    return apart / jnp.maximum(jnp.sqrt((apart**2).sum(-1, keepdims=True) / count), 1e-12)
 
 
 class Argument(NamedTuple):

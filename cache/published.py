@@ -7,7 +7,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from kvcascade.cache.policy import PINNED, Policy, Positive
+from kvcascade.cache.hints import USUAL, Hints
+from kvcascade.cache.policy import PINNED, Policy, Positive, standardised
 from kvcascade.cache.reviews import (
     Capacity,
     ChunkMass,
@@ -20,8 +21,17 @@ from kvcascade.cache.reviews import (
     PairMass,
     Redundancy,
 )
-from kvcascade.cache.scores import DecayedMass, KeyNorm, LastMass, OutputNorm, Unused, ValueNorm, WindowMass
-from kvcascade.cache.statistic import Mass
+from kvcascade.cache.scores import (
+    DecayedMass,
+    KeyNorm,
+    LastMass,
+    NonCausalMass,
+    OutputNorm,
+    Unused,
+    ValueNorm,
+    WindowMass,
+)
+from kvcascade.cache.statistic import GRACE, Mass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +215,40 @@ class HighLeverage(Policy):
 
 
 @dataclasses.dataclass(frozen=True)
+class NonCausal(Policy):
+    """Keep what a prompt's tokens attend to in blocks of `size`, before and after them (Compactor's non-causal attention, arXiv 2507.08143).
+
+    Tokens that come one by one are ranked by their value's norm, which is what they have where each attends to itself alone.
+    """
+
+    size: Positive = 256
+
+    def reads(self):
+        return (NonCausalMass(size=self.size),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compactor(Policy):
+    """Keep what has high leverage and gets much non-causal attention, each in standard deviations (Compactor, arXiv 2507.08143).
+
+    `blending` is the weight of leverage, by default that of kvpress where no ratio of compression is given.
+    """
+
+    blending: float = 0.35
+    size: Positive = 256
+    sketch: Positive = 48
+    every: Positive = 128
+
+    def reads(self):
+        return Leverage(every=self.every, sketch=self.sketch), NonCausalMass(size=self.size)
+
+    def priority(self, pos_BKS, read, now_B11):
+        known = (pos_BKS >= 0) & (read[0] < GRACE)
+        rank = sum(weight * standardised(x, known) for weight, x in zip((self.blending, 1.0), read, strict=True))
+        return jnp.where(known, rank, GRACE)
+
+
+@dataclasses.dataclass(frozen=True)
 class Expected(Policy):
     """Keep what the queries of the next `future` positions are expected to attend to (Expected Attention, Devoto et al. 2025, arXiv 2510.00636).
 
@@ -255,3 +299,25 @@ class Reasoning(Policy):
 
     def reads(self):
         return (Redundancy(every=self.every, window=self.window, importance=self.importance),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hinted(Policy):
+    """Keep what the caller said is of the highest priority, of equals the newest (the retention priorities of TensorRT-LLM).
+
+    Up to so many `ranges` of positions of each row have one, by `cache.hinted`; the others have 35.
+    """
+
+    ranges: Positive = 8
+
+    def alike(self):
+        return True
+
+    def reads(self):
+        return (Hints(count=self.ranges),)
+
+    def priority(self, pos_BKS, read, now_B11):
+        start, stop, priority, until = jnp.moveaxis(read[0][:, :, None], -1, 0)
+        pos_BKS1 = pos_BKS[..., None]
+        said = (start <= pos_BKS1) & (pos_BKS1 < stop) & (now_B11[..., None] <= until)
+        return jnp.where(said.any(-1), jnp.where(said, priority, 0).sum(-1), USUAL).astype(jnp.float32)

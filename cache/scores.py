@@ -7,6 +7,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from kvcascade.cache.segments import Segments, neighbours
 from kvcascade.cache.statistic import Statistic
 
 # Numbers that attention makes
@@ -33,17 +34,7 @@ class WindowMass(Statistic):
     kernel: int = 1
 
     def among(self, mass_BKT, pos_BKT):
-        T, k = mass_BKT.shape[-1], self.kernel
-        if min(T, k) == 1:
-            return mass_BKT
-        # Tokens and padding may be in any order; padding is nobody's neighbour.
-        order = jnp.argsort(jnp.where(pos_BKT < 0, jnp.iinfo(jnp.int32).max, pos_BKT), -1)
-        there = jnp.take_along_axis(pos_BKT >= 0, order, -1)
-        mass = jnp.where(there, jnp.take_along_axis(mass_BKT, order, -1), 0)
-        pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (k // 2, k - 1 - k // 2)))
-        total = lambda x: sum(pad(x)[..., i : i + T] for i in range(k))
-        mean = total(mass) / jnp.maximum(total(there.astype(mass.dtype)), 1)
-        return jnp.take_along_axis(mean, jnp.argsort(order, -1), -1)
+        return neighbours(mass_BKT, pos_BKT, self.kernel)
 
     def watch(self, number_BKS, mass_BKS, pos_BKS, now_B11, new_B11):
         latest = lambda now: (stretch := now // self.last) - (stretch - self.parity) % 2  # that is of this parity
@@ -101,3 +92,30 @@ class OutputNorm(Statistic):
     def enter(self, new):
         assert new.written_BKS is not None
         return new.written_BKS
+
+
+@dataclasses.dataclass(frozen=True)
+class NonCausalMass(Statistic):
+    """What the queries of a call's blocks of `size` tokens give each token of the block, before and after it, by logits that are not scaled,
+    times the value's norm; the mean over the group's heads and over three neighbours.
+
+    A token that comes alone gives all to itself.
+    """
+
+    size: int = 256
+
+    def enter(self, new):
+        norm_BKT, (B, K, T) = jnp.linalg.norm(new.v_BKSW, axis=-1), new.pos_BKS.shape
+        if T == 1:
+            return norm_BKT
+        assert new.q_BTNH is not None
+        blocks = Segments.of(new.pos_BKS, min(self.size, T))
+        there_BKCS = blocks.there
+        q_BKTX = new.q_BTNH.reshape(B, T, K, -1).swapaxes(1, 2)  # a KV head's queries side by side
+        q_BKCQGH = blocks.cut(q_BKTX).reshape(*there_BKCS.shape, -1, new.k_BKSH.shape[-1])
+        logits = jnp.einsum("BKCQGH,BKCSH->BKCQGS", q_BKCQGH, blocks.cut(new.k_BKSH))
+        logits = jnp.where(there_BKCS[:, :, :, None, None], logits, -1e30)
+        weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+        weights = weights / weights.sum(-1, keepdims=True) * there_BKCS[..., None, None]
+        mass_BKT = blocks.put(weights.mean(4).sum(3), 0.0)
+        return neighbours(mass_BKT * norm_BKT, new.pos_BKS, 3)

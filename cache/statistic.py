@@ -29,6 +29,8 @@ class Tokens(NamedTuple):
     heads: Heads
     written_BKS: Float[Array, "B K S"] | None = None
     """What each value adds to the residual stream, its L1 norm, the mean over the group's heads; of tokens that enter alone."""
+    q_BTNH: Float[Array, "B S N H"] | None = None
+    """Their queries; of tokens that enter alone."""
 
 
 @dataclasses.dataclass(frozen=True)

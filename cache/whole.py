@@ -2,10 +2,13 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
+from kvcascade.cache.errors import BadInput
+from kvcascade.cache.hints import Hint, Hints
 from kvcascade.cache.layer import LayerCache, Look
 from kvcascade.kernels.causal import causal_attention
 from kvcascade.kernels.heads import Heads
@@ -47,6 +50,13 @@ class Cache:
     def settled(self) -> "Cache":
         """`LayerCache.settled` in each layer."""
         return dataclasses.replace(self, layers=tuple(each.settled() for each in self.layers))
+
+    def hinted(self, rows: Sequence[Sequence[Hint]]) -> "Cache":
+        """The cache with these hints of each row in the place of those that it had; BadInput where no tier reads them."""
+        layers = tuple(each.hinted(rows) for each in self.layers)
+        if not any(isinstance(each, Hints) for layer in layers for each in layer.cascade.memories):
+            raise BadInput("no tier of the cache reads hints: give it one, such as `hinted 256`")
+        return dataclasses.replace(self, layers=layers)
 
     def draft(self) -> "Draft":
         """A draft of no tokens."""

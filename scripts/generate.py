@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from kvcascade.cache.errors import BadInput
+from kvcascade.cache.hints import hint
 from kvcascade.cache.spec import parse
 from kvcascade.cache.whole import nbytes
 from kvcascade.eval.memory.arithmetic import full_bytes
@@ -31,6 +32,10 @@ class Args:
     """A cache in one line, or a preset's name."""
     chunk: CountOrNone | None = None
     """Tokens of a prompt that enter at once, each such part before the next is read; 0: all. By default parts of 256 for a long prompt and a small cache."""
+    keep: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A range of positions, how much it deserves to stay in a `hinted` tier, from 0 to 100, and until how many positions after it: 0:200=90@500.
+
+    Positions of which nothing is said have 35; without @ it holds for good. May be given several times."""
     tokens: Count = 64
     """The most tokens to generate."""
     chat: bool = False
@@ -43,7 +48,7 @@ class Args:
 def main(arguments: list[str]) -> None:
     """Generate to stdout, then one line about the cache on stderr."""
     args = arguments_of(Args, "generate", arguments)
-    spec = parse(args.cache)
+    spec, hints = parse(args.cache), [*map(hint, args.keep)]
     if not args.prompt:
         raise BadInput("there must be a --prompt")
     typed, stops = ([*map(text, some)] for some in (args.prompt, args.stop))
@@ -59,6 +64,8 @@ def main(arguments: list[str]) -> None:
             f"{longest} tokens of prompt and {args.tokens} new ones are more than the model's context of {model.config.context}"
         )
     cache = generate.empty_cache(model.config, spec, len(prompts), context)
+    if hints:
+        cache = cache.hinted([hints] * len(prompts))
     size = nbytes(cache) // len(prompts)
     rows = [Answer(model.encoding.decode_single_token_bytes, model.end, tuple(stops)) for _ in prompts]
     alone = len(prompts) == 1

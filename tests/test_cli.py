@@ -151,6 +151,8 @@ BAD = {
     "generate --model run --prompt a --temperature -1": "temperature must be at least 0",
     "generate --model run --prompt a --tokens 8 --cache sink": "cache spec, character 1",
     "generate --model run --prompt '' --tokens 8": "the prompt is empty",
+    "generate --model run --prompt a --tokens 8 --cache 'hinted 8' --keep 0:4=900": "a priority is from 0 to 100, not 900",
+    "generate --model run --prompt a --tokens 8 --keep 0:4=90": "no tier of the cache reads hints",
     "compare run none": "none holds no run",
     f"{EVALUATE} full --sequences 0": "--sequences is 0; it must be at least 1",
     f"{EVALUATE} full --batch -3": "--batch is -3; it must be at least 1",

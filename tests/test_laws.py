@@ -215,16 +215,17 @@ class Replay:
         old = self.at(statistic, pos_BKS)
         np.put_along_axis(self.numbers[statistic], pos_BKS, np.where(where, values_BKS, old), 2)
 
-    def tokens(self, statistic, pos_BKS, k_BKSH, v_BKSH, positions_BT) -> Tokens:
+    def tokens(self, statistic, pos_BKS, k_BKSH, v_BKSH, positions_BT, q_BTNH=None) -> Tokens:
         k, v = (jnp.asarray(x, jnp.float64) for x in (k_BKSH, v_BKSH))
         now_B11 = jnp.asarray(positions_BT.max(1)[:, None, None])
         memories = tuple(self.memories[each] for each in statistic.reads())
         written = jnp.abs(v).sum(-1)  # there is no output matrix
-        return Tokens(jnp.asarray(pos_BKS), k, v, now_B11, memories, self.history.heads, written)
+        q = None if q_BTNH is None else jnp.asarray(q_BTNH, jnp.float64)
+        return Tokens(jnp.asarray(pos_BKS), k, v, now_B11, memories, self.history.heads, written, q)
 
     def enter(self, q_BTNH, new, positions_BT) -> None:
         for each in self.numbers:
-            self.put(each, new[2], each.enter(self.tokens(each, new[2], new[0], new[1], positions_BT)))
+            self.put(each, new[2], each.enter(self.tokens(each, new[2], new[0], new[1], positions_BT, q_BTNH)))
         for each, memory in self.memories.items():
             q, positions = jnp.asarray(q_BTNH, jnp.float64), jnp.asarray(positions_BT)
             self.memories[each] = each.update(memory, q, positions, self.history.heads)

@@ -9,6 +9,7 @@ import pytest
 
 from kvcascade.cache import reviews, scores
 from kvcascade.cache.layer import LayerCache
+from kvcascade.cache.policies import POLICIES
 from kvcascade.cache.spec import parse
 from kvcascade.cache.statistic import GRACE, Memory, Tokens
 from kvcascade.kernels.heads import Heads, Rope
@@ -315,3 +316,41 @@ def test_what_a_value_writes_is_the_norm_of_its_product_with_the_output_matrix()
     )
     want = [[np.mean([np.abs(o_MNW[:, 2 * h + g] @ v).sum() for g in range(2)]) for v in v_KSW[h]] for h in range(2)]
     np.testing.assert_allclose(slots.numbers[1][0], want, rtol=1e-4)
+
+
+def test_non_causal_mass_is_what_a_block_gives_its_tokens() -> None:
+    """Query by query over blocks of 4 of 10 tokens that come in any order among padding, without a scale or a mask; one alone has its value's norm."""
+    T, size = 13, 4
+    pos = np.stack([DRAW.permutation(np.r_[np.arange(7, 17), -1, -1, -1]) for _ in range(B)])
+    k, v = DRAW.standard_normal((2, B, K, T, H))
+    q = DRAW.standard_normal((B, T, K * G, H))
+    now = jnp.full((B, 1, 1), 16)
+    pos_BKT = jnp.broadcast_to(jnp.asarray(pos)[:, None], (B, K, T))
+    statistic = scores.NonCausalMass(size=size)
+    with jax.enable_x64(True):
+        tokens = Tokens(pos_BKT, jnp.asarray(k), jnp.asarray(v), now, (), HEADS, q_BTNH=jnp.asarray(q))
+        got = np.asarray(statistic.enter(tokens))
+        alone = tokens._replace(
+            pos_BKS=pos_BKT[..., :1], k_BKSH=tokens.k_BKSH[:, :, :1], v_BKSW=tokens.v_BKSW[:, :, :1]
+        )
+        np.testing.assert_allclose(statistic.enter(alone), np.linalg.norm(v[:, :, :1], axis=-1))
+    for b in range(B):
+        order = np.argsort(pos[b])[3:]
+        for h in range(K):
+            numbers = []
+            for block in (order[:4], order[4:8], order[8:]):
+                given = [softmax(k[b, h, block] @ q[b, i, h * G + g]) for i in block for g in range(G)]
+                numbers.extend(np.sum(given, 0) / G * np.linalg.norm(v[b, h, block], axis=-1))
+            want = [np.mean(numbers[max(0, i - 1) : i + 2]) for i in range(10)]
+            np.testing.assert_allclose(got[b, h, order], want, rtol=1e-9)
+
+
+def test_compactor_adds_standard_deviations_and_lets_newcomers_stay() -> None:
+    """Leverage counts `blending` times; tokens not reviewed yet and empty slots do not count in means and deviations."""
+    pos = jnp.asarray([[[0, 1, 2, -1, 3]]])
+    leverage, mass = jnp.asarray([[[1.0, 2.0, 6.0, 99.0, GRACE]]]), jnp.asarray([[[5.0, 3.0, 1.0, 99.0, 7.0]]])
+    got = POLICIES["compactor"](blending=0.5).priority(pos, (leverage, mass), jnp.full((1, 1, 1), 3))[0, 0]
+    z = lambda x: (x - x.mean()) / x.std()
+    want = 0.5 * z(np.array([1.0, 2.0, 6.0])) + z(np.array([5.0, 3.0, 1.0]))
+    np.testing.assert_allclose(got[:3], want, rtol=1e-5)
+    assert got[4] == GRACE
