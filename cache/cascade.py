@@ -42,6 +42,11 @@ class Cascade:
         return tuple(dict.fromkeys(each for each in self._read() if isinstance(each, Statistic)))
 
     @property
+    def rereads(self) -> tuple[Statistic, ...]:
+        """The numbers for which a prompt is read a second time."""
+        return tuple(each for each in self.statistics if each.rereads)
+
+    @property
     def memories(self) -> tuple[Memory, ...]:
         """What the layer remembers beside its tokens, each once."""
         reviewed = [each for statistic in self.statistics for each in statistic.reads()]

@@ -101,6 +101,7 @@ class LayerCache:
         positions_BT: Int[Array, "B T"],
         fresh: bool = False,
         written_BTK: Float[Array, "B T K"] | None = None,
+        reread: dict[Statistic, Float[Array, "B K T"]] | None = None,
     ) -> tuple[Float[Array, "B T N W"], "LayerCache"]:
         """Put this call's tokens into the cascade and attend from them; position -1 is padding.
 
@@ -108,7 +109,8 @@ class LayerCache:
         once. T = 1 (decode): the token enters, then attends to what the cascade holds, itself in it as it is stored. So a cache of S slots
         is a cache of S tokens, as everywhere in the literature; to look first would let it see S + 1, which moves the reference figures.
         `fresh` says that the cascade holds nothing yet, and that each row is positions 0, 1, 2, … and then padding. `written` is what a
-        value adds to the residual stream, as `Tokens` has it; by default the value itself is.
+        value adds to the residual stream, as `Tokens` has it; by default the value itself is. `reread` has the numbers for which a fresh
+        prompt was read a second time; ValueError where they are missing.
         """
         now_B = positions_BT.max(-1)
         entry = self._entry(q_BTNH, k_BTKH, v_BTKW, positions_BT, written_BTK)
@@ -129,6 +131,10 @@ class LayerCache:
         out_BTNW = found[0][0] if found else causal_attention(q_BTNH, k_BTKH, v_BTKW, self.heads)
         among = lambda each: each.among(mass[each.last], entry.pos_BKT)
         numbers = self._watched(self.cascade.statistics, entry.numbers, among, entry.pos_BKT, positions_BT)
+        if missing := {*self.cascade.rereads} - {*(reread or {})}:
+            raise ValueError(f"{missing} are of a prompt that is read twice, as gpt.first_step does")
+        pairs = zip(self.cascade.statistics, numbers, strict=True)
+        numbers = tuple(reread[each] if reread and each in reread else number for each, number in pairs)
         return out_BTNW, self._take(q_BTNH, dataclasses.replace(entry, numbers=numbers), positions_BT)
 
     def look(

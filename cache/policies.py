@@ -20,6 +20,7 @@ from kvcascade.cache.published import (
     HighLeverage,
     Hinted,
     KeyDiff,
+    KvZip,
     Lag,
     LeastRecentlyUsed,
     LowKeyNorm,
@@ -157,5 +158,6 @@ POLICIES: dict[str, type[Policy]] = {
     "capkv": Volume,
     "drop": Drop,
     "r-kv": Reasoning,
+    "kvzip": KvZip,
     "hinted": Hinted,
 }

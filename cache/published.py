@@ -27,6 +27,7 @@ from kvcascade.cache.scores import (
     LastMass,
     NonCausalMass,
     OutputNorm,
+    Repeated,
     Unused,
     ValueNorm,
     WindowMass,
@@ -114,6 +115,17 @@ class ValueAware(Policy):
 
     def priority(self, pos_BKS, read, now_B11):
         return read[0] * read[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class KvZip(Policy):
+    """Keep of a prompt what some query attends to that reads it a second time, parts of 2,048 each by itself (KVzip, arXiv 2505.23416).
+
+    The paper asks in words to repeat the context; here the text just comes again. What comes after the prompt goes first: `kvzip 25% then recent 128`.
+    """
+
+    def reads(self):
+        return (Repeated(),)
 
 
 @dataclasses.dataclass(frozen=True)

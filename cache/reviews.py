@@ -4,6 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kvcascade.cache.queries import (
@@ -19,6 +20,9 @@ from kvcascade.cache.queries import (
 )
 from kvcascade.cache.segments import Segments
 from kvcascade.cache.statistic import GRACE, Statistic, Tokens
+
+KEYS = 128
+"""Keys that are compared with all others at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,16 +235,26 @@ class Redundancy(Reviewed):
 
     def review(self, number_BKS, held):
         segments = Segments.of(held.pos_BKS, 1)
-        there = _there(held)
+        there_BKS, (B, K, S) = held.pos_BKS >= 0, held.pos_BKS.shape
         unit = held.k_BKSH / jnp.maximum(jnp.linalg.norm(held.k_BKSH, axis=-1, keepdims=True), 1e-12)
-        cosine = jnp.einsum("BKSH,BKRH->BKSR", unit, unit) * (1 - jnp.eye(unit.shape[2], dtype=unit.dtype))
-        cosine = jnp.where(there & there[..., 0][:, :, None], cosine, 0)
-        # Of those that a key is like, the latest is not held against it.
-        pos = jnp.where(cosine > self.alike, held.pos_BKS[:, :, None], -1)
-        latest = (pos == pos.max(-1, keepdims=True)) & (pos >= 0)
-        count = jnp.maximum(there[..., 0].sum(-1, keepdims=True), 1)
-        like = _softmax((jnp.where(latest, 0, cosine).sum(2) / count)[:, :, None], held.pos_BKS)[:, :, 0]
-        mass = jnp.where(there[..., 0], _seen(held, pooled=True).mean((2, 3)), 0)
+        unit = jnp.where(there_BKS[..., None], unit, 0)
+
+        def more(total_BKS, part):
+            """What some keys are like, which are so many that all with all do not go into memory."""
+            some_BKQH, index_Q = part
+            cosine = jnp.einsum("BKQH,BKSH->BKQS", some_BKQH, unit) * (index_Q[:, None] != jnp.arange(S))
+            # Of those that a key is like, the latest is not held against it.
+            pos = jnp.where(cosine > self.alike, held.pos_BKS[:, :, None], -1)
+            latest = (pos == pos.max(-1, keepdims=True)) & (pos >= 0)
+            return total_BKS + jnp.where(latest, 0, cosine).sum(2), None
+
+        size = min(KEYS, S)
+        blocks = jnp.pad(unit, ((0, 0), (0, 0), (0, -S % size), (0, 0))).reshape(B, K, -1, size, unit.shape[-1])
+        index = jnp.arange(blocks.shape[2] * size).reshape(-1, size)
+        alike, _ = lax.scan(more, jnp.zeros((B, K, S), unit.dtype), (jnp.moveaxis(blocks, 2, 0), index))
+        count = jnp.maximum(there_BKS.sum(-1, keepdims=True), 1)
+        like = _softmax((alike / count)[:, :, None], held.pos_BKS)[:, :, 0]
+        mass = jnp.where(there_BKS, _seen(held, pooled=True).mean((2, 3)), 0)
         wide = jnp.pad(segments.sorted(mass), ((0, 0), (0, 0), (3, 3)))
         mass = segments.unsorted(jnp.stack([wide[..., i : i + mass.shape[-1]] for i in range(7)]).max(0))
         return self.importance * mass - (1 - self.importance) * like

@@ -64,6 +64,14 @@ class Unused(Statistic):
         return jnp.where(mass_BKS >= self.least, 0, number_BKS - new_B11)
 
 
+@dataclasses.dataclass(frozen=True)
+class Repeated(Statistic):
+    """The largest share of its attention that a query head gives the token of a prompt that is read a second time."""
+
+    def reread(self, number_BKS, share_BKGQS):
+        return jnp.maximum(number_BKS, share_BKGQS.max((2, 3)))
+
+
 # Numbers that a token has by itself
 
 

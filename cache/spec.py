@@ -28,6 +28,7 @@ from kvcascade.cache.layer import LayerCache
 from kvcascade.cache.policies import POLICIES, Full
 from kvcascade.cache.policy import Policy
 from kvcascade.cache.policy import argument as argument_of
+from kvcascade.cache.statistic import Statistic
 from kvcascade.cache.tier import Tier
 from kvcascade.cache.whole import Cache
 from kvcascade.kernels.heads import Heads
@@ -67,6 +68,11 @@ class CacheSpec:
     def layers(self, heads: Sequence[Heads]) -> list[tuple[Cascade, Heads]]:
         """Each layer's cascade with its heads; BadInput as for `cascades`."""
         return list(zip(self.cascades(len(heads)), heads, strict=True))
+
+    @property
+    def rereads(self) -> tuple[Statistic, ...]:
+        """The numbers for which a prompt is read a second time."""
+        return tuple(dict.fromkeys(each for _, _, cascade in self.parts for each in cascade.rereads))
 
     def init(self, batch: int, heads: Sequence[Heads], context: int) -> Cache:
         """An empty cache for rows of up to `context` tokens and a model whose layers have these heads, one after the other."""

@@ -94,6 +94,12 @@ class Statistic:
         """What `watch` is told of a call's own tokens for the attention that they got."""
         return mass_BKT
 
+    def reread(
+        self, number_BKS: Float[Array, "B K S"], share_BKGQS: Float[Array, "B K G Q S"]
+    ) -> Float[Array, "B K S"]:
+        """The numbers of a prompt's tokens after queries that read it a second time gave them such shares of their attention."""
+        return number_BKS
+
     def review(self, number_BKS: Float[Array, "B K S"], held: Tokens) -> Float[Array, "B K S"]:
         """The numbers reckoned anew from all that a head holds and is offered; position -1 is an empty slot.
 
@@ -105,6 +111,11 @@ class Statistic:
     def watches(self) -> bool:
         """Whether attention changes the numbers, so that its mass is collected."""
         return type(self).watch is not Statistic.watch
+
+    @property
+    def rereads(self) -> bool:
+        """Whether a prompt must be read a second time, before anything of it leaves."""
+        return type(self).reread is not Statistic.reread
 
 
 @dataclasses.dataclass(frozen=True)

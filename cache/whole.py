@@ -1,4 +1,4 @@
-"""The caches of all layers as one value; a draft: tokens that have looked at it and may be thrown away; and a prompt, to be put into several."""
+"""The caches of all layers as one value, and a draft: tokens that have looked at it and may be thrown away."""
 
 import dataclasses
 import functools
@@ -10,8 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.hints import Hint, Hints
 from kvcascade.cache.layer import LayerCache, Look
-from kvcascade.kernels.causal import causal_attention
-from kvcascade.kernels.heads import Heads
+from kvcascade.cache.statistic import Statistic
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=["of"])
@@ -36,12 +35,17 @@ class Cache:
         """`LayerCache.step` of the model's layer of that number."""
         place = self.of[index]
         out_BTNW, layer = self.layers[place].step(q_BTNH, k_BTKH, v_BTKW, positions_BT, fresh, written_BTK)
-        return out_BTNW, dataclasses.replace(self, layers=_put(self.layers, place, layer))
+        return out_BTNW, dataclasses.replace(self, layers=put(self.layers, place, layer))
 
     @property
     def context(self) -> int:
         """The number of positions that it was made for."""
         return self.layers[0].context
+
+    @property
+    def rereads(self) -> tuple[Statistic, ...]:
+        """The numbers for which a prompt is read a second time."""
+        return tuple(dict.fromkeys(each for layer in self.layers for each in layer.cascade.rereads))
 
     def answering(self) -> "Cache":
         """`LayerCache.answering` in each layer."""
@@ -92,7 +96,7 @@ class Draft:
         """`LayerCache.look` of the model's layer of that number."""
         place = self.cache.of[index]
         look = self.cache.layers[place].look(q_BTNH, k_BTKH, v_BTKW, positions_BT, self.looks[place], written_BTK)
-        return look.out_BTNW, dataclasses.replace(self, looks=_put(self.looks, place, look))
+        return look.out_BTNW, dataclasses.replace(self, looks=put(self.looks, place, look))
 
     def accept(self, accepted_BT: Bool[Array, "B T"]) -> "Draft":
         """The draft with the rejected ones of all its tokens turned into padding."""
@@ -106,58 +110,8 @@ class Draft:
         )
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=["heads", "context"])
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """What a model's layers make of whole prompts, to be put into any number of empty caches: the model goes over them once for all.
-
-    It goes through a model's layers as a cache does.
-    """
-
-    heads: tuple[Heads, ...]
-    """What the attention of each layer is."""
-    context: int
-    """The context of the caches."""
-    parts: tuple[tuple[Float[Array, "B T ..."] | None, ...], ...] = ()
-    """Queries, keys, values and what those write, of each layer that it has gone through."""
-
-    def step(
-        self,
-        index: int,
-        q_BTNH: Float[Array, "B T N H"],
-        k_BTKH: Float[Array, "B T K H"],
-        v_BTKW: Float[Array, "B T K W"],
-        positions_BT: Int[Array, "B T"],
-        fresh: bool = True,
-        written_BTK: Float[Array, "B T K"] | None = None,
-    ) -> tuple[Float[Array, "B T N W"], "Prompt"]:
-        """Causal attention of rows from position 0 on, which is what any empty cache gives. Raises ValueError for a part of them."""
-        if not fresh:
-            raise ValueError(
-                "a prompt for several caches enters whole: what a later part sees is not the same for all of them"
-            )
-        out_BTNW = causal_attention(q_BTNH, k_BTKH, v_BTKW, self.heads[index])
-        return out_BTNW, dataclasses.replace(self, parts=(*self.parts, (q_BTNH, k_BTKH, v_BTKW, written_BTK)))
-
-    def enter(self, cache: Cache, positions_BT: Int[Array, "B T"]) -> Cache:
-        """The cache, which is donated and must be empty, with the prompts in it."""
-        layers = list(cache.layers)
-        for place, part in zip(cache.of, self.parts, strict=True):
-            layers[place] = _enter(layers[place], positions_BT, *part)
-        return dataclasses.replace(cache, layers=tuple(layers)).answering()
-
-    def answering(self) -> "Prompt":
-        """Itself: what goes past the tiers in front is decided where it enters."""
-        return self
-
-
-@functools.partial(jax.jit, donate_argnames="layer")
-def _enter(layer: LayerCache, positions_BT, q_BTNH, k_BTKH, v_BTKW, written_BTK) -> LayerCache:
-    """One program for all layers that are alike."""
-    return layer.step(q_BTNH, k_BTKH, v_BTKW, positions_BT, fresh=True, written_BTK=written_BTK)[1]
-
-
-def _put[T](parts: tuple[T, ...], place: int, part: T) -> tuple[T, ...]:
+def put[T](parts: tuple[T, ...], place: int, part: T) -> tuple[T, ...]:
+    """The tuple with that part in its place."""
     return (*parts[:place], part, *parts[place + 1 :])
 
 

@@ -25,7 +25,7 @@ from kvcascade.eval.kernels import cases, check
 from kvcascade.eval.kernels.cases import nbytes
 from kvcascade.eval.kernels.whole_step import Record
 from kvcascade.eval.origin import origin
-from kvcascade.eval.report import page
+from kvcascade.eval.report import readme
 from kvcascade.kernels import aot, traffic
 from kvcascade.kernels.decode import decode
 from kvcascade.kernels.files import write_whole
@@ -180,7 +180,7 @@ def generated(found: Record) -> dict[Path, str]:
     """The page, with its tables, and its figures."""
     parts = flash_tables.tables(found)
     drawn = {FOLDER / f"{name}.svg": svg for name, svg in flash_figures.drawn(found).items()}
-    return {PAGE: page.fill(PAGE.read_text("utf-8"), parts), **drawn}
+    return {PAGE: readme.fill(PAGE.read_text("utf-8"), parts), **drawn}
 
 
 def main() -> None:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kvcascade.cache.whole import Cache, Draft, Prompt
+from kvcascade.cache.prompt import Prompt, Reread
+from kvcascade.cache.whole import Cache, Draft
 from kvcascade.kernels.causal import causal_attention
 from kvcascade.kernels.rotation import Rotation, turn
 from kvcascade.model.config import ModelConfig
@@ -35,9 +36,9 @@ class Attention(nnx.Module):
         x_BTM: Float[Array, "B T M"],
         positions_BT: Int[Array, "B T"],
         by: Rotation | None,
-        cache: Cache | Draft | Prompt | None,
+        cache: Cache | Draft | Prompt | Reread | None,
         fresh: bool = False,
-    ) -> tuple[Float[Array, "B T M"], Cache | Draft | Prompt | None]:
+    ) -> tuple[Float[Array, "B T M"], Cache | Draft | Prompt | Reread | None]:
         """RoPE, `by`, is applied before a key is stored, so positions stay true after eviction; `fresh` says that the cache is empty."""
         B, T, _ = x_BTM.shape
         with jax.named_scope("qkv"):

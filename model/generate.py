@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from kvcascade.cache.errors import BadInput
+from kvcascade.cache.prompt import PART
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.cache.whole import Cache
 from kvcascade.kernels import processor
@@ -42,6 +43,8 @@ def prefill(
     another `jit` neither is looked at.
     """
     check_start(cache, positions_BT)
+    if cache.rereads:
+        check_rereading(config, tokens_BT.shape[1])
     chunk = chunk_for(config, cache, tokens_BT.shape[1]) if chunk is None else chunk
     return prefill_step(config, params, cache, tokens_BT, positions_BT, chunk=chunk)
 
@@ -49,8 +52,10 @@ def prefill(
 def chunk_for(config: ModelConfig, cache: Cache, tokens: int) -> int:
     """Tokens of a prompt that enter at once: CHUNK of a prompt longer than LONG if the cache keeps at most half of it, else all (0).
 
-    A cache that keeps most of it takes the memory anyway, and is filled more quickly at once.
+    A cache that keeps most of it takes the memory anyway, and is filled more quickly at once; one that reads its prompt twice takes it whole.
     """
+    if cache.rereads:
+        return 0
     kept = max(sum(slots.pos_BKS.shape[2] for slots in layer.slots) for layer in cache.layers)
     return CHUNK if tokens > LONG and 2 * kept <= tokens else 0
 
@@ -160,6 +165,15 @@ def check_context(config: ModelConfig, context: int) -> None:
         raise BadInput(f"a context of {context} tokens is longer than the model's {config.context}")
 
 
+def check_rereading(config: ModelConfig, tokens: int) -> None:
+    """BadInput if a prompt of so many tokens and a part of it once more are longer than the model's context."""
+    again = gpt.LEAD + min(PART, tokens)
+    if tokens + again > config.context:
+        raise BadInput(
+            f"a prompt of {tokens} tokens that is read twice goes up to position {tokens + again}, and the model's context is {config.context}"
+        )
+
+
 def check_memory(config: ModelConfig, spec: CacheSpec, batch: int, context: int) -> None:
     """BadInput if the device has no memory for so many rows of a cache and the logits of each."""
     wanted = batch * (spec.nbytes(config.layer_heads, context) + 4 * config.vocab)
@@ -212,6 +226,8 @@ def begin(
     if not all(prompts):
         raise BadInput("the prompt is empty")
     check_room(config, cache, max(map(len, prompts)))
+    if cache.rereads:
+        check_rereading(config, max(map(len, prompts)))
     by = settings(sampling, len(prompts))
     tokens_BT, positions_BT = pad(prompts)
     seen = np.zeros((len(prompts), config.vocab), bool)

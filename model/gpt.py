@@ -1,5 +1,6 @@
 """The GPT: a norm before each block, positions, grouped-query attention, an MLP; one class for every architecture, told apart by data."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,7 +10,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from kvcascade.cache.whole import Cache, Draft, Prompt
+from kvcascade.cache.errors import BadInput
+from kvcascade.cache.prompt import PART, Prompt, Reread
+from kvcascade.cache.whole import Cache, Draft
 from kvcascade.kernels.activation import activate
 from kvcascade.kernels.heads import capped
 from kvcascade.kernels.loss import token_nll
@@ -21,6 +24,9 @@ from kvcascade.model.experts import Experts
 from kvcascade.model.linear import Embedding, Linear, head_weights, products
 
 type Params = dict[str, Any]
+
+LEAD = 8
+"""Tokens before a part that come with it when a prompt is read again (KVzip, §3.3)."""
 
 
 def make_norm(config: ModelConfig, rngs: nnx.Rngs):
@@ -186,9 +192,39 @@ def first_step[C: (Cache, Prompt)](
     """
     if 0 < chunk < tokens_BT.shape[1]:
         return next_step(config, params, cache, tokens_BT, positions_BT, chunk)
+    if isinstance(cache, Cache) and cache.rereads:
+        whole = Prompt(config.layer_heads, cache.context, cache.rereads)
+        last_BV, whole = first_step(config, params, whole, tokens_BT, positions_BT)
+        return last_BV, whole.enter(cache, positions_BT)
     model = nnx.merge(graph(config)[0], params)
     x_BTM, cache = model.hidden(tokens_BT, positions_BT, cache, fresh=True)
-    return model.logits(_last(x_BTM, positions_BT)[:, None])[:, 0], cache.answering()
+    last_BV = model.logits(_last(x_BTM, positions_BT)[:, None])[:, 0]
+    if isinstance(cache, Prompt) and cache.rereads:
+        cache = _read_again(config, params, cache, tokens_BT, positions_BT)
+    return last_BV, cache.answering()
+
+
+def _read_again(config: ModelConfig, params: Params, prompt: Prompt, tokens_BT, positions_BT) -> Prompt:
+    """The prompt with the numbers that a second reading makes, part by part, each after the last tokens of the one before."""
+    (B, T), size = tokens_BT.shape, min(PART, tokens_BT.shape[1])
+    padded = -T % size
+    wide = lambda x, fill: jnp.pad(x, ((0, 0), (LEAD, padded)), constant_values=fill)
+    tokens, there = wide(tokens_BT, 0), wide(positions_BT, -1) >= 0
+    longer = lambda x: x if x is None else jnp.pad(x, ((0, 0), (0, padded), *((0, 0),) * (x.ndim - 2)))
+    parts = tuple(tuple(map(longer, each)) for each in prompt.parts)
+    whole = dataclasses.replace(prompt, parts=parts)
+    none = tuple(tuple(jnp.zeros((B, heads.kv, T + padded)) for _ in prompt.rereads) for heads in prompt.heads)
+    length_B1 = (positions_BT >= 0).sum(-1, keepdims=True)
+
+    def again(numbers, start):
+        cut = lambda x: lax.dynamic_slice_in_dim(x, start, LEAD + size, 1)
+        positions = jnp.where(cut(there), length_B1 + cut(there).cumsum(-1) - 1, -1)
+        part = Reread(whole, wide(positions_BT, -1)[:, LEAD:], start, numbers, size)
+        _, part = nnx.merge(graph(config)[0], params).hidden(cut(tokens), positions, part)
+        return part.numbers, None
+
+    numbers, _ = lax.scan(again, none, jnp.arange(0, T + padded, size))
+    return dataclasses.replace(prompt, numbers=jax.tree.map(lambda x: x[:, :, :T], numbers))
 
 
 def next_step[C: (Cache, Prompt)](
@@ -199,7 +235,12 @@ def next_step[C: (Cache, Prompt)](
     positions_BT: Int[Array, "B T"],
     chunk: int,
 ) -> tuple[Float[Array, "B V"], C]:
-    """`first_step` on rows of which the cache may hold the past; their positions go on from there."""
+    """`first_step` on rows of which the cache may hold the past; their positions go on from there.
+
+    Raises BadInput for a cache whose prompt is read twice: of that nothing may have left.
+    """
+    if isinstance(cache, Cache) and cache.rereads:
+        raise BadInput("a cache that reads its prompt twice takes it at once, not in parts or turns")
     B, T = tokens_BT.shape
     parts = -(-T // chunk)
     cut = lambda x, fill: (

@@ -7,14 +7,15 @@ from kvcascade.eval import record_files, records
 from kvcascade.eval.kernels import tables
 from kvcascade.eval.memory import methods
 from kvcascade.eval.records import Evaluation, Record
-from kvcascade.eval.report import costs, figures, page
+from kvcascade.eval.report import costs, figures
+from kvcascade.eval.report import readme as tables_of
 from kvcascade.kernels.files import write_whole
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "eval" / "results" / "toy.jsonl"
-PRETRAINED, KERNELS, SPEED, STREAM, FIT, CRASH, WEIGHTS, PROMPT = (
+PRETRAINED, KERNELS, SPEED, STREAM, FIT, CRASH, WEIGHTS, PROMPT, METHODS = (
     RESULTS.with_name(f"{name}.jsonl")
-    for name in ("smollm2", "kernels", "speed", "stream", "fit", "crash", "weights", "prompt")
+    for name in ("smollm2", "kernels", "speed", "stream", "fit", "crash", "weights", "prompt", "methods")
 )
 PAGES = [
     ROOT / "README.md",
@@ -29,11 +30,12 @@ def generated() -> dict[Path, str]:
         file.stem: records.of(record_files.read(file), Record) for file in (SPEED, STREAM, FIT, CRASH, WEIGHTS, PROMPT)
     }
     kernels: list[Any] = record_files.read(KERNELS)
-    parts = page.readme_tables(toy) | page.pretrained_tables(pretrained) | costs.readme_tables(costly)
+    parts = tables_of.readme_tables(toy) | tables_of.pretrained_tables(pretrained) | costs.readme_tables(costly)
+    parts |= tables_of.methods_tables(records.of(record_files.read(METHODS), Evaluation))
     parts |= tables.readme_tables(kernels) | {"methods": methods.markdown()}
     evaluations = {"toy": records.of(toy, Evaluation), "smollm2": records.of(pretrained, Evaluation)}
     drawn = {name: [r for r in mine if r.model in ("mha", "smollm2")] for name, mine in evaluations.items()}
-    pages = {path: page.fill(path.read_text("utf-8"), parts) for path in PAGES}
+    pages = {path: tables_of.fill(path.read_text("utf-8"), parts) for path in PAGES}
     return pages | {ROOT / "docs" / f"{name}.svg": figures.quality_against_bytes(mine) for name, mine in drawn.items()}
 
 

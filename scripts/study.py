@@ -17,7 +17,7 @@ from kvcascade.eval.measure import Job
 from kvcascade.eval.quality import evaluation
 from kvcascade.eval.quality.evaluation import Protocol
 from kvcascade.eval.records import Evaluation, grouped, of
-from kvcascade.eval.report import page
+from kvcascade.eval.report import page, readme
 from kvcascade.eval.speed import bench
 from kvcascade.kernels.files import write_whole
 from kvcascade.model.pretrained import Model
@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> None:
     write_whole(file, record_files.lines(found))  # what an earlier study left goes
     command = f"kvcascade study --preset {args.preset}" + ("" if args.data == "stdlib" else f" --data {args.data}")
     page.write(args.dir / "report.html", found, command)
-    tables = page.readme_tables(found)
+    tables = readme.readme_tables(found)
     (args.dir / "tables.md").write_text("\n\n".join(tables.values()) + "\n", "utf-8")
     for mine in grouped(of(found, Evaluation), lambda r: r.model):
         console.show(evaluation.table(mine))

@@ -9,9 +9,10 @@ import pytest
 
 from kvcascade.cache.cascade import Cascade
 from kvcascade.cache.errors import BadInput
+from kvcascade.cache.prompt import Prompt
 from kvcascade.cache.spec import everywhere, parse
 from kvcascade.cache.tier import heavy, recent, sink
-from kvcascade.cache.whole import Cache, Prompt, nbytes
+from kvcascade.cache.whole import Cache, nbytes
 from kvcascade.model import generate, gpt
 from kvcascade.model.config import ModelConfig
 

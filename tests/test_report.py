@@ -11,6 +11,7 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.eval import record_files, suite
 from kvcascade.eval.records import Compared, Evaluation, Retrieval, Training, changed, of
 from kvcascade.eval.report import page
+from kvcascade.eval.report import readme as tables_of
 from kvcascade.eval.table import Table, markdown
 from kvcascade.scripts import readme
 
@@ -110,10 +111,10 @@ def test_caches_of_equally_many_tokens_are_ranked_and_told_apart_where_they_are(
 def test_fill_replaces_what_is_between_the_markers():
     """Only the marked part changes, twice gives the same, and an unknown name is told."""
     text = "a\n<!-- t -->\nold\n<!-- end t -->\nb"
-    once = page.fill(text, {"t": "new"})
-    assert once == "a\n<!-- t -->\nnew\n<!-- end t -->\nb" == page.fill(once, {"t": "new"})
+    once = tables_of.fill(text, {"t": "new"})
+    assert once == "a\n<!-- t -->\nnew\n<!-- end t -->\nb" == tables_of.fill(once, {"t": "new"})
     with pytest.raises(BadInput, match="'t'"):
-        page.fill(text, {"u": "x"})
+        tables_of.fill(text, {"u": "x"})
 
 
 def test_a_spec_in_a_markdown_table_keeps_its_columns():

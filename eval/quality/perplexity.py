@@ -46,6 +46,10 @@ def check(config: ModelConfig, specs: list[CacheSpec], context: int, prefix: int
         raise BadInput(f"a prefix of {prefix} tokens leaves nothing to score in a context of {context}")
     generate.check_context(config, context)
     for spec in specs:
+        if spec.rereads:
+            if not prefix:
+                raise BadInput(f"{spec} reads a prompt twice: give it one, a prefix of the window's tokens")
+            generate.check_rereading(config, prefix)
         generate.check_memory(config, spec, batch, context)
 
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from kvcascade.cache.prompt import Prompt
 from kvcascade.cache.spec import CacheSpec
-from kvcascade.cache.whole import Cache, Prompt, nbytes
+from kvcascade.cache.whole import Cache, nbytes
 from kvcascade.eval import stats
 from kvcascade.eval.measure import Job
 from kvcascade.eval.memory.arithmetic import full_bytes
@@ -159,7 +160,10 @@ def score(
         rows = part + part[-1:] * (batch - len(part))
         contexts = jnp.asarray([each.context for each in rows], jnp.int32)
         positions = jnp.broadcast_to(jnp.arange(length), contexts.shape)
-        prompt = Prompt(config.layer_heads, whole)
+        rereads = dict.fromkeys(each for spec in specs for each in spec.rereads)
+        if rereads:
+            generate.check_rereading(config, length)
+        prompt = Prompt(config.layer_heads, whole, tuple(rereads))
         _, prompt = generate.prefill_step(config, params, prompt, contexts, positions)
         sizes = []
         for spec, turns in zip(specs, found, strict=True):

@@ -1,7 +1,6 @@
-"""One page and the README's tables, made from records alone."""
+"""One page, made from records alone."""
 
 import itertools
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from kvcascade.eval.records import (
     of,
 )
 from kvcascade.eval.report import costs, figures
-from kvcascade.eval.table import CACHE, KV_BYTES, SAVED, Column, Table, markdown
+from kvcascade.eval.table import CACHE, KV_BYTES, SAVED, Column, Table
 from kvcascade.kernels.files import write_whole
 
 
@@ -89,7 +88,8 @@ def comparable[R: Named](found: list[R]) -> list[list[R]]:
     return grouped(found, lambda r: r.case)
 
 
-def _title(first: Evaluation) -> str:
+def title(first: Evaluation) -> str:
+    """A model, and on what text its caches were scored."""
     return f"{first.model}, {evaluation.protocol(first)}"
 
 
@@ -217,7 +217,7 @@ def quality_table(found: list[Evaluation]) -> Table:
     group = Column("compared within", lambda r: suite.group_of(r.cache, r.context))
     change = evaluation.change(found)
     columns = [CACHE, group, KEPT, KV_BYTES, SAVED, evaluation.PPL, change, evaluation.BITS, evaluation.SPEED]
-    return Table.of(_title(found[0]), columns, found)
+    return Table.of(title(found[0]), columns, found)
 
 
 def fidelity_table(found: list[Compared]) -> Table:
@@ -227,7 +227,7 @@ def fidelity_table(found: list[Compared]) -> Table:
         CACHE, SAVED, evaluation.PPL, Column("KL, nats", "kl", "{:.5f}"), Column("95 % of KL", ends("kl"), "{0[0]:.5f} … {0[1]:.5f}"),
         Column("same top-1", "same_top", "{:.2%}"), Column("95 % of same", ends("same_top"), "{0[0]:.2%} … {0[1]:.2%}"),
     ]  # fmt: skip
-    return Table.of(_title(found[0]), columns, found)
+    return Table.of(title(found[0]), columns, found)
 
 
 def _layers_table(layers: list[Layer]) -> Table:
@@ -246,69 +246,3 @@ def _growth_table(found: list[Growth]) -> Table:
 
 
 KEPT = evaluation.KEPT._replace(name="tokens kept")
-BYTES_SAVED = SAVED._replace(name="bytes saved")
-
-
-def _answers(name: str, found: list[Retrieval]) -> Column:
-    longest = max((r.length for r in found), default=0)
-    answer = lambda r: (found and retrieval.average(found, r.cache, longest)) or None
-    return Column(name.format(longest), answer)
-
-
-def _stamp(first: Evaluation) -> str:
-    return f"Seed {first.seed}, {first.device}, commit {first.commit}."
-
-
-def readme_tables(found: list[Record]) -> dict[str, str]:
-    """The README's generated parts by the name in their markers."""
-    evaluations = of(found, Evaluation)
-    by_model = grouped(evaluations, lambda r: r.model)
-    columns, ppl = [CACHE, KEPT, BYTES_SAVED], evaluation.PPL._replace(form="{:.2f}")
-    for mine in by_model:
-        by_cache, change = {r.cache: r for r in mine}, evaluation.change(mine)
-        both = lambda r, change=change: f"{ppl.cell(r)} {change.cell(r)}".strip()
-        cell = lambda r, by_cache=by_cache, both=both: both(by_cache[r.cache]) if r.cache in by_cache else None
-        columns.append(Column(f"PPL {mine[0].model}, Δ (95 %)", cell))
-    first = evaluations[0]
-    protocol = (
-        f"{evaluation.protocol(first)}, of files that no model was trained on, one token at a time through the cache; ≈: not decided, all "
-        f"caches taken together. {_stamp(first)}"
-    )
-    return {
-        "models": markdown(models_table(of(found, Training))),
-        "caches": f"{markdown(Table.of('', columns, by_model[0]).code)}\n\n{protocol}",
-        "findings": "\n".join(f"- {line}" for line in findings(found)),
-    }
-
-
-def pretrained_tables(found: list[Record]) -> dict[str, str]:
-    """A pretrained model's caches, of all bytes, perplexity, fidelity, and what was found; and a summary of a few; each with the protocol."""
-    evaluations, retrievals = of(found, Evaluation), of(found, Retrieval)
-    few = [r for r in evaluations if r.cache in suite.SUMMARY]
-    first, columns = evaluations[0], lambda mine, ppl: [CACHE, BYTES_SAVED, ppl, evaluation.change(mine)]
-    every = (
-        columns(evaluations, evaluation.PPL)
-        + evaluation.fidelity("{:.4f}")
-        + [_answers("answered in {} tokens", retrievals)]
-    )
-    summary = [*columns(few, evaluation.PPL._replace(form="{:.2f}")), _answers("answered", retrievals)]
-    longest = max((r.length for r in retrievals), default=0)
-    protocol = f"PPL, KL(full ‖ cache) and same top-1: {evaluation.protocol(first)}; ≈: not decided, all caches taken together. {_stamp(first)}"
-    if retrievals:
-        tasks = ", ".join(retrieval.measurable(retrievals, longest))
-        protocol += f" Answered: mean of {tasks}; {retrieval.protocol(retrievals)}."
-    brief = f"{_title(few[0])}; ≈: not decided. *Answered*: mean over retrieval tasks in {longest} tokens. Commit {few[0].commit}."
-    return {
-        "pretrained": f"{markdown(Table.of('', every, evaluations).code)}\n\n{protocol}",
-        "summary": f"{markdown(Table.of('', summary, few).code)}\n\n{brief}",
-    }
-
-
-def fill(readme: str, parts: dict[str, str]) -> str:
-    """Put each generated part between its markers, `<!-- NAME -->` and `<!-- end NAME -->`; BadInput for a marker without a part."""
-    for name in re.findall(r"<!-- end (\w+) -->", readme):
-        if name not in parts:
-            raise BadInput(f"the README asks for {name!r}, which is not made; there are {', '.join(parts)}")
-        between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        readme = between.sub(lambda match, name=name: match[1] + parts[name] + "\n" + match[2], readme)
-    return readme
