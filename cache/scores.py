@@ -26,7 +26,8 @@ class LastMass(Statistic):
 class WindowMass(Statistic):
     """The attention of the queries in every other stretch of `last` positions: together with the other parity, of the last so many to twice that.
 
-    A call of many tokens counts its last so many for the stretch that it ends in; what its own tokens got is averaged over `kernel` neighbours.
+    A call of many tokens counts its last so many for the stretch that it ends in; what its own tokens got is averaged over `kernel` neighbours,
+    as in SnapKV's code: none is nothing, and the last so many tokens are neighbours of one another alone.
     """
 
     parity: int = 0
@@ -38,12 +39,12 @@ class WindowMass(Statistic):
             return mass_BKT
         # Tokens and padding may be in any order; padding is nobody's neighbour.
         order = jnp.argsort(jnp.where(pos_BKT < 0, jnp.iinfo(jnp.int32).max, pos_BKT), -1)
-        there = jnp.take_along_axis(pos_BKT >= 0, order, -1)
-        mass = jnp.where(there, jnp.take_along_axis(mass_BKT, order, -1), 0)
+        mass, pos = (jnp.take_along_axis(x, order, -1) for x in (mass_BKT, pos_BKT))
+        # The last queries attend to one another most, and what stands before them has earned none of that.
+        before = pos <= pos.max(-1, keepdims=True) - self.last
         pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (k // 2, k - 1 - k // 2)))
-        total = lambda x: sum(pad(x)[..., i : i + T] for i in range(k))
-        mean = total(mass) / jnp.maximum(total(there.astype(mass.dtype)), 1)
-        return jnp.take_along_axis(mean, jnp.argsort(order, -1), -1)
+        mean = lambda of: sum(pad(jnp.where(of & (pos >= 0), mass, 0))[..., i : i + T] for i in range(k)) / k
+        return jnp.take_along_axis(jnp.where(before, mean(before), mean(~before)), jnp.argsort(order, -1), -1)
 
     def watch(self, number_BKS, mass_BKS, pos_BKS, now_B11, new_B11):
         latest = lambda now: (stretch := now // self.last) - (stretch - self.parity) % 2  # that is of this parity
