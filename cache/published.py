@@ -132,28 +132,38 @@ class KvZip(Policy):
 class Critical(Policy):
     """Keep what has most attention times what its value writes (the second stage of CriticalKV, Feng et al. 2025, arXiv 2502.03805).
 
-    The first stage keeps half of the slots by attention alone: `heavy 32 | critical 32`.
+    The first stage keeps half of the slots by attention alone: `heavy 32 | critical 32`. Attention is all that a token got or, with a
+    `window`, what `snap` of that window and kernel goes by: `snap 32 | critical[window=32] 32`.
     """
 
+    window: int = 0
+    kernel: Positive = 5
+
     def reads(self):
-        return Mass(), OutputNorm()
+        return (*(Snap(self.window, self.kernel).reads() if self.window > 0 else (Mass(),)), OutputNorm())
 
     def priority(self, pos_BKS, read, now_B11):
-        return (read[0] + 1e-4) * read[1]
+        *mass, norm = read
+        rank = (sum(mass) / max(1, self.window) + 1e-4) * norm
+        return jnp.where(pos_BKS > now_B11 - self.window, PINNED, rank) if self.window > 0 else rank
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunks(Policy):
-    """Keep whole chunks of `size` positions, those that got most attention from all heads (ChunkKV, arXiv 2502.00299, whose id is uncertain)."""
+    """Keep whole chunks of `size` positions, those that got most attention from all heads (ChunkKV, arXiv 2502.00299, whose id is uncertain).
+
+    With a `window`, of a prompt's attention only that of its last so many queries, which then had better be kept: `recent 32 | chunks[window=32] 96`.
+    """
 
     size: Positive = 20
     every: Positive = 32
+    window: int = 0
 
     def alike(self):
         return True
 
     def reads(self):
-        return (ChunkMass(every=self.every, size=self.size),)
+        return (ChunkMass(last=max(0, self.window), every=self.every, size=self.size),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,27 +274,35 @@ class Compactor(Policy):
 class Expected(Policy):
     """Keep what the queries of the next `future` positions are expected to attend to (Expected Attention, Devoto et al. 2025, arXiv 2510.00636).
 
-    By the variances of query channels, or with `covariance` as in the paper by their covariance, which takes H times the bytes.
+    By the variances of query channels, or with `covariance` as in the paper by their covariance, which takes H times the bytes. The first
+    `sinks` tokens stay, and neither they nor their queries count.
     """
 
     every: Positive = 32
     future: Positive = 512
     covariance: bool = False
+    sinks: int = 4
 
     def reads(self):
-        return (ExpectedMass(every=self.every, future=self.future, covariance=self.covariance),)
+        return (
+            ExpectedMass(every=self.every, future=self.future, covariance=self.covariance, sinks=max(0, self.sinks)),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Volume(Policy):
-    """Keep the values that span most, those near the mean query to come first (CapKV, arXiv 2604.25975, as kvpress has it)."""
+    """Keep the values that span most, those near the mean query to come first (CapKV, arXiv 2604.25975, as kvpress has it).
+
+    The first `sinks` tokens stay, and neither they nor their queries count.
+    """
 
     future: Positive = 512
     sharpness: float = 5.0
     every: Positive = 128
+    sinks: int = 4
 
     def reads(self):
-        return (Capacity(every=self.every, future=self.future, sharpness=self.sharpness),)
+        return (Capacity(every=self.every, future=self.future, sharpness=self.sharpness, sinks=max(0, self.sinks)),)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kvcascade.cache.statistic import Memory, Tokens
 from kvcascade.kernels.heads import Heads
@@ -13,20 +13,23 @@ from kvcascade.kernels.rotation import Rotation, rotation, turn, turned_back
 
 @dataclasses.dataclass(frozen=True)
 class QueryMean(Memory):
-    """The sum of a layer's queries before RoPE, of each query head: a direction."""
+    """The sum of a layer's queries before RoPE, but for the first so many, of each query head: a direction."""
+
+    skip: int = 0
 
     def init(self, batch, heads, layer):
         return jnp.zeros((batch, heads.kv, heads.queries // heads.kv, heads.width))
 
     def update(self, memory, q_BTNH, positions_BT, heads):
-        return memory + _grouped(q_BTNH, positions_BT, heads, memory.shape[1]).sum(1)
+        return memory + _grouped(q_BTNH, _from(self.skip, positions_BT), heads, memory.shape[1]).sum(1)
 
 
 @dataclasses.dataclass(frozen=True)
 class QueryMoments(Memory):
-    """The number, the sum and the sum of squares, or of outer products, of a layer's queries before RoPE, of each query head."""
+    """The number, the sum and the sum of squares, or of outer products, of a layer's queries before RoPE, but for the first so many, of each query head."""
 
     outer: bool = False
+    skip: int = 0
 
     def init(self, batch, heads, layer):
         shape = (batch, heads.kv, heads.queries // heads.kv, heads.width)
@@ -35,6 +38,7 @@ class QueryMoments(Memory):
 
     def update(self, memory, q_BTNH, positions_BT, heads):
         count, total, squares = memory
+        positions_BT = _from(self.skip, positions_BT)
         q = _grouped(q_BTNH, positions_BT, heads, total.shape[1])
         number_B1 = (positions_BT >= 0).sum(1, keepdims=True)
         more = jnp.einsum("BTKGH,BTKGJ->BKGHJ", q, q) if self.outer else (q**2).sum(1)
@@ -76,6 +80,11 @@ class LastQueries(Memory):
         q_BKQGH = q_BQNH.reshape(B, self.count, K, N // K, H).swapaxes(1, 2)
         held = jnp.where(new_BQ[:, None, :, None, None], q_BKQGH, held_BKQGH)
         return held, jnp.where(new_BQ[:, None], wanted_BQ[:, None], pos_BKQ).astype(jnp.int32)
+
+
+def _from(skip: int, positions_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Positions, the first so many made padding: at the start of a text queries are unlike all later ones."""
+    return jnp.where(positions_BT < skip, -1, positions_BT)
 
 
 def _grouped(q_BTNH, positions_BT, heads: Heads, K: int) -> Float[Array, "B T K G H"]:

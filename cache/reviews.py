@@ -104,14 +104,18 @@ class Leverage(Reviewed):
 
 @dataclasses.dataclass(frozen=True)
 class ExpectedMass(Reviewed):
-    """The attention expected of the queries at the next `future` positions, if they were Gaussian with the moments of those before, times the value's norm."""
+    """The attention expected of the queries at the next `future` positions, if they were Gaussian with the moments of those before, times the value's norm.
+
+    The first tokens are out of question, and take no part: they would get most of a head's attention, and heads be weighed by what they leave.
+    """
 
     every: int = 32
     future: int = 512
     covariance: bool = False
+    sinks: int = 0
 
     def reads(self):
-        return (QueryMoments(self.covariance),)
+        return (QueryMoments(self.covariance, self.sinks),)
 
     def review(self, number_BKS, held):
         count_BK, sum_BKGH, squares = held.memories[0]
@@ -126,7 +130,8 @@ class ExpectedMass(Reviewed):
         else:
             spread = turned_variance(squares / count - mean**2, by)
             logits += scale**2 / 2 * jnp.einsum("BKSH,BKGH->BKGS", k**2, spread)
-        return _softmax(logits, held.pos_BKS).sum(2) * jnp.linalg.norm(held.v_BKSW, axis=-1)
+        expected = _softmax(logits, jnp.where(held.pos_BKS < self.sinks, -1, held.pos_BKS)).sum(2)
+        return jnp.where(held.pos_BKS < self.sinks, GRACE, expected * jnp.linalg.norm(held.v_BKSW, axis=-1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,26 +187,31 @@ class ChunkMass(Reviewed):
 
 @dataclasses.dataclass(frozen=True)
 class Capacity(Reviewed):
-    """What a value adds to the volume that the head's values span, each weighed by how near its key is to the mean query to come."""
+    """What a value adds to the volume that the head's values span, each weighed by how near its key is to the mean query to come.
+
+    The first tokens are out of question, and take no part.
+    """
 
     future: int = 512
     sharpness: float = 5.0
+    sinks: int = 0
 
     def reads(self):
-        return (QueryMean(),)
+        return (QueryMean(self.sinks),)
 
     def review(self, number_BKS, held):
         unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
         anchor = unit(turned(held.memories[0], ahead(held, np.arange(self.future))))
         near = self.sharpness * jnp.einsum("BKSH,BKGH->BKGS", unit(held.k_BKSH), anchor)
-        near = jnp.where(_there(held)[:, :, None, :, 0], near, -jnp.inf)
+        near = jnp.where((held.pos_BKS >= self.sinks)[:, :, None] & _there(held)[:, :, None, :, 0], near, -jnp.inf)
         most = jnp.maximum(near.max(-1, keepdims=True), -1e30)
         weights, v = jnp.exp(near - most), held.v_BKSW
         spanned = jnp.einsum("BKGS,BKSW,BKSX->BKGWX", weights, v, v) + jnp.eye(v.shape[-1], dtype=v.dtype)
         solved = jnp.linalg.solve(
             spanned, jnp.broadcast_to(v.swapaxes(-1, -2)[:, :, None], (*spanned.shape[:-1], v.shape[2]))
         )
-        return (weights * jnp.einsum("BKSW,BKGWS->BKGS", v, solved)).sum(2)
+        added = (weights * jnp.einsum("BKSW,BKGWS->BKGS", v, solved)).sum(2)
+        return jnp.where(held.pos_BKS < self.sinks, GRACE, added)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,14 +27,18 @@ class LastMass(Statistic):
 class WindowMass(Statistic):
     """The attention of the queries in every other stretch of `last` positions: together with the other parity, of the last so many to twice that.
 
-    A call of many tokens counts its last so many for the stretch that it ends in; what its own tokens got is averaged over `kernel` neighbours.
+    A call of many tokens counts its last so many for the stretch that it ends in; what its own tokens got is averaged over `kernel` neighbours,
+    as in SnapKV's code: none is nothing, and the last so many tokens are neighbours of one another alone.
     """
 
     parity: int = 0
     kernel: int = 1
 
     def among(self, mass_BKT, pos_BKT):
-        return neighbours(mass_BKT, pos_BKT, self.kernel)
+        # The last queries attend to one another most, and what stands before them has earned none of that.
+        before = pos_BKT <= pos_BKT.max(-1, keepdims=True) - self.last
+        mean = lambda of: neighbours(jnp.where(of, mass_BKT, 0), pos_BKT, self.kernel)
+        return jnp.where(before, mean(before), mean(~before))
 
     def watch(self, number_BKS, mass_BKS, pos_BKS, now_B11, new_B11):
         latest = lambda now: (stretch := now // self.last) - (stretch - self.parity) % 2  # that is of this parity

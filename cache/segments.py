@@ -60,13 +60,11 @@ class Segments:
 
 
 def neighbours(x_BKS: Float[Array, "B K S"], pos_BKS: Int[Array, "B K S"], kernel: int) -> Float[Array, "B K S"]:
-    """The mean of a number over `kernel` tokens in the order of positions, the token in their middle; empty slots and padding are nobody's neighbours."""
+    """The mean of a number over `kernel` tokens in the order of positions, the token in their middle; where none is, there is nothing to add."""
     S = x_BKS.shape[-1]
     if min(S, kernel) == 1:
         return x_BKS
     segments = Segments.of(pos_BKS, 1)
-    there = segments.sorted(pos_BKS) >= 0
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (kernel // 2, kernel - 1 - kernel // 2)))
-    total = lambda x: sum(pad(x)[..., i : i + S] for i in range(kernel))
-    mean = total(jnp.where(there, segments.sorted(x_BKS), 0)) / jnp.maximum(total(there.astype(x_BKS.dtype)), 1)
-    return segments.unsorted(mean)
+    x = segments.sorted(jnp.where(pos_BKS >= 0, x_BKS, 0))
+    wide = jnp.pad(x, ((0, 0), (0, 0), (kernel // 2, kernel - 1 - kernel // 2)))
+    return segments.unsorted(sum((wide[..., i : i + S] for i in range(kernel)), jnp.zeros_like(x)) / kernel)

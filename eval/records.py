@@ -211,6 +211,35 @@ class Compared(Evaluation):
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Parity(Named):
+    """A method on a text, and another library's version of it on the same windows."""
+
+    kind: Literal["parity"] = "parity"
+    method: Name
+    press: Text
+    """The other's version; empty: nothing is pruned."""
+    peer: Text
+    data: Text
+    rows: Text
+    context: Count
+    prefix: Count
+    sequences: Count
+    documents: Count
+    document_windows: Some[Index]
+    tokens: Count
+    kept: Count
+    """Tokens per head that stay of the prefix."""
+    peer_kept: Positive
+    nll: Nats
+    nll_windows: Some[Nats]
+    peer_nll: Nats
+    peer_nll_windows: Some[Nats]
+
+    def _wrong(self) -> str | None:
+        return _unlike(self, ("nll_windows", "peer_nll_windows", "document_windows"))
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Quantization(Record):
     """A model whose weights were rounded, before and after."""
 
@@ -519,7 +548,7 @@ class Profile(Named):
         return _uneven(self.growth)
 
 
-def _unlike(record: Evaluation | Quantization, keys: Iterable[str]) -> str | None:
+def _unlike(record: Evaluation | Parity | Quantization, keys: Iterable[str]) -> str | None:
     lengths = {key: len(getattr(record, key)) for key in keys if getattr(record, key) is not None}
     wrong = [f"{length} {key}" for key, length in lengths.items() if length != record.sequences]
     return f"has {' and '.join(wrong)} for {record.sequences} sequences" if wrong else None
@@ -533,6 +562,7 @@ def _uneven(growth: Mapping[str, Any]) -> str | None:
 KINDS: dict[str, type[Record]] = {
     "train": Training, "evaluate": Evaluation, "quantize": Quantization, "retrieve": Retrieval, "harness": TaskResult, "layer": Layer,
     "growth": Growth, "bench": Bench, "stream": Stream, "fit": Fit, "crash": Crash, "prompt": Prompting, "profile": Profile,
+    "parity": Parity,
 }  # fmt: skip
 OTHERS = {("evaluate", "kl"): Compared, ("bench", "reason"): BenchFailed, ("fit", "failed"): FitFailed}
 """The classes of records that have a certain key."""

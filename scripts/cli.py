@@ -27,6 +27,7 @@ COMMANDS = {
     "fit": "how many users fit on a GPU, compiled for it without one",
     "crash": "how many users fit: more and more under a hard limit of memory, until one is killed",
     "prompt": "the memory that a prompt takes, at once and in parts",
+    "parity": "each method beside kvpress' version of it: the same weights, windows and tokens kept",
     "profile": "where a decode step spends time and bytes, and how memory grows with the context",
     "kernels": "what the GPU kernels cost on a card, without one; their speed, with one",
     "compare": "runs side by side: loss, perplexity, bytes, latency",

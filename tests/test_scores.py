@@ -9,9 +9,10 @@ import pytest
 
 from kvcascade.cache import reviews, scores
 from kvcascade.cache.layer import LayerCache
-from kvcascade.cache.policies import POLICIES
+from kvcascade.cache.policy import PINNED
+from kvcascade.cache.published import Compactor, Critical, Snap
 from kvcascade.cache.spec import parse
-from kvcascade.cache.statistic import GRACE, Memory, Tokens
+from kvcascade.cache.statistic import GRACE, Mass, Memory, Tokens
 from kvcascade.kernels.heads import Heads, Rope
 from kvcascade.kernels.rotation import rotation, turn, turned_back
 from kvcascade.model import generate, gpt
@@ -102,7 +103,7 @@ def test_what_is_remembered_of_queries_is_before_rope_as_the_context_has_it() ->
     """Where frequencies depend on the context, a cache's is the one that it was made for."""
     rope = Rope(base=100.0, long_factors=(1.0, 2.0, 3.0, 4.0), short_context=16)
     heads = Heads(K * G, K, H, rope=rope)
-    cache = LayerCache.empty(parse("expected 8").parts[0][2], 1, heads, 32)
+    cache = LayerCache.empty(parse("expected[sinks=0] 8").parts[0][2], 1, heads, 32)
     q = jnp.asarray(DRAW.standard_normal((1, 6, K * G, H)), jnp.float32)
     positions = jnp.arange(6)[None]
     by = rotation(positions, H, rope.at(32))
@@ -133,10 +134,10 @@ def test_window_mass_is_the_attention_of_the_last_window_or_two() -> None:
 
 
 def test_window_mass_of_a_prompt_is_pooled_over_neighbours() -> None:
-    """The mean of the neighbours that are there; padding, wherever it stands, is none."""
+    """The prompt without its last window and the window each by themselves, zeros around both; padding, wherever it stands, is no neighbour."""
     mass = DRAW.random(9)
     rule = scores.WindowMass(last=4, kernel=5)
-    want = [mass[max(0, i - 2) : i + 3].mean() for i in range(9)]
+    want = np.concatenate([np.convolve(part, np.ones(5) / 5)[2:-2] for part in (mass[:5], mass[5:])])
     there = np.array([0, 1, 3, 4, 5, 8, 9, 10, 12])
     padded, pos = np.full((1, 1, 13), 7.0), np.full((1, 1, 13), -1)
     padded[0, 0, there], pos[0, 0, there] = mass, np.arange(9)
@@ -203,13 +204,19 @@ def ahead(x: np.ndarray, future: int) -> np.ndarray:
     return np.mean([turned(x, np.full(x.shape[:-1], 40 + i)) for i in range(future)], 0)
 
 
+@pytest.mark.parametrize("sinks", [0, 9])
 @pytest.mark.parametrize("covariance", [True, False])
-def test_expected_mass(case: Case, covariance: bool) -> None:
-    """E exp(q·k/√H) of a Gaussian query is exp(μ·k/√H + k·Σk/2H); μ and Σ are of the queries before RoPE, turned to what comes."""
+def test_expected_mass(case: Case, covariance: bool, sinks: int) -> None:
+    """E exp(q·k/√H) of a Gaussian query is exp(μ·k/√H + k·Σk/2H); μ and Σ are of the queries before RoPE, turned to what comes.
+
+    Neither sinks nor their queries take part.
+    """
     want = np.zeros(case.pos.shape)
     for b, h, at in case.each():
+        want[b, h, at] = GRACE * (case.pos[b, h, at] < sinks)
+        at = at[case.pos[b, h, at] >= sinks]
         for g in range(G):
-            q = turned(case.queries(b, h)[:, g], np.arange(40), back=True)
+            q = turned(case.queries(b, h)[:, g], np.arange(40), back=True)[sinks:]
             spread = np.cov(q.T, bias=True)
             if not covariance:
                 spread = np.diag(np.diag(spread))
@@ -220,20 +227,39 @@ def test_expected_mass(case: Case, covariance: bool) -> None:
             k = case.k[b, h, at]
             logits = k @ ahead(q.mean(0), 6) / H**0.5 + np.einsum("SH,HJ,SJ->S", k, spread, k) / (2 * H)
             want[b, h, at] += softmax(logits) * np.linalg.norm(case.v[b, h, at], axis=-1)
-    compare(case.review(reviews.ExpectedMass(future=6, covariance=covariance)), want, 1e-3)
+    compare(case.review(reviews.ExpectedMass(future=6, covariance=covariance, sinks=sinks)), want, 1e-3)
 
 
-def test_capacity(case: Case) -> None:
+@pytest.mark.parametrize("sinks", [0, 9])
+def test_capacity(case: Case, sinks: int) -> None:
+    """Neither sinks nor their queries take part."""
     want = np.zeros(case.pos.shape)
     for b, h, at in case.each():
+        want[b, h, at] = GRACE * (case.pos[b, h, at] < sinks)
+        at = at[case.pos[b, h, at] >= sinks]
         k, v = case.k[b, h, at], case.v[b, h, at]
         for g in range(G):
-            anchor = ahead(turned(case.queries(b, h)[:, g], np.arange(40), back=True).mean(0), 6)
+            anchor = ahead(turned(case.queries(b, h)[:, g], np.arange(40), back=True)[sinks:].mean(0), 6)
             near = k @ anchor / np.linalg.norm(k, axis=-1) / np.linalg.norm(anchor)
             w = np.exp(5 * (near - near.max()))
             spanned = np.eye(H) + (v.T * w) @ v
             want[b, h, at] += w * np.einsum("SH,HJ,SJ->S", v, np.linalg.inv(spanned), v)
-    compare(case.review(reviews.Capacity(future=6)), want, 1e-3)
+    compare(case.review(reviews.Capacity(future=6, sinks=sinks)), want, 1e-3)
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_what_is_critical_goes_by_all_attention_or_by_that_of_a_window(window: int) -> None:
+    """A prompt's last window stays, and of the others those whose pooled mean attention times what they write is largest."""
+    policy = Critical(window=window)
+    mass, norm = DRAW.random((2, 12))
+    parts = [mass / 4, mass * 3 / 4] if window else [mass]
+    read = tuple(jnp.asarray(x)[None, None] for x in (*parts, norm))
+    pos = jnp.arange(12)[None, None]
+    got = np.asarray(policy.priority(pos, read, jnp.full((1, 1, 1), 11)))[0, 0]
+    want = (mass / (window or 1) + 1e-4) * norm
+    np.testing.assert_allclose(got[: 12 - window], want[: 12 - window], rtol=1e-5)
+    assert (got[12 - window :] == np.float32(PINNED)).all()
+    assert policy.reads()[:-1] == (Snap(window).reads() if window else (Mass(),))
 
 
 def seen(case: Case, b: int, h: int, at: np.ndarray, position: int) -> tuple[np.ndarray, np.ndarray]:
@@ -341,7 +367,7 @@ def test_non_causal_mass_is_what_a_block_gives_its_tokens() -> None:
             for block in (order[:4], order[4:8], order[8:]):
                 given = [softmax(k[b, h, block] @ q[b, i, h * G + g]) for i in block for g in range(G)]
                 numbers.extend(np.sum(given, 0) / G * np.linalg.norm(v[b, h, block], axis=-1))
-            want = [np.mean(numbers[max(0, i - 1) : i + 2]) for i in range(10)]
+            want = [np.sum(numbers[max(0, i - 1) : i + 2]) / 3 for i in range(10)]
             np.testing.assert_allclose(got[b, h, order], want, rtol=1e-9)
 
 
@@ -349,7 +375,7 @@ def test_compactor_adds_standard_deviations_and_lets_newcomers_stay() -> None:
     """Leverage counts `blending` times; tokens not reviewed yet and empty slots do not count in means and deviations."""
     pos = jnp.asarray([[[0, 1, 2, -1, 3]]])
     leverage, mass = jnp.asarray([[[1.0, 2.0, 6.0, 99.0, GRACE]]]), jnp.asarray([[[5.0, 3.0, 1.0, 99.0, 7.0]]])
-    got = POLICIES["compactor"](blending=0.5).priority(pos, (leverage, mass), jnp.full((1, 1, 1), 3))[0, 0]
+    got = Compactor(blending=0.5).priority(pos, (leverage, mass), jnp.full((1, 1, 1), 3))[0, 0]
     z = lambda x: (x - x.mean()) / x.std()
     want = 0.5 * z(np.array([1.0, 2.0, 6.0])) + z(np.array([5.0, 3.0, 1.0]))
     np.testing.assert_allclose(got[:3], want, rtol=1e-5)

@@ -32,10 +32,14 @@ class Peer:
         PeerFailed if this cannot be had or takes far longer than ours, like all that follow.
         """
         self._patience = max(LEAST, PATIENCE * seconds)
+        self.start()
+        self._ask("prepare", prompts, room)
+
+    def start(self) -> None:
+        """Let it load its model, unless it has."""
         if self._worker is None:
             self._worker = Worker(self._command)
             self._known |= self._hear()
-        self._ask("prepare", prompts, room)
 
     def prefill(self) -> float:
         """Seconds from the prompts to each row's first token."""
@@ -44,6 +48,11 @@ class Peer:
     def decode(self, steps: int, loop: bool) -> list[float]:
         """Seconds of each greedy step, going on where the last ended, in the library's own `loop` or one by one."""
         return self._ask("decode", steps, loop)
+
+    def scored(self, cases: list[tuple[str, int]], row: list[int], prefix: int, seed: int) -> list[tuple[float, int]]:
+        """Of kvpress, for each press and number of tokens that it keeps: mean nats per token after a row's `prefix`, and tokens that stayed."""
+        self.start()
+        return self._ask("scored", cases, row, prefix, seed)
 
     def about(self) -> dict:
         """What it said of itself: library, versions, its loop, formats and bytes of its weights and of its cache as it is now."""
