@@ -3,9 +3,10 @@
 # make docs: counts again what docs/flash_attention.md says, two minutes in the same environment.
 # make native: builds the C++ kernels with other compilers, in fewer lanes and under sanitizers, and tests each; as root it installs the
 # compilers, and says which it did not find.
+# make notebooks: executes notebooks/ and keeps in each what came out.
 # make docs-site: the pages of docs/ as a site in build/site, with every link checked.
 # All set up their .venv first, with uv where it is there and pip otherwise.
-.PHONY: setup demo smoke test lint readme native kernels docs docs-site clean
+.PHONY: setup demo smoke test lint readme notebooks native kernels docs docs-site clean
 
 PYTHON ?= python3
 STUDY ?= runs/study
@@ -72,6 +73,9 @@ lint: setup
 readme: setup
 	.venv/bin/python -m kvcascade.scripts.readme
 	.venv/bin/python docs/flash_attention.py --fill
+
+notebooks: setup
+	.venv/bin/python tests/make_notebooks.py
 
 docs-site: .venv-docs/ready
 	.venv-docs/bin/mkdocs build --quiet --strict

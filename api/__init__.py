@@ -36,9 +36,9 @@ def load(name: str, weights: str = "float32") -> "Model":
     return run.open_model(name, weights=weights)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Evaluations:
-    """What caches cost and save on a text; prints as a table, and shows itself in a notebook."""
+    """What caches cost and save on a text; prints as a table, and shows itself in a console and in a notebook."""
 
     records: list["Evaluation"]
     """One per cache, as `kvcascade evaluate --out` appends them."""
@@ -49,9 +49,12 @@ class Evaluations:
         from kvcascade.eval.quality import evaluation
         from kvcascade.eval.table import on_terminal
 
-        text = io.StringIO()
-        Console(file=text, width=160).print(on_terminal(evaluation.table(self.records)))
+        text, table = io.StringIO(), evaluation.table(self.records)
+        # In a notebook's kernel rich would show the table itself, and colour what is only text here.
+        Console(file=text, width=160, force_jupyter=False, color_system=None).print(on_terminal(table))
         return text.getvalue().rstrip()
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         from kvcascade.eval.quality import evaluation

@@ -27,7 +27,7 @@ from kvcascade.kernels.slots import Codecs, Entry, Held, Slots
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["out_BTNW", "q_BTNH", "positions_BT", "entry", "mass"],
+    data_fields=["out_BTNW", "q_BTNH", "positions_BT", "entry", "written_BTK", "mass"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Look:
     q_BTNH: Float[Array, "B T N H"]
     positions_BT: Int[Array, "B T"]
     entry: Entry
+    """They carry no numbers yet: those are made of the tokens that enter."""
+    written_BTK: Float[Array, "B T K"]
     mass: tuple[Float[Array, "B K T _"], ...]
     """What each query gave each slot of each tier, and then each of the tokens; nothing where nobody asks for it."""
 
@@ -59,7 +61,8 @@ class Look:
             mass = (*map(join, held, held_later), join(ours, join(ours_later, own, 3)))
         entry = jax.tree.map(join, self.entry, later.entry)
         q_BTNH, positions_BT = join(self.q_BTNH, later.q_BTNH, 1), join(self.positions_BT, later.positions_BT, 1)
-        return Look(later.out_BTNW, q_BTNH, positions_BT, entry, mass)
+        written_BTK = join(self.written_BTK, later.written_BTK, 1)
+        return Look(later.out_BTNW, q_BTNH, positions_BT, entry, written_BTK, mass)
 
 
 @functools.partial(
@@ -113,15 +116,16 @@ class LayerCache:
         prompt was read a second time; ValueError where they are missing.
         """
         now_B = positions_BT.max(-1)
-        entry = self._entry(q_BTNH, k_BTKH, v_BTKW, positions_BT, written_BTK)
+        entry, written_BTK = self._entry(k_BTKH, v_BTKW, positions_BT, written_BTK)
+        if positions_BT.shape[1] != 1 and not fresh:
+            look = self._look(q_BTNH, positions_BT, entry, written_BTK, None)
+            return look.out_BTNW, self.commit(look)
+        entry = self._begun(entry, q_BTNH, positions_BT, written_BTK)
         if positions_BT.shape[1] == 1:
             cache = self._take(q_BTNH, entry, positions_BT)
             found = decode(q_BTNH[:, 0], now_B, cache.held, self.heads, self.cascade.observed)
             out_BTNW, mass = normalise([found])
             return cache._watch(mass, positions_BT)._before(out_BTNW.astype(q_BTNH.dtype))
-        if not fresh:
-            look = self.look(q_BTNH, k_BTKH, v_BTKW, positions_BT, written_BTK=written_BTK)
-            return look.out_BTNW, self.commit(look)
         promise(lambda: jnp.all(jnp.asarray([(slots.pos_BKS < 0).all() for slots in self.slots])), NOT_EMPTY)
         index_T, length_B = jnp.arange(positions_BT.shape[1]), (positions_BT >= 0).sum(-1)
         promise(lambda: (positions_BT == jnp.where(index_T < length_B[:, None], index_T, -1)).all(), NOT_FROM_ZERO)
@@ -150,22 +154,26 @@ class LayerCache:
 
         The result is for `commit`; with `pending` it has the tokens of both looks.
         """
-        entry = self._entry(q_BTNH, k_BTKH, v_BTKW, positions_BT, written_BTK)
+        entry, written_BTK = self._entry(k_BTKH, v_BTKW, positions_BT, written_BTK)
+        return self._look(q_BTNH, positions_BT, entry, written_BTK, pending)
+
+    def _look(self, q_BTNH, positions_BT, entry: Entry, written_BTK, pending: Look | None) -> Look:
         offered = [entry] if pending is None else [pending.entry, entry]
         as_slots = lambda each: Slots(f32.encode(each.k), f32.encode(each.v), each.pos_BKT)
         held = [*self.held, *((as_slots(each), Codecs(f32, f32)) for each in offered)]
         out_BTNW, mass = normalise(attend_each(q_BTNH, positions_BT, held, self.heads, self.cascade.observed))
-        look = Look(out_BTNW.astype(q_BTNH.dtype), q_BTNH, positions_BT, entry, tuple(mass))
+        look = Look(out_BTNW.astype(q_BTNH.dtype), q_BTNH, positions_BT, entry, written_BTK, tuple(mass))
         return look if pending is None else pending.then(look)
 
     def commit(self, look: Look) -> "LayerCache":
         """Take in the tokens of a look; those of position -1 are none, so a look of which nothing was accepted changes nothing."""
         positions_BT = look.positions_BT
         cache = self._watch(look.mass[:-1], positions_BT)
-        pos_BKT = look.entry.pos_BKT
+        entry = self._begun(look.entry, look.q_BTNH, positions_BT, look.written_BTK)
+        pos_BKT = entry.pos_BKT
         counted = lambda each: each.among(_counted(look.mass[-1], positions_BT, each.last), pos_BKT)
-        numbers = self._watched(self.cascade.statistics, look.entry.numbers, counted, pos_BKT, positions_BT)
-        return cache._take(look.q_BTNH, dataclasses.replace(look.entry, numbers=numbers), positions_BT)
+        numbers = self._watched(self.cascade.statistics, entry.numbers, counted, pos_BKT, positions_BT)
+        return cache._take(look.q_BTNH, dataclasses.replace(entry, numbers=numbers), positions_BT)
 
     @property
     def _here(self) -> Heads:
@@ -177,15 +185,26 @@ class LayerCache:
         """Every tier's slots, and how they are stored."""
         return [(slots, tier.codecs) for tier, slots in zip(self.cascade.tiers, self.slots, strict=True)]
 
-    def _entry(self, q_BTNH, k_BTKH, v_BTKW, positions_BT, written_BTK) -> Entry:
-        """Tokens as they travel: in float32 also from a bf16 model, since what a tier decodes on the way down must not be rounded again."""
+    def _entry(self, k_BTKH, v_BTKW, positions_BT, written_BTK) -> tuple[Entry, Float[Array, "B T K"]]:
+        """Tokens as they travel, without numbers, and what their values write.
+
+        In float32 also from a bf16 model, since what a tier decodes on the way down must not be rounded again.
+        """
         k, v = (x.astype(jnp.float32).transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKW))
         pos_BKT = jnp.broadcast_to(positions_BT[:, None], (*k.shape[:2], positions_BT.shape[1])).astype(jnp.int32)
-        now_B11 = positions_BT.max(-1)[:, None, None]
-        written = jnp.abs(v).sum(-1) if written_BTK is None else written_BTK.transpose(0, 2, 1)
-        beside = written, q_BTNH.astype(jnp.float32)
-        begins = lambda each: each.enter(Tokens(pos_BKT, k, v, now_B11, self._memories(each), self._here, *beside))
-        return Entry(k, v, pos_BKT, tuple(lax.stop_gradient(begins(each)) for each in self.cascade.statistics))
+        written_BTK = jnp.abs(v_BTKW.astype(jnp.float32)).sum(-1) if written_BTK is None else written_BTK
+        return Entry(k, v, pos_BKT, ()), written_BTK
+
+    def _begun(self, entry: Entry, q_BTNH, positions_BT, written_BTK) -> Entry:
+        """The tokens with the numbers that they begin with, which may depend on the others that enter with them."""
+        now_B11, beside = (
+            positions_BT.max(-1)[:, None, None],
+            (written_BTK.transpose(0, 2, 1), q_BTNH.astype(jnp.float32)),
+        )
+        tokens = Tokens(entry.pos_BKT, entry.k, entry.v, now_B11, (), self._here, *beside)
+        begins = lambda each: each.enter(tokens._replace(memories=self._memories(each)))
+        numbers = tuple(lax.stop_gradient(begins(each)) for each in self.cascade.statistics)
+        return dataclasses.replace(entry, numbers=numbers)
 
     def _memories(self, statistic: Statistic) -> tuple[Any, ...]:
         return tuple(self._memory[each] for each in statistic.reads())

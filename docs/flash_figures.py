@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import matplotlib
 from flash_tables import (
     BLACK,
     BLUE,
@@ -13,18 +14,17 @@ from flash_tables import (
     intensities,
     naive_bytes,
 )
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from kvcascade.eval.kernels.whole_step import Record
-from kvcascade.eval.report.figures import SIZE, STYLE, bytes_label, to_svg
+from kvcascade.eval.report.figures import SIZE, STYLE, bytes_label, subplots, to_svg
 
 
 def drawn(found: Record) -> dict[str, str]:
     """SVG texts by name."""
-    with plt.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):
         return {
             "flash_memory": to_svg(_memory(found["card"])),
             "flash_roofline": to_svg(_roofline(found)),
@@ -51,7 +51,7 @@ def _of(records: list[Record], program: str, key: str) -> tuple[list[int], list[
 
 
 def _forward(records: list[Record]):
-    figure, axes = plt.subplots(figsize=(SIZE[0], 5))
+    figure, axes = subplots(figsize=(SIZE[0], 5))
     tokens = sorted({one["tokens"] for one in records})
     lines = {"naive": naive_bytes, "flash64": lambda n: flash_bytes(n, 64), "flash128": lambda n: flash_bytes(n, 128)}
     for name, (label, colour, marker) in LABELS.items():
@@ -73,7 +73,7 @@ def _forward(records: list[Record]):
 
 
 def _backward(records: list[Record]):
-    figure, axes = plt.subplots(figsize=SIZE)
+    figure, axes = subplots()
     tokens = sorted({one["tokens"] for one in records})
     for name, label in (("naive", "naive: weights kept"), ("loop", "loop: weights computed again")):
         _, colour, marker = LABELS[name]
@@ -93,7 +93,7 @@ def _backward(records: list[Record]):
 
 
 def _decode(records: list[Record]):
-    figure, (above, below) = plt.subplots(2, 1, figsize=(SIZE[0], 7.6), height_ratios=(3, 2))
+    figure, (above, below) = subplots(2, 1, figsize=(SIZE[0], 7.6), height_ratios=(3, 2))
     slots = sorted({one["slots"] for one in records})
     for codec, colour in FORMATS.items():
         mine = [one for one in records if one["codec"] == codec]
@@ -133,7 +133,7 @@ def _decode(records: list[Record]):
 
 def _roofline(found: Record):
     card = found["card"]
-    figure, axes = plt.subplots(figsize=SIZE)
+    figure, axes = subplots()
     ridge, peak = card["flops"] / card["bandwidth"], card["flops"] / 1e12
     axes.plot([0.5, ridge, 2000], [0.5 * card["bandwidth"] / 1e12, peak, peak], color=BLACK, linewidth=1.5)
     for x, label, colour, above in intensities(found):
@@ -164,7 +164,7 @@ def _roofline(found: Record):
 
 
 def _memory(card: Record):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 4.2), width_ratios=(1, 1))
+    figure, (left, right) = subplots(1, 2, figsize=(7.6, 4.2), width_ratios=(1, 1))
     each = card["multiprocessors"]
     levels = (
         ("registers", f"{bytes_label(card['registers'])} × {each}", "o, m and l of a block", 0.64, "#cfe3f3"),

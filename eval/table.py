@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import rich.table
+from rich.text import Text
 
 
 class Column(NamedTuple):
@@ -46,11 +47,12 @@ CONTEXT = Column("context", "context", "{:,}")
 
 def on_terminal(table: Table) -> rich.table.Table:
     """A table as a terminal shows it: its first column is text, the others are figures."""
-    shown = rich.table.Table(title=table.title, title_justify="left")
+    # As Text, or the arguments of a policy, which stand in brackets, would be taken for markup and be lost.
+    shown = rich.table.Table(title=Text(table.title), title_justify="left")
     for index, column in enumerate(table.columns):
-        shown.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        shown.add_column(Text(column), justify="left" if index == 0 else "right", overflow="fold")
     for row in table.rows:
-        shown.add_row(*row)
+        shown.add_row(*map(Text, row))
     return shown
 
 

@@ -1,18 +1,20 @@
 """The page and the README's tables are made from records alone."""
 
+import io
 import math
 import re
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.eval import record_files, suite
 from kvcascade.eval.records import Compared, Evaluation, Retrieval, Training, changed, of
 from kvcascade.eval.report import page
 from kvcascade.eval.report import readme as tables_of
-from kvcascade.eval.table import Table, markdown
+from kvcascade.eval.table import Table, markdown, on_terminal
 from kvcascade.scripts import readme
 
 
@@ -128,3 +130,11 @@ def test_the_suite_shrinks_with_the_context():
     assert [str(s) for s in suite.scaled(["sink 4 | recent 124"], 128)] == ["sink 1 | recent 31"]
     for spec in suite.caches(128):
         assert suite.group_of(str(spec), 128) in suite.CACHES
+
+
+def test_a_terminal_shows_the_arguments_of_a_policy():
+    """What stands in brackets is text, not markup."""
+    shown = io.StringIO()
+    table = Table("tova[together=true]", ["[cache]"], [["decayed[life=8] 16"]])
+    Console(file=shown, width=60).print(on_terminal(table))
+    assert all(words in shown.getvalue() for words in ("tova[together=true]", "[cache]", "decayed[life=8] 16"))

@@ -9,9 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("svg")
-from matplotlib import pyplot as plt
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -42,10 +40,9 @@ SIZE = (7.2, 4.3)
 
 
 def to_svg(figure: Figure) -> str:
-    """A figure as SVG text, without a size and the same from run to run; it is closed."""
+    """A figure as SVG text, without a size and the same from run to run."""
     file = io.StringIO()
     figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    plt.close(figure)
     svg = file.getvalue()
     return re.sub(
         r'(<svg[^>]*?) width="[^"]*" height="[^"]*"|(<svg[^>]*?) height="[^"]*"',
@@ -55,9 +52,11 @@ def to_svg(figure: Figure) -> str:
     )
 
 
-def _axes():
-    figure, axes = plt.subplots(figsize=SIZE)
-    return figure, axes
+def subplots(*shape: int, figsize: tuple[float | int, float | int] = SIZE, **options: Any) -> tuple[Figure, Any]:
+    """A figure and its axes. Pyplot does not know it, so whoever draws figures of their own, as in a notebook, keeps their backend."""
+    figure = Figure(figsize=figsize)
+    FigureCanvasSVG(figure)  # measures texts as they will be written
+    return figure, figure.subplots(*shape, **options)
 
 
 def bytes_label(value: float | int, _=None) -> str:
@@ -80,8 +79,8 @@ def styled[T](values: Iterable[T]) -> Iterator[tuple[dict[str, Any], T]]:
 
 def loss_curves(trainings: list[Training]) -> str:
     """Validation loss against tokens seen: of each model the mean over seeds and their range, or with one seed its standard error."""
-    with plt.rc_context(STYLE):
-        figure, axes = _axes()
+    with matplotlib.rc_context(STYLE):
+        figure, axes = subplots()
         shown = []
         for style, (name, runs) in styled(suite.by_model(trainings).items()):
             points = [
@@ -112,8 +111,8 @@ def quality_against_bytes(evaluations: list[Evaluation]) -> str:
     Colour is the group of caches that are compared, hollow is random eviction; caches that none of fewer bytes beats have their names.
     """
     groups = {r.cache: suite.group_of(r.cache, r.context) for r in evaluations}
-    with plt.rc_context(STYLE):
-        figure, axes = _axes()
+    with matplotlib.rc_context(STYLE):
+        figure, axes = subplots()
         colours = {name: style["color"] for style, name in styled(dict.fromkeys(groups[r.cache] for r in evaluations))}
         front = math.inf
         for record in sorted(evaluations, key=lambda r: (r.kv_bytes, r.ppl)):
@@ -160,8 +159,8 @@ def quality_against_bytes(evaluations: list[Evaluation]) -> str:
 
 def bytes_by_kind(layers: list[Layer]) -> str:
     """Bytes that one token takes in one layer, by kind of attention and codec."""
-    with plt.rc_context(STYLE):
-        figure, axes = _axes()
+    with matplotlib.rc_context(STYLE):
+        figure, axes = subplots()
         kinds = list(dict.fromkeys(r.layer for r in layers))
         codecs = list(dict.fromkeys(r.codec for r in layers))
         for index, codec in enumerate(codecs):
@@ -180,8 +179,8 @@ def bytes_by_kind(layers: list[Layer]) -> str:
 
 def growth(records: Sequence[Growth | Profile]) -> str:
     """Bytes of one row's cache against the context; dashed, where they are known, the temporaries of a decode step."""
-    with plt.rc_context(STYLE):
-        figure, axes = _axes()
+    with matplotlib.rc_context(STYLE):
+        figure, axes = subplots()
         temporaries = False
         for style, record in styled(records):
             grown = (
@@ -225,8 +224,8 @@ PARTS = {
 
 def step_shares(records: list[Profile]) -> str:
     """Time of a decode step by component, a bar for each cache."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(SIZE[0], 1.3 + 0.5 * len(records)))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = subplots(figsize=(SIZE[0], 1.3 + 0.5 * len(records)))
         widest = max(record.profiled_ms for record in records)
         for place, record in enumerate(reversed(records)):
             ms = {each["name"]: each["ms"] for each in record.components}
@@ -265,9 +264,9 @@ def found_at(records: list[Retrieval]) -> str:
     columns = min(4, len(caches))
     rows = -(-len(caches) // columns)
     style: dict[Any, Any] = STYLE | {"axes.grid": False, "font.size": 9}
-    colours = plt.get_cmap("viridis").with_extremes(bad="#d0d0d0")
-    with plt.rc_context(style):
-        figure, panels = plt.subplots(
+    colours = matplotlib.colormaps["viridis"].with_extremes(bad="#d0d0d0")
+    with matplotlib.rc_context(style):
+        figure, panels = subplots(
             rows, columns, figsize=(2.1 * columns + 0.6, 2.1 * rows + 0.3), squeeze=False, sharex=True, sharey=True
         )
         for index, panel in enumerate(panels.flat):
@@ -292,8 +291,8 @@ def found_at(records: list[Retrieval]) -> str:
 
 def stream(records: list[Stream]) -> str:
     """Milliseconds per token against tokens generated, a line per cache."""
-    with plt.rc_context(STYLE):
-        figure, axes = _axes()
+    with matplotlib.rc_context(STYLE):
+        figure, axes = subplots()
         for style, record in styled(records):
             done, ms, _ = zip(*record.points, strict=True)
             axes.plot(
@@ -315,8 +314,8 @@ def stream(records: list[Stream]) -> str:
 
 def users(records: list[Fit]) -> str:
     """Users that fit on a card, a bar per cache and context; beside it the bytes that fill the card, against what a program may have of it."""
-    with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(
+    with matplotlib.rc_context(STYLE):
+        figure, (left, right) = subplots(
             1, 2, figsize=(1.3 * SIZE[0], 1.3 + 0.5 * len(records)), sharey=True, gridspec_kw={"wspace": 0.06}
         )
         places = range(len(records))[::-1]
@@ -344,8 +343,8 @@ def users(records: list[Fit]) -> str:
 def peak_memory(records: list[Crash]) -> str:
     """Peak memory against users, a panel per model: a point lived, a cross died at the limit, a line is the arithmetic."""
     models = list(dict.fromkeys(r.model for r in records))
-    with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(
+    with matplotlib.rc_context(STYLE):
+        figure, panels = subplots(
             1, len(models), figsize=(SIZE[0] * max(1, 0.75 * len(models)), SIZE[1]), squeeze=False
         )
         for panel, model in zip(panels.flat, models, strict=True):
