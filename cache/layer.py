@@ -115,15 +115,14 @@ class LayerCache:
         value adds to the residual stream, as `Tokens` has it; by default the value itself is. `reread` has the numbers for which a fresh
         prompt was read a second time; ValueError where they are missing.
         """
-        now_B = positions_BT.max(-1)
-        entry, written_BTK = self._entry(k_BTKH, v_BTKW, positions_BT, written_BTK)
-        if positions_BT.shape[1] != 1 and not fresh:
-            look = self._look(q_BTNH, positions_BT, entry, written_BTK, None)
+        if positions_BT.shape[1] > 1 and not fresh:
+            look = self.look(q_BTNH, k_BTKH, v_BTKW, positions_BT, written_BTK=written_BTK)
             return look.out_BTNW, self.commit(look)
+        entry, written_BTK = self._entry(k_BTKH, v_BTKW, positions_BT, written_BTK)
         entry = self._begun(entry, q_BTNH, positions_BT, written_BTK)
         if positions_BT.shape[1] == 1:
             cache = self._take(q_BTNH, entry, positions_BT)
-            found = decode(q_BTNH[:, 0], now_B, cache.held, self.heads, self.cascade.observed)
+            found = decode(q_BTNH[:, 0], positions_BT[:, 0], cache.held, self.heads, self.cascade.observed)
             out_BTNW, mass = normalise([found])
             return cache._watch(mass, positions_BT)._before(out_BTNW.astype(q_BTNH.dtype))
         promise(lambda: jnp.all(jnp.asarray([(slots.pos_BKS < 0).all() for slots in self.slots])), NOT_EMPTY)
@@ -155,9 +154,6 @@ class LayerCache:
         The result is for `commit`; with `pending` it has the tokens of both looks.
         """
         entry, written_BTK = self._entry(k_BTKH, v_BTKW, positions_BT, written_BTK)
-        return self._look(q_BTNH, positions_BT, entry, written_BTK, pending)
-
-    def _look(self, q_BTNH, positions_BT, entry: Entry, written_BTK, pending: Look | None) -> Look:
         offered = [entry] if pending is None else [pending.entry, entry]
         as_slots = lambda each: Slots(f32.encode(each.k), f32.encode(each.v), each.pos_BKT)
         held = [*self.held, *((as_slots(each), Codecs(f32, f32)) for each in offered)]
