@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
+from kvcascade.cache.learned import Learned
 from kvcascade.cache.policy import PINNED, Policy, age, argument
 from kvcascade.cache.published import (
     Chunks,
@@ -152,4 +153,5 @@ POLICIES: dict[str, type[Policy]] = {
     "capkv": Volume,
     "drop": Drop,
     "r-kv": Reasoning,
+    "learned": Learned,
 }

@@ -1,0 +1,45 @@
+"""How well a ranker ranks tokens that nothing was learned from, beside what needs no training."""
+
+import numpy as np
+import scipy.stats
+from jaxtyping import Float
+
+from kvcascade.cache import ranker
+from kvcascade.cache.ranker import Ranker
+from kvcascade.eval.records import Ranking
+from kvcascade.eval.table import Column, Table
+
+SAID = ("learned", "key_norm", "position")
+"""By what tokens are ranked: a ranker, minus the norm of the key, and how new they are."""
+
+
+def correlations(
+    found: Ranker, x_JWEF: Float[np.ndarray, "J W E F"], y_JWE: Float[np.ndarray, "J W E"]
+) -> list[dict[str, float]]:
+    """For each layer the rank correlation (Spearman's) of what was said of tokens and what came, the mean over heads and windows."""
+    shape = found.shape
+    key_norm, position = (x_JWEF[..., at].astype(np.float32) for at in (-ranker.BESIDE, -1))
+    learned = [np.asarray(ranker.scores(found.networks, x.astype(np.float32))) for x in x_JWEF.swapaxes(0, 1)]
+    said = zip(SAID, (np.stack(learned, 1), -key_norm, position), strict=True)
+    by_layer = {name: spearman(values, y_JWE).reshape(shape.layers, -1).mean(1) for name, values in said}
+    return [{name: round(float(values[at]), 4) for name, values in by_layer.items()} for at in range(shape.layers)]
+
+
+def spearman(a: Float[np.ndarray, "*B E"], b: Float[np.ndarray, "*B E"]) -> Float[np.ndarray, "*B"]:
+    """The correlation of ranks along the last axis; 0 where all of one are equal."""
+    ranks = [scipy.stats.rankdata(x, axis=-1) for x in (a, b)]
+    x, y = (each - each.mean(-1, keepdims=True) for each in ranks)
+    spread = np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+    return np.where(spread > 0, (x * y).sum(-1) / np.maximum(spread, 1e-30), 0.0)
+
+
+def table(record: Ranking) -> Table:
+    """A row for each layer, and one for all of them."""
+    rows = [{"layer": at} | each for at, each in enumerate(record.correlations)]
+    rows.append({"layer": "all"} | {name: np.mean([each[name] for each in record.correlations]) for name in SAID})
+    columns = [Column("layer", "layer"), *(Column(name.replace("_", " "), name, "{:.3f}") for name in SAID)]
+    title = (
+        f"{record.model}: rank correlation with the attention that tokens got {record.skip} to {record.horizon} positions later, in "
+        f"{record.held_out} windows that nothing was learned from, of {record.windows}; {record.ranker_bytes:,} bytes of networks"
+    )
+    return Table.of(title, columns, rows)
