@@ -28,7 +28,6 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.cache.layer import LayerCache
 from kvcascade.cache.learned import Learned
 from kvcascade.cache.policies import POLICIES, Full, Random, Recent, Sink
-
 from kvcascade.cache.policy import Place, Policy, Positive
 from kvcascade.cache.spec import PRESETS, CacheSpec, everywhere, parse
 from kvcascade.cache.statistic import Memory, Statistic, Tokens
