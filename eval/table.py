@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import rich.table
+import rich.text
 
 
 class Column(NamedTuple):
@@ -50,7 +51,7 @@ def on_terminal(table: Table) -> rich.table.Table:
     for index, column in enumerate(table.columns):
         shown.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in table.rows:
-        shown.add_row(*row)
+        shown.add_row(*map(rich.text.Text, row))  # in a plain str rich takes a spec's [seed=1] for a style
     return shown
 
 

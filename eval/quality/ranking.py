@@ -1,5 +1,6 @@
 """How well a ranker ranks tokens that nothing was learned from, beside what needs no training."""
 
+import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 from jaxtyping import Float
@@ -19,7 +20,7 @@ def correlations(
     """For each layer the rank correlation (Spearman's) of what was said of tokens and what came, the mean over heads and windows."""
     shape = found.shape
     key_norm, position = (x_JWEF[..., at].astype(np.float32) for at in (-ranker.BESIDE, -1))
-    learned = [np.asarray(ranker.scores(found.networks, x.astype(np.float32))) for x in x_JWEF.swapaxes(0, 1)]
+    learned = [np.asarray(ranker.scores(found.networks, jnp.asarray(x, jnp.float32))) for x in x_JWEF.swapaxes(0, 1)]
     said = zip(SAID, (np.stack(learned, 1), -key_norm, position), strict=True)
     by_layer = {name: spearman(values, y_JWE).reshape(shape.layers, -1).mean(1) for name, values in said}
     return [{name: round(float(values[at]), 4) for name, values in by_layer.items()} for at in range(shape.layers)]
