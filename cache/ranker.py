@@ -140,7 +140,8 @@ def _read(path: Path, place: str) -> Ranker:
         # It may be asked for while a program is traced, of which reading is no part.
         with jax.ensure_compile_time_eval():
             found = ocp.load(str(path / WEIGHTS))
-            ranker = Ranker(shape, {name: np.asarray(array, np.float32) for name, array in found.items()})
+            # On the device once for all layers: of an array that is the same a program has one constant. It is committed to none.
+            ranker = Ranker(shape, {name: jnp.asarray(np.asarray(array)) for name, array in found.items()})
     except Exception as error:  # orbax raises what its storage raises, of many types
         raise BadInput(f"{place} is damaged: its {WEIGHTS} cannot be read ({type(error).__name__})") from error
     if ranker.fingerprint != fingerprint:

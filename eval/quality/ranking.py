@@ -7,8 +7,9 @@ from jaxtyping import Float
 
 from kvcascade.cache import ranker
 from kvcascade.cache.ranker import Ranker
-from kvcascade.eval.records import Ranking
-from kvcascade.eval.table import Column, Table
+from kvcascade.eval.quality.evaluation import KEPT, PPL, change, protocol
+from kvcascade.eval.records import Evaluation, Ranking, Record, of
+from kvcascade.eval.table import CACHE, KV_BYTES, SAVED, Column, Table, markdown
 
 SAID = ("learned", "key_norm", "position")
 """By what tokens are ranked: a ranker, minus the norm of the key, and how new they are."""
@@ -34,13 +35,38 @@ def spearman(a: Float[np.ndarray, "*B E"], b: Float[np.ndarray, "*B E"]) -> Floa
     return np.where(spread > 0, (x * y).sum(-1) / np.maximum(spread, 1e-30), 0.0)
 
 
+def mean(record: Ranking, name: str) -> float:
+    """One of its correlations, the mean over layers."""
+    return float(np.mean([each[name] for each in record.correlations]))
+
+
 def table(record: Ranking) -> Table:
     """A row for each layer, and one for all of them."""
     rows = [{"layer": at} | each for at, each in enumerate(record.correlations)]
-    rows.append({"layer": "all"} | {name: np.mean([each[name] for each in record.correlations]) for name in SAID})
+    rows.append({"layer": "all"} | {name: mean(record, name) for name in SAID})
     columns = [Column("layer", "layer"), *(Column(name.replace("_", " "), name, "{:.3f}") for name in SAID)]
     title = (
         f"{record.model}: rank correlation with the attention that tokens got {record.skip} to {record.horizon} positions later, in "
         f"{record.held_out} windows that nothing was learned from, of {record.windows}; {record.ranker_bytes:,} bytes of networks"
     )
     return Table.of(title, columns, rows)
+
+
+def page(found: list[Record]) -> str:
+    """What recorded caches gave that were ranked by a recorded ranker and without, and how well it ranks, in Markdown."""
+    evaluations, first = of(found, Evaluation), of(found, Ranking)[0]
+    columns = [
+        CACHE,
+        KEPT,
+        KV_BYTES,
+        SAVED._replace(name="bytes saved"),
+        PPL._replace(form="{:.2f}"),
+        change(evaluations),
+    ]
+    means = ", ".join(f"{name.replace('_', ' ')} {mean(first, name):.2f}" for name in SAID)
+    about = (
+        f"{first.model} in {first.weights}, {protocol(evaluations[0])}; ≈: not decided, all caches taken together. The ranker learned from "
+        f"{first.windows - first.held_out} windows of {first.data.removeprefix('file:')} in {first.steps:,} steps and has {first.ranker_bytes:,} bytes; "
+        f"rank correlation in the {first.held_out} windows held out, the mean over layers: {means}. {evaluations[0].device}, commit {evaluations[0].commit}."
+    )
+    return f"{markdown(Table.of('', columns, evaluations).code)}\n\n{about}"
