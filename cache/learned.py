@@ -29,10 +29,11 @@ class Predicted(Statistic):
 
 @dataclasses.dataclass(frozen=True)
 class Learned(Policy):
-    """Keep what a trained network expects to get most attention (after KVzap, Jégou and Jeblick 2026, arXiv 2601.07891).
+    """Keep what a trained network expects to get most attention (after KVzap, arXiv 2601.07891).
 
-    KVzap predicts from the hidden state what an oracle would keep; this predicts, from what a cache has of a token, the attention of later
-    queries. `ranker` is a folder that `kvcascade rank` made for the model; its networks are parameters, and no bytes of a cache.
+    KVzap reads the hidden state and says what KVzip+ would; this reads what a cache has of a token and says what later queries will give it,
+    which KVpop (arXiv 2607.05061) learns from as well. `ranker` is a folder that `kvcascade rank` made for the model; its networks are
+    parameters, and no bytes of a cache.
     """
 
     ranker: Place = ""

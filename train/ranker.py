@@ -78,7 +78,7 @@ def record(
     that no ranker is for."""
     windows, T = rows_BT.shape
     shape, usable = Shape.of(config.layer_heads), T - settings.skip - LEAST + 1
-    each = min(usable, ROOM // (windows * shape.networks * (2 * shape.features + 4)))
+    each = min(usable, 1 + ROOM // (windows * shape.networks * (2 * shape.features + 4)))
     x = np.empty((shape.layers, shape.kv_heads, windows, each, shape.features), np.float16)
     y = np.empty(x.shape[:-1], np.float32)
     draw = np.random.default_rng(settings.seed)
