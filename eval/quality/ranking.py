@@ -7,7 +7,7 @@ from jaxtyping import Float
 
 from kvcascade.cache import ranker
 from kvcascade.cache.ranker import Ranker
-from kvcascade.eval.quality.evaluation import KEPT, PPL, change, protocol
+from kvcascade.eval.quality.evaluation import KEPT, PPL, against, change, protocol
 from kvcascade.eval.records import Evaluation, Ranking, Record, of
 from kvcascade.eval.table import CACHE, KV_BYTES, SAVED, Column, Table, markdown
 
@@ -64,9 +64,14 @@ def page(found: list[Record]) -> str:
         change(evaluations),
     ]
     means = ", ".join(f"{name.replace('_', ' ')} {mean(first, name):.2f}" for name in SAID)
+    best, *others = sorted(
+        (r for r in evaluations if r.cache != r.against), key=lambda r: ("learned[" not in r.cache, r.ppl)
+    )
+    beside = ", ".join(f"`{r.cache}` {against(best, r)}" for r in others if "learned[" not in r.cache)
     about = (
-        f"{first.model} in {first.weights}, {protocol(evaluations[0])}; ≈: not decided, all caches taken together. The ranker learned from "
-        f"{first.windows - first.held_out} windows of {first.data.removeprefix('file:')} in {first.steps:,} steps and has {first.ranker_bytes:,} bytes; "
-        f"rank correlation in the {first.held_out} windows held out, the mean over layers: {means}. {evaluations[0].device}, commit {evaluations[0].commit}."
+        f"{first.model} in {first.weights}, {protocol(evaluations[0])}; ≈: not decided, all caches taken together. `{best.cache}` beside others on the "
+        f"same windows: {beside}. The ranker learned from {first.windows - first.held_out} windows of {first.data.removeprefix('file:')} in "
+        f"{first.steps:,} steps and has {first.ranker_bytes:,} bytes; rank correlation with what came in the {first.held_out} windows held out, the mean "
+        f"over layers: {means}. {first.device}, commits {' and '.join(dict.fromkeys(r.commit for r in evaluations))}."
     )
     return f"{markdown(Table.of('', columns, evaluations).code)}\n\n{about}"
