@@ -18,6 +18,7 @@ import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -85,7 +86,7 @@ class CacheSpec:
         return sum(cascade.nbytes(context, each) for cascade, each in self.layers(heads))
 
     @property
-    def content(self) -> dict[str, list[str]]:
+    def content(self) -> dict[str, Any]:
         """What a record says of it besides its text: the fingerprints of what policies rank by; nothing where none has any."""
         found = [content for policy in self._policies if (content := policy.content())]
         return {"cache_content": found} if found else {}

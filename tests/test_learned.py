@@ -46,7 +46,7 @@ def test_a_number_is_what_the_network_of_its_layer_and_head_says() -> None:
     tokens = Tokens(jnp.asarray(pos), turned, jnp.asarray(v), jnp.full((3, 1, 1), 500), (ids,), HEADS)
     got = Predicted(ranker=planted()).enter(tokens)
     for b, h, s in np.ndindex(3, 2, 5):
-        assert got[b, h, s] == pytest.approx(said(2 + h, k[b, h, s], v[b, h, s], pos[b, h, s]), abs=1e-4)
+        assert got[b, h, s] == pytest.approx(said(2 + h, k[b, h, s], v[b, h, s], int(pos[b, h, s])), abs=1e-4)
 
 
 def test_a_device_with_one_of_the_heads_asks_that_ones_network() -> None:
@@ -100,7 +100,8 @@ def test_what_is_no_ranker_of_the_model_is_told_in_one_line(tmp_path: Path) -> N
     with pytest.raises(BadInput, match="KV heads of one number and width"):
         parse(SPEC).nbytes(unlike, 32)
     with pytest.raises(BadInput, match="learned needs a ranker"):  # also where no spec was asked
-        Predicted().enter(Tokens(*[jnp.zeros((1, 1, 1, 1))] * 4, (), HEADS))
+        no_tokens = jnp.zeros((1, 1, 0, 8))
+        Predicted().enter(Tokens(jnp.zeros((1, 1, 0), int), no_tokens, no_tokens, jnp.zeros((1, 1, 1), int), (), HEADS))
 
 
 def test_a_damaged_ranker_is_told(tmp_path: Path) -> None:

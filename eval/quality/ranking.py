@@ -1,5 +1,8 @@
 """How well a ranker ranks tokens that nothing was learned from, beside what needs no training."""
 
+import re
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
@@ -8,7 +11,7 @@ from jaxtyping import Float
 from kvcascade.cache import ranker
 from kvcascade.cache.ranker import Ranker
 from kvcascade.eval.quality.evaluation import KEPT, PPL, against, change, protocol
-from kvcascade.eval.records import Evaluation, Ranking, Record, of
+from kvcascade.eval.records import Correlations, Evaluation, Ranking, Record, of
 from kvcascade.eval.table import CACHE, KV_BYTES, SAVED, Column, Table, markdown
 
 SAID = ("learned", "key_norm", "position")
@@ -17,14 +20,18 @@ SAID = ("learned", "key_norm", "position")
 
 def correlations(
     found: Ranker, x_JWEF: Float[np.ndarray, "J W E F"], y_JWE: Float[np.ndarray, "J W E"]
-) -> list[dict[str, float]]:
+) -> list[Correlations]:
     """For each layer the rank correlation (Spearman's) of what was said of tokens and what came, the mean over heads and windows."""
     shape = found.shape
     key_norm, position = (x_JWEF[..., at].astype(np.float32) for at in (-ranker.BESIDE, -1))
     learned = [np.asarray(ranker.scores(found.networks, jnp.asarray(x, jnp.float32))) for x in x_JWEF.swapaxes(0, 1)]
     said = zip(SAID, (np.stack(learned, 1), -key_norm, position), strict=True)
     by_layer = {name: spearman(values, y_JWE).reshape(shape.layers, -1).mean(1) for name, values in said}
-    return [{name: round(float(values[at]), 4) for name, values in by_layer.items()} for at in range(shape.layers)]
+    at = lambda name, layer: round(float(by_layer[name][layer]), 4)
+    of_layer = lambda layer: Correlations(
+        learned=at("learned", layer), key_norm=at("key_norm", layer), position=at("position", layer)
+    )
+    return [of_layer(layer) for layer in range(shape.layers)]
 
 
 def spearman(a: Float[np.ndarray, "*B E"], b: Float[np.ndarray, "*B E"]) -> Float[np.ndarray, "*B"]:
@@ -42,7 +49,7 @@ def mean(record: Ranking, name: str) -> float:
 
 def table(record: Ranking) -> Table:
     """A row for each layer, and one for all of them."""
-    rows = [{"layer": at} | each for at, each in enumerate(record.correlations)]
+    rows: list[dict[str, Any]] = [{"layer": at} | each for at, each in enumerate(record.correlations)]
     rows.append({"layer": "all"} | {name: mean(record, name) for name in SAID})
     columns = [Column("layer", "layer"), *(Column(name.replace("_", " "), name, "{:.3f}") for name in SAID)]
     title = (
@@ -64,14 +71,22 @@ def page(found: list[Record]) -> str:
         change(evaluations),
     ]
     means = ", ".join(f"{name.replace('_', ' ')} {mean(first, name):.2f}" for name in SAID)
-    best, *others = sorted(
-        (r for r in evaluations if r.cache != r.against), key=lambda r: ("learned[" not in r.cache, r.ppl)
-    )
-    beside = ", ".join(f"`{r.cache}` {against(best, r)}" for r in others if "learned[" not in r.cache)
     about = (
-        f"{first.model} in {first.weights}, {protocol(evaluations[0])}; ≈: not decided, all caches taken together. `{best.cache}` beside others on the "
-        f"same windows: {beside}. The ranker learned from {first.windows - first.held_out} windows of {first.data.removeprefix('file:')} in "
+        f"{first.model} in {first.weights}, {protocol(evaluations[0])}; ≈: not decided, all caches taken together. "
+        f"{_beside(evaluations)}. The ranker learned from {first.windows - first.held_out} windows of {first.data.removeprefix('file:')} in "
         f"{first.steps:,} steps and has {first.ranker_bytes:,} bytes; rank correlation with what came in the {first.held_out} windows held out, the mean "
         f"over layers: {means}. {first.device}, commits {' and '.join(dict.fromkeys(r.commit for r in evaluations))}."
     )
     return f"{markdown(Table.of('', columns, evaluations).code)}\n\n{about}"
+
+
+def _beside(evaluations: list[Evaluation]) -> str:
+    """Caches whose last tier a ranker ranks, each against those that differ in how that is ranked alone, at equal bytes or nearly so."""
+    told = []
+    for record in evaluations:
+        if ranked := re.fullmatch(r"(.*\| )(learned\[[^]]*\] \d+(@\w+|))", record.cache):
+            before, _, codec = (re.escape(part) for part in ranked.groups())
+            others = [r for r in evaluations if re.fullmatch(rf"{before}[a-z-]+ \d+{codec}", r.cache)]
+            against_each = ", ".join(f"{against(record, r)} against `{r.cache.rsplit('| ')[-1]}`" for r in others)
+            told += [f"PPL with `{ranked[2]}` {against_each}"] if others else []
+    return "; ".join(told)
