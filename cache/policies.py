@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
+from kvcascade.cache.learned import Learned
 from kvcascade.cache.policy import PINNED, Policy, age, argument
 from kvcascade.cache.published import (
     Chunks,
@@ -160,4 +161,5 @@ POLICIES: dict[str, type[Policy]] = {
     "r-kv": Reasoning,
     "kvzip": KvZip,
     "hinted": Hinted,
+    "learned": Learned,
 }

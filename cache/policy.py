@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -11,11 +11,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.statistic import Memory, Statistic
+from kvcascade.kernels.heads import Heads
 
 PINNED = 1e30  # above every priority, below that of the token being decoded
 
 Positive = Annotated[int, "from 1 on"]
 """An argument that is a whole number from 1 on."""
+Place = Annotated[str, "of a folder"]
+"""An argument that is a folder's path, empty where none is named."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,13 @@ class Policy:
     def alike(self) -> bool:
         """Whether all heads of a layer keep the same tokens, where they are offered the same."""
         return False
+
+    def check(self, heads: Sequence[Heads]) -> None:
+        """BadInput if it cannot rank the tokens of a model whose layers have these heads."""
+
+    def content(self) -> str:
+        """What tells it from others of the same arguments: the fingerprint of a file that it ranks by."""
+        return ""
 
     def reads(self) -> tuple[Statistic | Memory, ...]:
         """The numbers of tokens and the memories of the layer that `priority` is given; only what some policy reads is kept."""
@@ -100,6 +110,7 @@ ARGUMENTS = {
         "true or false", lambda value: _matching("true|false", value) == "true", lambda value: str(value).lower()
     ),
     str: Argument("a word", lambda value: _matching(r"[\w.+-]+", value), str),
+    Place: Argument("a path without spaces and | , ; @ [ ]", lambda value: _matching(r"[^\s|,;@\[\]]*", value), str),
 }
 
 

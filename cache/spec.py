@@ -18,6 +18,7 @@ import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -66,7 +67,9 @@ class CacheSpec:
         return tuple(cascade for cascade in chosen if cascade is not None)
 
     def layers(self, heads: Sequence[Heads]) -> list[tuple[Cascade, Heads]]:
-        """Each layer's cascade with its heads; BadInput as for `cascades`."""
+        """Each layer's cascade with its heads; BadInput as for `cascades`, and where a policy cannot rank for these."""
+        for policy in self._policies:
+            policy.check(heads)
         return list(zip(self.cascades(len(heads)), heads, strict=True))
 
     @property
@@ -87,6 +90,16 @@ class CacheSpec:
     def nbytes(self, heads: Sequence[Heads], context: int) -> int:
         """Predicted bytes of one row: codes, scales, positions and numbers of every layer, and what layers remember."""
         return sum(cascade.nbytes(context, each) for cascade, each in self.layers(heads))
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What a record says of it besides its text: the fingerprints of what policies rank by; nothing where none has any."""
+        found = [content for policy in self._policies if (content := policy.content())]
+        return {"cache_content": found} if found else {}
+
+    @property
+    def _policies(self) -> list[Policy]:
+        return list(dict.fromkeys(tier.policy for _, _, cascade in self.parts for tier in cascade.tiers))
 
     def __str__(self) -> str:
         if len(self.parts) == 1 and self.parts[0][:2] == (0, None):
@@ -162,7 +175,12 @@ TIER = re.compile(
 def _tier(text: str, start: int, piece: str) -> Tier:
     match = TIER.fullmatch(piece)
     if not match:
-        form = "a tier is written POLICY[ARGUMENT=VALUE] COUNT@CODEC, such as 'sink 4' or 'heavy 64@int8'"
+        opened = "[" in piece and "]" not in piece  # | and ; part tiers wherever they stand
+        form = (
+            "a [ is not closed, or | or ; stands in an argument"
+            if opened
+            else "a tier is written POLICY[ARGUMENT=VALUE] COUNT@CODEC, such as 'sink 4' or 'heavy 64@int8'"
+        )
         raise _wrong(text, start, start + len(piece), "a tier is missing" if not piece.strip() else form)
 
     def wrong(group: str, reason: str) -> BadInput:

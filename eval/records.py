@@ -121,6 +121,7 @@ class Named(Record):
 Shape = TypedDict("Shape", {"heads": Count, "kv_heads": Count})
 Puzzle = TypedDict("Puzzle", {"name": Text, "answers": Some[Text], "said": Some[Text], "right": Some[Flag]})
 Metric = TypedDict("Metric", {"metric": Text, "filter": Text, "value": Finite, "stderr": Finite | None})
+Correlations = TypedDict("Correlations", {"learned": Number, "key_norm": Number, "position": Number})
 Weights = TypedDict("Weights", {"weights": Size})
 Longest = TypedDict("Longest", {"context": Size | None, "explanation": NotRequired[Any]})
 Child = TypedDict("Child", {"users": Count, "lived": Flag, "peak": NotRequired[Any]})
@@ -264,6 +265,26 @@ class Quantization(Record):
 
     def _wrong(self) -> str | None:
         return _unlike(self, ("nll_windows_before", "nll_windows_after", "document_windows"))
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Ranking(Record):
+    """A ranker that was trained, and how well it ranks what nothing was learned from."""
+
+    kind: Literal["rank"] = "rank"
+    model: Name
+    weights: Text
+    data: Text
+    context: Count
+    windows: Count
+    held_out: Count
+    steps: Count
+    seed: Number
+    skip: Index
+    horizon: Count
+    unexplained: Size
+    ranker_bytes: Positive
+    correlations: Some[Correlations]
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -560,7 +581,7 @@ def _uneven(growth: Mapping[str, Any]) -> str | None:
 
 
 KINDS: dict[str, type[Record]] = {
-    "train": Training, "evaluate": Evaluation, "quantize": Quantization, "retrieve": Retrieval, "harness": TaskResult, "layer": Layer,
+    "train": Training, "evaluate": Evaluation, "quantize": Quantization, "rank": Ranking, "retrieve": Retrieval, "harness": TaskResult, "layer": Layer,
     "growth": Growth, "bench": Bench, "stream": Stream, "fit": Fit, "crash": Crash, "prompt": Prompting, "profile": Profile,
     "parity": Parity,
 }  # fmt: skip

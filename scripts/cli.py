@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a GPT, or go on with a run",
     "convert": "pool a run's KV heads, ready for uptraining",
     "quantize": "round a model's weights to four bits, and measure what that costs",
+    "rank": "train a ranker of tokens, for the policy `learned`",
     "evaluate": "perplexity, bytes and speed of a model behind caches",
     "bench": "prefill and decode speed, and the share of the memory bandwidth",
     "stream": "decode on and on: whether time and memory per token stay flat",

@@ -6,6 +6,7 @@ from typing import Any
 from kvcascade.eval import record_files, records
 from kvcascade.eval.kernels import tables
 from kvcascade.eval.memory import methods
+from kvcascade.eval.quality import ranking
 from kvcascade.eval.records import Evaluation, Record
 from kvcascade.eval.report import costs, figures
 from kvcascade.eval.report import readme as tables_of
@@ -13,9 +14,9 @@ from kvcascade.kernels.files import write_whole
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "eval" / "results" / "toy.jsonl"
-PRETRAINED, KERNELS, SPEED, STREAM, FIT, CRASH, WEIGHTS, PROMPT, METHODS = (
+PRETRAINED, KERNELS, SPEED, STREAM, FIT, CRASH, WEIGHTS, PROMPT, METHODS, RANKER = (
     RESULTS.with_name(f"{name}.jsonl")
-    for name in ("smollm2", "kernels", "speed", "stream", "fit", "crash", "weights", "prompt", "methods")
+    for name in ("smollm2", "kernels", "speed", "stream", "fit", "crash", "weights", "prompt", "methods", "ranker")
 )
 PAGES = [
     ROOT / "README.md",
@@ -33,6 +34,7 @@ def generated() -> dict[Path, str]:
     parts = tables_of.readme_tables(toy) | tables_of.pretrained_tables(pretrained) | costs.readme_tables(costly)
     parts |= tables_of.methods_tables(records.of(record_files.read(METHODS), Evaluation))
     parts |= tables.readme_tables(kernels) | {"methods": methods.markdown()}
+    parts |= {"ranker": ranking.page(records.of(record_files.read(RANKER), Record))}
     evaluations = {"toy": records.of(toy, Evaluation), "smollm2": records.of(pretrained, Evaluation)}
     drawn = {name: [r for r in mine if r.model in ("mha", "smollm2")] for name, mine in evaluations.items()}
     pages = {path: tables_of.fill(path.read_text("utf-8"), parts) for path in PAGES}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from planted_rankers import example
 
 from kvcascade.cache.cascade import Cascade
 from kvcascade.cache.layer import LayerCache
@@ -79,7 +80,7 @@ def test_2_nothing_is_seen_but_what_is_held() -> None:
 @pytest.mark.parametrize("name", [name for name, cls in POLICIES.items() if cls is not Full])
 def test_3_sinks_survive_ten_thousand_steps(name: str) -> None:
     """Behind every policy; and what is held stays bounded, each position once, the newest among them."""
-    cascade, heads = Cascade(sink(4), Tier(POLICIES[name](), 12)), Heads(2, 1, 8)
+    cascade, heads = Cascade(sink(4), Tier(example(name), 12)), Heads(2, 1, 8)
     cache = LayerCache.empty(cascade, 1, heads, 10_000)
 
     @functools.partial(jax.jit, donate_argnums=0)

@@ -43,7 +43,7 @@ class Method:
     @property
     def arguments(self) -> str:
         """Its arguments and their defaults, as a spec writes them."""
-        return ", ".join(f"{f.name}={str(f.default).lower()}" for f in dataclasses.fields(self.policy))
+        return ", ".join(f"{f.name}={str(f.default).lower() or 'PATH'}" for f in dataclasses.fields(self.policy))
 
     @property
     def reads(self) -> str:

@@ -44,7 +44,7 @@ def job(model: Model, spec: CacheSpec, windows: Windows, protocol: Protocol, kno
         "data": windows.data, "text": windows.text, "rows": windows.key, "windows": windows.how, "windows_seed": windows.seed,
         "context": windows.rows_BT.shape[1], "sequences": len(windows.rows_BT), "bos": windows.bos, "batch": min(protocol.batch, len(windows.rows_BT)),
         "prefix": protocol.prefix, "chunk": protocol.chunk, "fidelity": protocol.fidelity, "seed": model.seed,
-    }  # fmt: skip
+    } | spec.content  # fmt: skip
     kind = Compared if protocol.fidelity else Evaluation
     measured = lambda: [kind(**about | evaluate(model, spec, windows, protocol, known))]
     return Job(about, "eval/quality", measured, f"{model.name}: {spec}")

@@ -118,7 +118,7 @@ def job(
         "kind": "harness", "model": model.name, "weights": model.config.weights, "weights_key": model.fingerprint, "cache": label, "task": task,
         "texts": _texts_key(known, task), "context": context, "batch": batch, "few_shot": few_shot, "limit": limit, "chat": chat_template,
         "lm_eval": importlib.metadata.version("lm-eval"),
-    }  # fmt: skip
+    } | cache(context).content  # fmt: skip
 
     def run() -> list[TaskResult]:
         behind = CachedModel(model, cache, context, batch)

@@ -90,7 +90,7 @@ def _job(
     about = {
         "kind": "retrieve", "model": model.name, "weights": model.config.weights, "weights_key": model.fingerprint, "cache": str(spec),
         "task": task, "length": length, "room": room, "seed": seed,
-    }  # fmt: skip
+    } | spec.content  # fmt: skip
 
     def run() -> list[Retrieval]:
         if spec not in scored:
