@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvcascade.eval.report.page import fill
+from kvcascade.eval.report.readme import fill
 from kvcascade.kernels import traffic
 
 ROOT = Path(__file__).parent.parent
