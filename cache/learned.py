@@ -21,7 +21,8 @@ class Predicted(Statistic):
 
     def enter(self, new):
         networks = ranker.read(self.ranker).networks
-        # All rows have the same heads; taken by one of them, the networks are not gathered for each.
+        # All rows have the same heads; by those of one, networks are not gathered for each row. Where rows are divided among devices the
+        # partitioner tells them these few numbers.
         mine = {name: jnp.asarray(array)[new.memories[0][0]] for name, array in networks.items()}
         k = before_rope(new.k_BKSH, new.pos_BKS, new.heads)
         return ranker.scores(mine, ranker.features(k, new.v_BKSW, new.pos_BKS))
