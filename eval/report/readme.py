@@ -1,6 +1,7 @@
 """Tables for the README and for docs/, made from records alone and put between their markers."""
 
 import re
+from collections.abc import Sequence
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.eval import suite
@@ -18,8 +19,9 @@ def _answers(name: str, found: list[Retrieval]) -> Column:
     return Column(name.format(longest), answer)
 
 
-def _stamp(first: Evaluation) -> str:
-    return f"Seed {first.seed}, {first.device}, commit {first.commit}."
+def _stamp(found: Sequence[Evaluation]) -> str:
+    commits = [*dict.fromkeys(r.commit for r in found)]
+    return f"Seed {found[0].seed}, {found[0].device}, commit{'s' if commits[1:] else ''} {' and '.join(commits)}."
 
 
 def readme_tables(found: list[Record]) -> dict[str, str]:
@@ -35,7 +37,7 @@ def readme_tables(found: list[Record]) -> dict[str, str]:
     first = evaluations[0]
     protocol = (
         f"{evaluation.protocol(first)}, of files that no model was trained on, one token at a time through the cache; ≈: not decided, all "
-        f"caches taken together. {_stamp(first)}"
+        f"caches taken together. {_stamp(evaluations)}"
     )
     return {
         "models": markdown(models_table(of(found, Training))),
@@ -56,7 +58,7 @@ def pretrained_tables(found: list[Record]) -> dict[str, str]:
     )
     summary = [*columns(few, evaluation.PPL._replace(form="{:.2f}")), _answers("answered", retrievals)]
     longest = max((r.length for r in retrievals), default=0)
-    protocol = f"PPL, KL(full ‖ cache) and same top-1: {evaluation.protocol(first)}; ≈: not decided, all caches taken together. {_stamp(first)}"
+    protocol = f"PPL, KL(full ‖ cache) and same top-1: {evaluation.protocol(first)}; ≈: not decided, all caches taken together. {_stamp(evaluations)}"
     if retrievals:
         tasks = ", ".join(retrieval.measurable(retrievals, longest))
         protocol += f" Answered: mean of {tasks}; {retrieval.protocol(retrievals)}."
@@ -81,7 +83,7 @@ def methods_tables(found: list[Evaluation]) -> dict[str, str]:
     true = sum(r.kv_bytes == r.kv_bytes_predicted and r.traces == 1 for r in found)
     protocol = (
         f"{evaluation.protocol(first)}, weights in {first.weights}; ≈: not decided, all caches taken together. Bytes predicted are those "
-        f"measured, and there is one trace, in {true} of {len(found)} rows. {_stamp(first)}"
+        f"measured, and there is one trace, in {true} of {len(found)} rows. {_stamp(found)}"
     )
     return {"ranked": "\n\n".join([*tables, protocol])}
 
