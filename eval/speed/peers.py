@@ -49,7 +49,7 @@ class Peer:
         """Seconds of each greedy step, going on where the last ended, in the library's own `loop` or one by one."""
         return self._ask("decode", steps, loop)
 
-    def scored(self, cases: list[tuple[str, int]], row: list[int], prefix: int, seed: int) -> list[tuple[float, int]]:
+    def scored(self, cases: list[tuple[str, int]], row: list[int], prefix: int, seed: int) -> list[list]:
         """Of kvpress, for each press and number of tokens that it keeps: mean nats per token after a row's `prefix`, and tokens that stayed."""
         self.start()
         return self._ask("scored", cases, row, prefix, seed)
