@@ -89,6 +89,14 @@ METHODS = {
             f"another Gaussian sketch: kvpress draws one for each head and prompt, we one for all; {NEWEST}",
         ),
         Method(
+            "non-causal attention", lambda n, of: f"non-causal {n}", "NonCausalAttnPress()",
+            f"kvpress lets the padding of its last block take part: it masks with -10⁻⁹, which is a logit of nothing; {NEWEST}",
+        ),
+        Method(
+            "Compactor", lambda n, of: f"sink 8 | recent 4 | compactor[blending={1 - n / of}] {n - 12}", "CompactorPress()",
+            "as leverage and non-causal attention; both blend by the share that goes, where the paper calibrates",
+        ),
+        Method(
             "CurDKV", lambda n, of: f"sink 4 | curdkv {n - 4}", "CURPress()",
             f"{NEWEST}; in both, norms in stretches of 16 stand for the paper's leverage",
         ),
@@ -98,7 +106,8 @@ METHODS = {
         ),
     )
 }  # fmt: skip
-"""By their names. Of kvpress 0.5.5 those are left out that ours has nothing for (AdaKV's budgets per head, PyramidKV's per layer, KVzip, …)."""
+"""By their names. Of kvpress 0.5.5 those are left out that ours has nothing for (AdaKV's budgets per head, PyramidKV's per layer, …), and KVzip,
+which asks in words."""
 
 
 def spec(method: Method, kept: int, prefix: int, context: int) -> CacheSpec:
