@@ -16,7 +16,9 @@ from kvcascade.eval import record_files, records
 from kvcascade.eval.report import page
 from kvcascade.scripts import cli, readme
 
-FILES = (readme.PROMPT, readme.RESULTS, readme.PRETRAINED, readme.SPEED, readme.STREAM, readme.FIT, readme.CRASH)
+FILES = (
+    readme.PROMPT, readme.RESULTS, readme.PRETRAINED, readme.SPEED, readme.STREAM, readme.FIT, readme.CRASH, readme.PARITY
+)  # fmt: skip
 SAMPLES = {each.kind: each.given for file in FILES for each in records.of(record_files.read(file), records.Record)}
 GOOD = SAMPLES["evaluate"]
 
