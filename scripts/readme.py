@@ -6,35 +6,37 @@ from typing import Any
 from kvcascade.eval import record_files, records
 from kvcascade.eval.kernels import tables
 from kvcascade.eval.memory import methods
-from kvcascade.eval.quality import ranking
-from kvcascade.eval.records import Evaluation, Record
+from kvcascade.eval.quality import parity, ranking
+from kvcascade.eval.records import Evaluation, Parity, Record
 from kvcascade.eval.report import costs, figures
 from kvcascade.eval.report import readme as tables_of
 from kvcascade.kernels.files import write_whole
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "eval" / "results" / "toy.jsonl"
-PRETRAINED, KERNELS, SPEED, STREAM, FIT, CRASH, WEIGHTS, PROMPT, METHODS, RANKER = (
-    RESULTS.with_name(f"{name}.jsonl")
-    for name in ("smollm2", "kernels", "speed", "stream", "fit", "crash", "weights", "prompt", "methods", "ranker")
-)
+RESULTS = ROOT / "eval" / "results"
 PAGES = [
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in ("results", "speed", "memory", "kernels", "methods")),
 ]
 
 
+def recorded[R: Record](name: str, kind: type[R] = Record) -> list[R]:
+    """The records of one kind in a file of results."""
+    return records.of(record_files.read(RESULTS / f"{name}.jsonl"), kind)
+
+
 def generated() -> dict[Path, str]:
     """The files that come from the records, with their content: pages and figures."""
-    toy, pretrained = (records.of(record_files.read(path), Record) for path in (RESULTS, PRETRAINED))
-    costly = {
-        file.stem: records.of(record_files.read(file), Record) for file in (SPEED, STREAM, FIT, CRASH, WEIGHTS, PROMPT)
-    }
-    kernels: list[Any] = record_files.read(KERNELS)
+    toy, pretrained = recorded("toy"), recorded("smollm2")
+    costly = {name: recorded(name) for name in ("speed", "stream", "fit", "crash", "weights", "prompt")}
+    kernels: list[Any] = record_files.read(RESULTS / "kernels.jsonl")
     parts = tables_of.readme_tables(toy) | tables_of.pretrained_tables(pretrained) | costs.readme_tables(costly)
-    parts |= tables_of.methods_tables(records.of(record_files.read(METHODS), Evaluation))
-    parts |= tables.readme_tables(kernels) | {"methods": methods.markdown()}
-    parts |= {"ranker": ranking.page(records.of(record_files.read(RANKER), Record))}
+    parts |= tables_of.methods_tables(recorded("methods", Evaluation)) | tables.readme_tables(kernels)
+    parts |= {
+        "methods": methods.markdown(),
+        "ranker": ranking.page(recorded("ranker")),
+        "parity": parity.markdown(recorded("parity", Parity)),
+    }
     evaluations = {"toy": records.of(toy, Evaluation), "smollm2": records.of(pretrained, Evaluation)}
     drawn = {name: [r for r in mine if r.model in ("mha", "smollm2")] for name, mine in evaluations.items()}
     pages = {path: tables_of.fill(path.read_text("utf-8"), parts) for path in PAGES}

@@ -211,7 +211,7 @@ def test_like_is_compared_with_like(model: str) -> None:
 
 def test_older_records_are_shown() -> None:
     """Those whose steps alone have three quantiles; a record with neither is none."""
-    found = records.of(record_files.read(readme.SPEED), Bench)
+    found = records.of(record_files.read(readme.RESULTS / "speed.jsonl"), Bench)
     older = found[0].given | {"alone_ms_50_90_99": [8.5, 10.0, 13.6]}
     older.pop("alone_ms", None)
     record = record_files.record_of(older)
@@ -301,7 +301,7 @@ def test_a_python_without_libraries_is_bad_input(model: str, tmp_path: Path) -> 
 
 def test_the_page_has_both_tables_under_columns_that_stay(tmp_path: Path) -> None:
     """What was recorded, as HTML: the best first, then all rows, which scroll under their first column."""
-    found = record_files.read(readme.SPEED)
+    found = record_files.read(readme.RESULTS / "speed.jsonl")
     page.write(tmp_path / "page.html", found, "kvcascade report")
     html = (tmp_path / "page.html").read_text()
     assert html.index("<td>best</td>") < html.index("<th>memory, GB/s</th>")

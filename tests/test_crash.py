@@ -269,7 +269,7 @@ def test_a_real_child_fills_its_cache_or_is_killed(tmp_path: Path, place: limits
 
 def test_the_recorded_tests_agree_with_the_arithmetic(tmp_path: Path) -> None:
     """Within 5 %, the bytes of a user and their number; and the page and the sentences show each of them."""
-    found = of(record_files.read(readme.CRASH), Crash)
+    found = of(record_files.read(readme.RESULTS / "crash.jsonl"), Crash)
     for one in found:
         assert one.user_bytes_predicted == pytest.approx(one.user_bytes, rel=0.05)
         assert one.users_predicted == pytest.approx(one.users, rel=0.05)

@@ -200,7 +200,7 @@ def test_what_is_written_is_made_from_the_records(profiled: list[Profile], tmp_p
     faulty = records.changed(first, buffers=first.buffers | {"copies": 3}, step_ms=2 * first.profiled_ms)
     told = " ".join(profile_report.sentences(faulty))
     assert "3 INSTRUCTIONS WRITE A WHOLE" in told and "NOT within" in told
-    recorded = record_files.read(readme.RESULTS)
+    recorded = record_files.read(readme.RESULTS / "toy.jsonl")
     page.write(tmp_path / "report.html", [*recorded, *profiled], "kvcascade report")
     html = (tmp_path / "report.html").read_text()
     assert "<h2>Where a decode step goes" in html and "heavy 12@int8" in html

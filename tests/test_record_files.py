@@ -16,8 +16,8 @@ from kvcascade.eval import record_files, records
 from kvcascade.eval.report import page
 from kvcascade.scripts import cli, readme
 
-FILES = (readme.PROMPT, readme.RESULTS, readme.PRETRAINED, readme.SPEED, readme.STREAM, readme.FIT, readme.CRASH)
-SAMPLES = {each.kind: each.given for file in FILES for each in records.of(record_files.read(file), records.Record)}
+FILES = ("prompt", "toy", "smollm2", "speed", "stream", "fit", "crash", "parity", "ranker")
+SAMPLES = {each.kind: each.given for name in FILES for each in readme.recorded(name)}
 GOOD = SAMPLES["evaluate"]
 
 

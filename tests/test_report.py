@@ -20,7 +20,7 @@ from kvcascade.scripts import readme
 
 @pytest.fixture(scope="module")
 def recorded():
-    return record_files.read(readme.RESULTS)
+    return record_files.read(readme.RESULTS / "toy.jsonl")
 
 
 def test_the_page_is_self_contained_and_complete(recorded, tmp_path):
@@ -39,7 +39,7 @@ def test_the_page_is_self_contained_and_complete(recorded, tmp_path):
 
 def test_the_page_of_a_pretrained_model(tmp_path):
     """Without a training the page shows what there is: quality, fidelity, retrieval with its heat map, each cache by name."""
-    recorded = record_files.read(readme.PRETRAINED)
+    recorded = record_files.read(readme.RESULTS / "smollm2.jsonl")
     page.write(tmp_path / "report.html", recorded, "kvcascade report")
     html = (tmp_path / "report.html").read_text()
     drawings = re.findall(r"<svg.*?</svg>", html, re.DOTALL)

@@ -44,14 +44,15 @@ def _chunks(kept: int, prefix: int) -> str:
     return f"recent {WINDOW} | chunks[window={WINDOW}] {tokens - WINDOW}"
 
 
-NEWEST = "one token a head at most: our last tier never refuses the prompt's newest, which kvpress lets go where it ranks low"
+NEWEST = "†"
+FOOTNOTE = "†: one token a head at most, since our last tier never refuses the prompt's newest, which kvpress lets go where it ranks low"
 METHODS = {
     each.name: each
     for each in (
         Method("full", lambda n, of: "full", ""),
         Method(
             "random", lambda n, of: f"random {n}", "RandomPress()",
-            "other lots, and draws differ by more; with a seed kvpress would keep the same in every layer",
+            "other lots; with a seed kvpress would draw the same in every layer",
         ),
         Method(
             "StreamingLLM", lambda n, of: f"sink 4 | recent {n - 4}", "StreamingLLMPress()",
@@ -191,7 +192,7 @@ def table(found: Sequence[Parity]) -> Table:
     title = (
         f"{first.name}, {first.sequences} windows of {first.context} tokens of {first.data.removeprefix('file:')}, spread over {first.documents} documents: "
         f"{first.prefix} tokens enter at once and are pruned to so many per head, the {first.context - first.prefix} after them are all kept and scored; "
-        f"everything in float32; {first.peer}"
+        f"everything in float32; {first.peer}. {FOOTNOTE}"
     )
     return Table.of(title, columns, found)
 
