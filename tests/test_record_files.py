@@ -16,7 +16,7 @@ from kvcascade.eval import record_files, records
 from kvcascade.eval.report import page
 from kvcascade.scripts import cli, readme
 
-FILES = ("prompt", "toy", "smollm2", "speed", "stream", "fit", "crash", "parity", "ranker")
+FILES = ("ranker", "prompt", "toy", "smollm2", "speed", "stream", "fit", "crash", "parity")
 SAMPLES = {each.kind: each.given for name in FILES for each in readme.recorded(name)}
 GOOD = SAMPLES["evaluate"]
 
