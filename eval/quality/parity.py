@@ -95,7 +95,8 @@ METHODS = {
         ),
         Method(
             "Compactor", lambda n, of: f"sink 8 | recent 4 | compactor[blending={1 - n / of}] {n - 12}", "CompactorPress()",
-            "as leverage and non-causal attention; both blend by the share that goes, where the paper calibrates",
+            "as leverage and non-causal attention; kvpress leaves the 12 pinned tokens out of both, and standardises over all heads together, we by head; "
+            "both blend by the share that goes, where the paper calibrates",
         ),
         Method(
             "CurDKV", lambda n, of: f"sink 4 | curdkv {n - 4}", "CURPress()",
@@ -199,5 +200,5 @@ def table(found: Sequence[Parity]) -> Table:
 
 def markdown(found: Sequence[Parity]) -> str:
     """The table for the documentation, and what it was measured on."""
-    shown = table(found)
-    return f"{markdown_of(shown.code)}\n\n{shown.title}. {found[0].device}, commit {found[0].commit}."
+    shown, commits = table(found), " and ".join(dict.fromkeys(r.commit for r in found))
+    return f"{markdown_of(shown.code)}\n\n{shown.title}. {found[0].device}, measured at {commits}."
