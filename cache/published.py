@@ -253,21 +253,24 @@ class NonCausal(Policy):
 class Compactor(Policy):
     """Keep what has high leverage and gets much non-causal attention, each in standard deviations (Compactor, arXiv 2507.08143).
 
-    `blending` is the weight of leverage, by default that of kvpress where no ratio of compression is given.
+    `blending` is the weight of leverage, by default that of kvpress where no ratio of compression is given. The first `sinks` tokens stay,
+    and take no part.
     """
 
     blending: float = 0.35
     size: Positive = 256
     sketch: Positive = 48
     every: Positive = 128
+    sinks: int = 8
 
     def reads(self):
-        return Leverage(every=self.every, sketch=self.sketch), NonCausalMass(size=self.size)
+        sinks = max(0, self.sinks)
+        return Leverage(every=self.every, sketch=self.sketch, sinks=sinks), NonCausalMass(size=self.size, sinks=sinks)
 
     def priority(self, pos_BKS, read, now_B11):
         known = (pos_BKS >= 0) & (read[0] < GRACE)
         rank = sum(weight * standardised(x, known) for weight, x in zip((self.blending, 1.0), read, strict=True))
-        return jnp.where(known, rank, GRACE)
+        return jnp.where(known, rank, read[0])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from kvcascade.cache.queries import (
     turned_variance,
 )
 from kvcascade.cache.segments import Segments
-from kvcascade.cache.statistic import GRACE, Statistic, Tokens
+from kvcascade.cache.statistic import FIRST, GRACE, Statistic, Tokens
 
 KEYS = 128
 """Keys that are compared with all others at once."""
@@ -67,7 +67,7 @@ class LagDeviation(Reviewed):
             return weights / weights.sum(-1, keepdims=True)
 
         rank = (spread(held.k_BKSH) + spread(held.v_BKSW)).argsort(-1).argsort(-1) / self.size
-        return segments.put(jnp.where(segments.whole(following=1), rank, GRACE), GRACE)
+        return segments.put(jnp.where(segments.whole(following=1), rank, GRACE), FIRST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,18 +88,23 @@ class LocalLeverage(Reviewed):
 
 @dataclasses.dataclass(frozen=True)
 class Leverage(Reviewed):
-    """The statistical leverage of the key before RoPE among the head's keys, in a random subspace of `sketch` dimensions."""
+    """The statistical leverage of the key before RoPE among the head's keys, in a random subspace of `sketch` dimensions.
+
+    The first `sinks` tokens are out of question, and take no part.
+    """
 
     sketch: int = 48
+    sinks: int = 0
 
     def review(self, number_BKS, held):
-        there, H = _there(held), held.k_BKSH.shape[-1]
+        there, H = (held.pos_BKS >= self.sinks)[..., None] & _there(held), held.k_BKSH.shape[-1]
         keys = jnp.where(there, before_rope(held.k_BKSH, held.pos_BKS, held.heads), 0)
         keys = jnp.where(there, keys - keys.sum(2, keepdims=True) / jnp.maximum(there.sum(2, keepdims=True), 1), 0)
         drawn = np.random.default_rng(0).standard_normal((H, self.sketch)) / self.sketch**0.5
         x = keys @ jnp.asarray(drawn, keys.dtype)
         gram = jnp.einsum("BKSR,BKSQ->BKRQ", x, x) + 0.01 * jnp.eye(self.sketch, dtype=x.dtype)
-        return (x * jnp.linalg.solve(gram, x.swapaxes(-1, -2)).swapaxes(-1, -2)).sum(-1)
+        leverage = (x * jnp.linalg.solve(gram, x.swapaxes(-1, -2)).swapaxes(-1, -2)).sum(-1)
+        return jnp.where(held.pos_BKS < self.sinks, FIRST, leverage)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +136,7 @@ class ExpectedMass(Reviewed):
             spread = turned_variance(squares / count - mean**2, by)
             logits += scale**2 / 2 * jnp.einsum("BKSH,BKGH->BKGS", k**2, spread)
         expected = _softmax(logits, jnp.where(held.pos_BKS < self.sinks, -1, held.pos_BKS)).sum(2)
-        return jnp.where(held.pos_BKS < self.sinks, GRACE, expected * jnp.linalg.norm(held.v_BKSW, axis=-1))
+        return jnp.where(held.pos_BKS < self.sinks, FIRST, expected * jnp.linalg.norm(held.v_BKSW, axis=-1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +216,7 @@ class Capacity(Reviewed):
             spanned, jnp.broadcast_to(v.swapaxes(-1, -2)[:, :, None], (*spanned.shape[:-1], v.shape[2]))
         )
         added = (weights * jnp.einsum("BKSW,BKGWS->BKGS", v, solved)).sum(2)
-        return jnp.where(held.pos_BKS < self.sinks, GRACE, added)
+        return jnp.where(held.pos_BKS < self.sinks, FIRST, added)
 
 
 @dataclasses.dataclass(frozen=True)

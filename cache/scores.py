@@ -8,7 +8,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from kvcascade.cache.segments import Segments, neighbours
-from kvcascade.cache.statistic import Statistic
+from kvcascade.cache.statistic import FIRST, Statistic
 
 # Numbers that attention makes
 
@@ -111,17 +111,20 @@ class NonCausalMass(Statistic):
     """What the queries of a call's blocks of `size` tokens give each token of the block, before and after it, by logits that are not scaled,
     times the value's norm; the mean over the group's heads and over three neighbours.
 
-    A token that comes alone gives all to itself.
+    A token that comes alone gives all to itself. The first `sinks` tokens are out of question, and take no part.
     """
 
     size: int = 256
+    sinks: int = 0
 
     def enter(self, new):
         norm_BKT, (B, K, T) = jnp.linalg.norm(new.v_BKSW, axis=-1), new.pos_BKS.shape
+        first = (new.pos_BKS >= 0) & (new.pos_BKS < self.sinks)
         if T == 1:
-            return norm_BKT
+            return jnp.where(first, FIRST, norm_BKT)
         assert new.q_BTNH is not None
-        blocks = Segments.of(new.pos_BKS, min(self.size, T))
+        pos_BKT = jnp.where(first, -1, new.pos_BKS)
+        blocks = Segments.of(pos_BKT, min(self.size, T))
         there_BKCS = blocks.there
         q_BKTX = new.q_BTNH.reshape(B, T, K, -1).swapaxes(1, 2)  # a KV head's queries side by side
         q_BKCQGH = blocks.cut(q_BKTX).reshape(*there_BKCS.shape, -1, new.k_BKSH.shape[-1])
@@ -130,4 +133,4 @@ class NonCausalMass(Statistic):
         weights = jnp.exp(logits - logits.max(-1, keepdims=True))
         weights = weights / weights.sum(-1, keepdims=True) * there_BKCS[..., None, None]
         mass_BKT = blocks.put(weights.mean(4).sum(3), 0.0)
-        return neighbours(mass_BKT * norm_BKT, new.pos_BKS, 3)
+        return jnp.where(first, FIRST, neighbours(mass_BKT * norm_BKT, pos_BKT, 3))

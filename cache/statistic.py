@@ -15,6 +15,9 @@ from kvcascade.kernels.heads import Heads
 GRACE = 1e29
 """What a reviewed number may be until its first review: its token stays, unless others are pinned or newest."""
 
+FIRST = 5e29
+"""The number of one of the first tokens, where a method keeps them whatever comes: they do not go before those that wait for a review."""
+
 
 class Tokens(NamedTuple):
     """What a rule may look at: tokens of one layer, keys and values in float32, as the model made them or as they are stored."""

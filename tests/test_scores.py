@@ -12,7 +12,7 @@ from kvcascade.cache.layer import LayerCache
 from kvcascade.cache.policy import PINNED
 from kvcascade.cache.published import Compactor, Critical, Snap
 from kvcascade.cache.spec import parse
-from kvcascade.cache.statistic import GRACE, Mass, Memory, Tokens
+from kvcascade.cache.statistic import FIRST, GRACE, Mass, Memory, Tokens
 from kvcascade.kernels.heads import Heads, Rope
 from kvcascade.kernels.rotation import rotation, turn, turned_back
 from kvcascade.model import generate, gpt
@@ -169,6 +169,7 @@ def test_lag_deviation(case: Case) -> None:
     want = np.zeros(case.pos.shape)
     for b, h, at in case.each():
         want[b, h, at] = GRACE
+        want[b, h, at[:2]] = FIRST
         for start in range(2, len(at) - 10 + 1, 5):
             block, after = at[start : start + 5], at[start + 5 : start + 10]
             total = np.zeros(5)
@@ -189,14 +190,18 @@ def test_local_leverage(case: Case) -> None:
     compare(case.review(reviews.LocalLeverage(size=4)), want)
 
 
-def test_leverage_is_the_diagonal_of_the_hat_matrix(case: Case) -> None:
+@pytest.mark.parametrize("sinks", [0, 9])
+def test_leverage_is_the_diagonal_of_the_hat_matrix(case: Case, sinks: int) -> None:
+    """The first tokens take no part in it, and stay."""
     want = np.zeros(case.pos.shape)
     sketch = np.random.default_rng(0).standard_normal((H, 5)) / 5**0.5
     for b, h, at in case.each():
+        want[b, h, at] = FIRST
+        at = at[case.pos[b, h, at] >= sinks]
         keys = turned(case.k[b, h, at], case.pos[b, h, at], back=True)
         x = (keys - keys.mean(0)) @ sketch
         want[b, h, at] = np.diag(x @ np.linalg.inv(x.T @ x + 0.01 * np.eye(5)) @ x.T)
-    compare(case.review(reviews.Leverage(sketch=5)), want, 1e-3)
+    compare(case.review(reviews.Leverage(sketch=5, sinks=sinks)), want, 1e-3)
 
 
 def ahead(x: np.ndarray, future: int) -> np.ndarray:
@@ -213,7 +218,7 @@ def test_expected_mass(case: Case, covariance: bool, sinks: int) -> None:
     """
     want = np.zeros(case.pos.shape)
     for b, h, at in case.each():
-        want[b, h, at] = GRACE * (case.pos[b, h, at] < sinks)
+        want[b, h, at] = FIRST * (case.pos[b, h, at] < sinks)
         at = at[case.pos[b, h, at] >= sinks]
         for g in range(G):
             q = turned(case.queries(b, h)[:, g], np.arange(40), back=True)[sinks:]
@@ -235,7 +240,7 @@ def test_capacity(case: Case, sinks: int) -> None:
     """Neither sinks nor their queries take part."""
     want = np.zeros(case.pos.shape)
     for b, h, at in case.each():
-        want[b, h, at] = GRACE * (case.pos[b, h, at] < sinks)
+        want[b, h, at] = FIRST * (case.pos[b, h, at] < sinks)
         at = at[case.pos[b, h, at] >= sinks]
         k, v = case.k[b, h, at], case.v[b, h, at]
         for g in range(G):
@@ -344,39 +349,47 @@ def test_what_a_value_writes_is_the_norm_of_its_product_with_the_output_matrix()
     np.testing.assert_allclose(slots.numbers[1][0], want, rtol=1e-4)
 
 
-def test_non_causal_mass_is_what_a_block_gives_its_tokens() -> None:
-    """Query by query over blocks of 4 of 10 tokens that come in any order among padding, without a scale or a mask; one alone has its value's norm."""
+@pytest.mark.parametrize("sinks", [0, 9])
+def test_non_causal_mass_is_what_a_block_gives_its_tokens(sinks: int) -> None:
+    """Query by query over blocks of 4 of 10 tokens that come in any order among padding, without a scale or a mask; one alone has its value's norm.
+
+    The first tokens take no part in it, and stay.
+    """
     T, size = 13, 4
     pos = np.stack([DRAW.permutation(np.r_[np.arange(7, 17), -1, -1, -1]) for _ in range(B)])
     k, v = DRAW.standard_normal((2, B, K, T, H))
     q = DRAW.standard_normal((B, T, K * G, H))
     now = jnp.full((B, 1, 1), 16)
     pos_BKT = jnp.broadcast_to(jnp.asarray(pos)[:, None], (B, K, T))
-    statistic = scores.NonCausalMass(size=size)
+    statistic = scores.NonCausalMass(size=size, sinks=sinks)
     with jax.enable_x64(True):
         tokens = Tokens(pos_BKT, jnp.asarray(k), jnp.asarray(v), now, (), HEADS, q_BTNH=jnp.asarray(q))
         got = np.asarray(statistic.enter(tokens))
         alone = tokens._replace(
             pos_BKS=pos_BKT[..., :1], k_BKSH=tokens.k_BKSH[:, :, :1], v_BKSW=tokens.v_BKSW[:, :, :1]
         )
-        np.testing.assert_allclose(statistic.enter(alone), np.linalg.norm(v[:, :, :1], axis=-1))
+        first = (pos[:, None, :1] >= 0) & (pos[:, None, :1] < sinks)
+        np.testing.assert_allclose(statistic.enter(alone), np.where(first, FIRST, np.linalg.norm(v[:, :, :1], axis=-1)))
     for b in range(B):
         order = np.argsort(pos[b])[3:]
+        assert (got[b][:, order[pos[b][order] < sinks]] == FIRST).all()
+        order = order[pos[b][order] >= sinks]
         for h in range(K):
             numbers = []
             for block in (order[:4], order[4:8], order[8:]):
                 given = [softmax(k[b, h, block] @ q[b, i, h * G + g]) for i in block for g in range(G)]
                 numbers.extend(np.sum(given, 0) / G * np.linalg.norm(v[b, h, block], axis=-1))
-            want = [np.sum(numbers[max(0, i - 1) : i + 2]) / 3 for i in range(10)]
+            want = [np.sum(numbers[max(0, i - 1) : i + 2]) / 3 for i in range(len(order))]
             np.testing.assert_allclose(got[b, h, order], want, rtol=1e-9)
 
 
 def test_compactor_adds_standard_deviations_and_lets_newcomers_stay() -> None:
-    """Leverage counts `blending` times; tokens not reviewed yet and empty slots do not count in means and deviations."""
-    pos = jnp.asarray([[[0, 1, 2, -1, 3]]])
-    leverage, mass = jnp.asarray([[[1.0, 2.0, 6.0, 99.0, GRACE]]]), jnp.asarray([[[5.0, 3.0, 1.0, 99.0, 7.0]]])
-    got = Compactor(blending=0.5).priority(pos, (leverage, mass), jnp.full((1, 1, 1), 3))[0, 0]
+    """Leverage counts `blending` times; first tokens, those not reviewed yet and empty slots do not count in means and deviations."""
+    pos = jnp.asarray([[[8, 9, 10, -1, 11, 0]]])
+    leverage = jnp.asarray([[[1.0, 2.0, 6.0, 99.0, GRACE, FIRST]]])
+    mass = jnp.asarray([[[5.0, 3.0, 1.0, 99.0, 7.0, FIRST]]])
+    got = Compactor(blending=0.5).priority(pos, (leverage, mass), jnp.full((1, 1, 1), 11))[0, 0]
     z = lambda x: (x - x.mean()) / x.std()
     want = 0.5 * z(np.array([1.0, 2.0, 6.0])) + z(np.array([5.0, 3.0, 1.0]))
     np.testing.assert_allclose(got[:3], want, rtol=1e-5)
-    assert got[4] == GRACE
+    assert got[4] == GRACE and got[5] == FIRST

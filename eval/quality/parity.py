@@ -94,8 +94,8 @@ METHODS = {
             f"kvpress lets the padding of its last block take part: it masks with -10⁻⁹, which is a logit of nothing; {NEWEST}",
         ),
         Method(
-            "Compactor", lambda n, of: f"sink 8 | recent 4 | compactor[blending={1 - n / of}] {n - 12}", "CompactorPress()",
-            "as leverage and non-causal attention; kvpress leaves the 12 pinned tokens out of both, and standardises over all heads together, we by head; "
+            "Compactor", lambda n, of: f"recent 4 | compactor[blending={1 - n / of}] {n - 4}", "CompactorPress()",
+            "as leverage and non-causal attention; kvpress leaves the last four tokens out of both, and standardises over all heads together, we by head; "
             "both blend by the share that goes, where the paper calibrates",
         ),
         Method(
