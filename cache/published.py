@@ -350,7 +350,10 @@ class Hinted(Policy):
         return (Hints(count=self.ranges),)
 
     def priority(self, pos_BKS, read, now_B11):
-        start, stop, priority, until = jnp.moveaxis(read[0][:, :, None], -1, 0)
-        pos_BKS1 = pos_BKS[..., None]
-        said = (start <= pos_BKS1) & (pos_BKS1 < stop) & (now_B11[..., None] <= until)
-        return jnp.where(said.any(-1), jnp.where(said, priority, 0).sum(-1), USUAL).astype(jnp.float32)
+        rank = jnp.full(pos_BKS.shape, USUAL, jnp.float32)
+        for index in range(
+            self.ranges
+        ):  # one after the other: a step of one layer takes 0.6 ms, and over an axis of them 1.1
+            start, stop, priority, until = (x[..., None] for x in jnp.moveaxis(read[0][:, :, index], -1, 0))
+            rank = jnp.where((start <= pos_BKS) & (pos_BKS < stop) & (now_B11 <= until), priority, rank)
+        return rank

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, Int
 
 from kvcascade.cache.queries import (
@@ -103,8 +104,7 @@ class Leverage(Reviewed):
         drawn = np.random.default_rng(0).standard_normal((H, self.sketch)) / self.sketch**0.5
         x = keys @ jnp.asarray(drawn, keys.dtype)
         gram = jnp.einsum("BKSR,BKSQ->BKRQ", x, x) + 0.01 * jnp.eye(self.sketch, dtype=x.dtype)
-        leverage = (x * jnp.linalg.solve(gram, x.swapaxes(-1, -2)).swapaxes(-1, -2)).sum(-1)
-        return jnp.where(held.pos_BKS < self.sinks, FIRST, leverage)
+        return jnp.where(held.pos_BKS < self.sinks, FIRST, _against(gram, x))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,10 +212,7 @@ class Capacity(Reviewed):
         most = jnp.maximum(near.max(-1, keepdims=True), -1e30)
         weights, v = jnp.exp(near - most), held.v_BKSW
         spanned = jnp.einsum("BKGS,BKSW,BKSX->BKGWX", weights, v, v) + jnp.eye(v.shape[-1], dtype=v.dtype)
-        solved = jnp.linalg.solve(
-            spanned, jnp.broadcast_to(v.swapaxes(-1, -2)[:, :, None], (*spanned.shape[:-1], v.shape[2]))
-        )
-        added = (weights * jnp.einsum("BKSW,BKGWS->BKGS", v, solved)).sum(2)
+        added = (weights * _against(spanned, v[:, :, None])).sum(2)
         return jnp.where(held.pos_BKS < self.sinks, FIRST, added)
 
 
@@ -273,6 +270,15 @@ class Redundancy(Reviewed):
         wide = jnp.pad(segments.sorted(mass), ((0, 0), (0, 0), (3, 3)))
         mass = segments.unsorted(jnp.stack([wide[..., i : i + mass.shape[-1]] for i in range(7)]).max(0))
         return self.importance * mass - (1 - self.importance) * like
+
+
+def _against(gram: Float[Array, "... R R"], x: Float[Array, "... S R"]) -> Float[Array, "... S"]:
+    """x·G⁻¹·x of each x, by the inverse of G's root, which takes less time than a solution for each x."""
+    root = jnp.linalg.cholesky(gram)
+    inverse = solve_triangular(
+        root, jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape), lower=True
+    )
+    return ((x @ inverse.swapaxes(-1, -2)) ** 2).sum(-1)
 
 
 def _there(held: Tokens) -> Bool[Array, "B K S 1"]:
