@@ -40,7 +40,8 @@ class Look:
     positions_BT: Int[Array, "B T"]
     entry: Entry
     """They carry no numbers yet: those are made of the tokens that enter."""
-    written_BTK: Float[Array, "B T K"]
+    written_BTK: Float[Array, "B T K"] | None
+    """None where no token carries numbers: to make it is a product as large as the output's."""
     mass: tuple[Float[Array, "B K T _"], ...]
     """What each query gave each slot of each tier, and then each of the tokens; nothing where nobody asks for it."""
 
@@ -61,7 +62,8 @@ class Look:
             mass = (*map(join, held, held_later), join(ours, join(ours_later, own, 3)))
         entry = jax.tree.map(join, self.entry, later.entry)
         q_BTNH, positions_BT = join(self.q_BTNH, later.q_BTNH, 1), join(self.positions_BT, later.positions_BT, 1)
-        written_BTK = join(self.written_BTK, later.written_BTK, 1)
+        both = self.written_BTK, later.written_BTK
+        written_BTK = None if both[0] is None or both[1] is None else join(*both, 1)
         return Look(later.out_BTNW, q_BTNH, positions_BT, entry, written_BTK, mass)
 
 
@@ -158,7 +160,8 @@ class LayerCache:
         as_slots = lambda each: Slots(f32.encode(each.k), f32.encode(each.v), each.pos_BKT)
         held = [*self.held, *((as_slots(each), Codecs(f32, f32)) for each in offered)]
         out_BTNW, mass = normalise(attend_each(q_BTNH, positions_BT, held, self.heads, self.cascade.observed))
-        look = Look(out_BTNW.astype(q_BTNH.dtype), q_BTNH, positions_BT, entry, written_BTK, tuple(mass))
+        kept = written_BTK if self.cascade.statistics else None
+        look = Look(out_BTNW.astype(q_BTNH.dtype), q_BTNH, positions_BT, entry, kept, tuple(mass))
         return look if pending is None else pending.then(look)
 
     def commit(self, look: Look) -> "LayerCache":
@@ -193,11 +196,11 @@ class LayerCache:
 
     def _begun(self, entry: Entry, q_BTNH, positions_BT, written_BTK) -> Entry:
         """The tokens with the numbers that they begin with, which may depend on the others that enter with them."""
-        now_B11, beside = (
-            positions_BT.max(-1)[:, None, None],
-            (written_BTK.transpose(0, 2, 1), q_BTNH.astype(jnp.float32)),
-        )
-        tokens = Tokens(entry.pos_BKT, entry.k, entry.v, now_B11, (), self._here, *beside)
+        if written_BTK is None:  # there are no numbers
+            return entry
+        now_B11, written_BKT = positions_BT.max(-1)[:, None, None], written_BTK.transpose(0, 2, 1)
+        beside = self._here, written_BKT, q_BTNH.astype(jnp.float32)
+        tokens = Tokens(entry.pos_BKT, entry.k, entry.v, now_B11, (), *beside)
         begins = lambda each: each.enter(tokens._replace(memories=self._memories(each)))
         numbers = tuple(lax.stop_gradient(begins(each)) for each in self.cascade.statistics)
         return dataclasses.replace(entry, numbers=numbers)

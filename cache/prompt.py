@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from kvcascade.cache.codec import f32
 from kvcascade.cache.layer import LayerCache
+from kvcascade.cache.queries import shares
 from kvcascade.cache.statistic import Statistic
 from kvcascade.cache.whole import Cache, put
 from kvcascade.kernels.causal import causal_attention
@@ -132,8 +133,11 @@ class Reread:
         pos_BKS = jnp.concatenate([cut(there.pos_BKS), sinks, own.pos_BKS], 2)
 
         def block(numbers, part):
-            shares = _shares(part[0], part[1], keys, pos_BKS, heads)[..., : self.size]
-            return tuple(each.reread(x, shares) for each, x in zip(self.prompt.rereads, numbers, strict=True)), None
+            q_BQNH, pos_BQ = part
+            q_BQKGH = q_BQNH.astype(jnp.float32).reshape(*pos_BQ.shape, keys.shape[1], -1, heads.width)
+            pos_BKQ = jnp.broadcast_to(pos_BQ[:, None], (len(pos_BQ), keys.shape[1], pos_BQ.shape[1]))
+            given = shares(q_BQKGH.swapaxes(1, 2), pos_BKQ, keys, pos_BKS, heads)[..., : self.size]
+            return tuple(each.reread(x, given) for each, x in zip(self.prompt.rereads, numbers, strict=True)), None
 
         old = tuple(map(cut, self.numbers[index]))
         new, _ = lax.scan(block, old, (_blocks(q_BTNH, 0), _blocks(positions_BT, -1)))
@@ -153,14 +157,3 @@ def _blocks(x, fill: int):
     size = min(QUERIES, x.shape[1])
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
     return x.reshape(len(x), -1, size, *x.shape[2:]).swapaxes(0, 1)
-
-
-def _shares(q_BQNH, positions_BQ, k_BKSH, pos_BKS, heads: Heads) -> Float[Array, "B K G Q S"]:
-    """What each query head gives each key; a padded query gives nothing."""
-    B, Q, N, H = q_BQNH.shape
-    q_BQKGH = q_BQNH.astype(jnp.float32).reshape(B, Q, k_BKSH.shape[1], -1, H)
-    logits = heads.capped(heads.scale * jnp.einsum("BQKGH,BKSH->BKGQS", q_BQKGH, k_BKSH))
-    seen = (pos_BKS[:, :, None] >= 0) & heads.sees(positions_BQ[:, None, :, None] - pos_BKS[:, :, None])
-    logits = jnp.where(seen[:, :, None], logits, -jnp.inf)
-    weights = jnp.exp(logits - jnp.maximum(logits.max(-1, keepdims=True), -1e30))
-    return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)

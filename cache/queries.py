@@ -1,4 +1,4 @@
-"""What layers remember of their queries, and queries and keys before and after RoPE."""
+"""What layers remember of their queries, what those attend to, and queries and keys before and after RoPE."""
 
 import dataclasses
 
@@ -93,6 +93,25 @@ def _grouped(q_BTNH, positions_BT, heads: Heads, K: int) -> Float[Array, "B T K 
     if heads.rope is not None:
         q_BTNH = turned_back(q_BTNH, rotation(positions_BT, H, heads.rope))
     return jnp.where((positions_BT >= 0)[..., None, None], q_BTNH, 0).reshape(B, T, K, N // K, H)
+
+
+def shares(
+    q_BKQGH: Float[Array, "B K Q G H"],
+    pos_BKQ: Int[Array, "B K Q"],
+    k_BKSH: Float[Array, "B K S H"],
+    pos_BKS: Int[Array, "B K S"],
+    heads: Heads,
+    pooled: bool = False,
+) -> Float[Array, "B K _ Q S"]:
+    """What queries give of their attention to each of these keys alone; at position -1 neither is there. `pooled`: by the largest logit of a group's heads."""
+    age = pos_BKQ[:, :, None, :, None] - pos_BKS[:, :, None, None]
+    sees = heads.sees(age) & (pos_BKQ[:, :, None, :, None] >= 0) & (pos_BKS[:, :, None, None] >= 0)
+    logits = heads.capped(heads.scale * jnp.einsum("BKQGH,BKSH->BKGQS", q_BKQGH, k_BKSH))
+    if pooled:
+        logits = logits.max(2, keepdims=True)
+    logits = jnp.where(sees, logits, -jnp.inf)
+    weights = jnp.exp(logits - jnp.maximum(logits.max(-1, keepdims=True), -1e30))
+    return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
 
 
 def before_rope(k_BKSH, pos_BKS, heads: Heads) -> Float[Array, "B K S H"]:

@@ -16,6 +16,7 @@ from kvcascade.cache.queries import (
     ahead,
     before_rope,
     pairs,
+    shares,
     turned,
     turned_variance,
 )
@@ -295,11 +296,4 @@ def _softmax(logits_BKGS: Float[Array, "B K G S"], pos_BKS: Int[Array, "B K S"])
 def _seen(held: Tokens, pooled: bool = False) -> Float[Array, "B K G Q S"]:
     """What the remembered queries give the tokens of their attention; `pooled`: by the largest logit of a group's heads."""
     q_BKQGH, pos_BKQ = held.memories[0]
-    age = pos_BKQ[:, :, None, :, None] - held.pos_BKS[:, :, None, None]
-    sees = held.heads.sees(age) & (pos_BKQ[:, :, None, :, None] >= 0) & (held.pos_BKS[:, :, None, None] >= 0)
-    logits = held.heads.capped(held.heads.scale * jnp.einsum("BKQGH,BKSH->BKGQS", q_BKQGH, held.k_BKSH))
-    if pooled:
-        logits = logits.max(2, keepdims=True)
-    logits = jnp.where(sees, logits, -jnp.inf)
-    weights = jnp.exp(logits - jnp.maximum(logits.max(-1, keepdims=True), -1e30))
-    return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    return shares(q_BKQGH, pos_BKQ, held.k_BKSH, held.pos_BKS, held.heads, pooled)

@@ -569,6 +569,11 @@ class Profile(Named):
         return _uneven(self.growth)
 
 
+def commits(found: Iterable[Record]) -> str:
+    """The commits that records were measured at, each once."""
+    return " and ".join(dict.fromkeys(r.commit for r in found))
+
+
 def _unlike(record: Evaluation | Parity | Quantization, keys: Iterable[str]) -> str | None:
     lengths = {key: len(getattr(record, key)) for key in keys if getattr(record, key) is not None}
     wrong = [f"{length} {key}" for key, length in lengths.items() if length != record.sequences]

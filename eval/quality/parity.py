@@ -14,7 +14,7 @@ from kvcascade.eval.measure import Job
 from kvcascade.eval.quality import evaluation
 from kvcascade.eval.quality.evaluation import Protocol
 from kvcascade.eval.quality.windows import Windows
-from kvcascade.eval.records import Parity
+from kvcascade.eval.records import Parity, commits
 from kvcascade.eval.speed.peers import Peer, PeerFailed
 from kvcascade.eval.table import CACHE, Column, Table
 from kvcascade.eval.table import markdown as markdown_of
@@ -200,5 +200,5 @@ def table(found: Sequence[Parity]) -> Table:
 
 def markdown(found: Sequence[Parity]) -> str:
     """The table for the documentation, and what it was measured on."""
-    shown, commits = table(found), " and ".join(dict.fromkeys(r.commit for r in found))
-    return f"{markdown_of(shown.code)}\n\n{shown.title}. {found[0].device}, measured at {commits}."
+    shown = table(found)
+    return f"{markdown_of(shown.code)}\n\n{shown.title}. {found[0].device}, measured at {commits(found)}."

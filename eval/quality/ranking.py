@@ -11,7 +11,7 @@ from jaxtyping import Float
 from kvcascade.cache import ranker
 from kvcascade.cache.ranker import Ranker
 from kvcascade.eval.quality.evaluation import KEPT, PPL, against, change, protocol
-from kvcascade.eval.records import Correlations, Evaluation, Ranking, Record, of
+from kvcascade.eval.records import Correlations, Evaluation, Ranking, Record, commits, of
 from kvcascade.eval.table import CACHE, KV_BYTES, SAVED, Column, Table, markdown
 
 SAID = ("learned", "key_norm", "position")
@@ -75,7 +75,7 @@ def page(found: list[Record]) -> str:
         f"{first.model} in {first.weights}, {protocol(evaluations[0])}; ≈: not decided, all caches taken together. "
         f"{_beside(evaluations)}. The ranker learned from {first.windows - first.held_out} windows of {first.data.removeprefix('file:')} in "
         f"{first.steps:,} steps and has {first.ranker_bytes:,} bytes; rank correlation with what came in the {first.held_out} windows held out, the mean "
-        f"over layers: {means}. {first.device}, commits {' and '.join(dict.fromkeys(r.commit for r in evaluations))}."
+        f"over layers: {means}. {first.device}, commits {commits(evaluations)}."
     )
     return f"{markdown(Table.of('', columns, evaluations).code)}\n\n{about}"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from kvcascade.cache.errors import BadInput
 from kvcascade.eval import suite
 from kvcascade.eval.quality import evaluation, retrieval
-from kvcascade.eval.records import Compared, Evaluation, Record, Retrieval, Training, grouped, of
+from kvcascade.eval.records import Compared, Evaluation, Record, Retrieval, Training, commits, grouped, of
 from kvcascade.eval.report.page import KEPT, findings, models_table, title
 from kvcascade.eval.table import CACHE, SAVED, Column, Table, markdown
 
@@ -20,8 +20,8 @@ def _answers(name: str, found: list[Retrieval]) -> Column:
 
 
 def _stamp(found: Sequence[Evaluation]) -> str:
-    commits = [*dict.fromkeys(r.commit for r in found)]
-    return f"Seed {found[0].seed}, {found[0].device}, commit{'s' if commits[1:] else ''} {' and '.join(commits)}."
+    at = commits(found)
+    return f"Seed {found[0].seed}, {found[0].device}, commit{'s' if ' ' in at else ''} {at}."
 
 
 def readme_tables(found: list[Record]) -> dict[str, str]:
