@@ -121,7 +121,7 @@ def generate(
     `keep` says what ranges of the prompt's positions deserve in a `hinted` tier, such as `0:200=90@500` (`cache/hints.py`).
     Raises BadInput where prompt and tokens are more than the model's context.
     """
-    from kvcascade.cache.hints import hint
+    from kvcascade.cache.retention import hint
     from kvcascade.cache.spec import parse
     from kvcascade.model import chat as templates
     from kvcascade.model import generate as generation

@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 from kvcascade.cache.cascade import Cascade
 from kvcascade.cache.checks import promise
 from kvcascade.cache.codec import f32
-from kvcascade.cache.hints import Hint, Hints
+from kvcascade.cache.hints import Hints
 from kvcascade.cache.policies import Full
+from kvcascade.cache.retention import Hint
 from kvcascade.cache.statistic import Memory, Statistic, Tokens
 from kvcascade.cache.tier import empty, take_in
 from kvcascade.kernels.causal import causal_attention

@@ -7,8 +7,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from kvcascade.cache.hints import USUAL, Hints
+from kvcascade.cache.hints import Hints
 from kvcascade.cache.policy import PINNED, Policy, Positive, standardised
+from kvcascade.cache.retention import USUAL
 from kvcascade.cache.reviews import (
     Capacity,
     ChunkMass,

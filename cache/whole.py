@@ -8,8 +8,9 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.cache.hints import Hint, Hints
+from kvcascade.cache.hints import Hints
 from kvcascade.cache.layer import LayerCache, Look
+from kvcascade.cache.retention import Hint
 from kvcascade.cache.statistic import Statistic
 
 

@@ -4,7 +4,7 @@ Codes are exact in bf16, so they are multiplied as they are, and a vector's scal
 q·k = scale · (q·codes) + low · Σq. The float32 side is the sum of three bf16 terms, whose products with codes are exact.
 """
 
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,24 @@ from jaxtyping import Array, Float, Int
 from kvcascade.kernels.heads import Heads
 from kvcascade.kernels.launch import launch
 from kvcascade.kernels.partial import Partial
-from kvcascade.kernels.slots import Slots, Stored, payload, unknown
+from kvcascade.kernels.slots import Pair, Slots, Stored, payload, unknown
 
 TILE = 64  # slots at once
 BLOCKS = 2 * 132  # what fills an H100
 
 
-def refuses(slots: Slots) -> str | None:
-    """Why the kernel cannot read slots, or None."""
+class Blocks(NamedTuple):
+    """Where rows' slots stand that are in the blocks of a pool."""
+
+    table_BW: Int[Array, "B W"]
+    """Each row's blocks, -1: none."""
+    layer: int
+    limit: int
+    """How many slots a row has at most."""
+
+
+def refuses(slots: Pair) -> str | None:
+    """Why the kernel cannot read these, or None."""
     for stored in (slots.k, slots.v):
         kind = format_of(stored)
         if kind is None:
@@ -51,32 +61,34 @@ def _head_dim(stored: Stored, kind: str) -> int:
 def attend(
     q_BNH: Float[Array, "B N H"],
     q_pos_B: Int[Array, " B"],
-    slots: Slots,
+    slots: Slots | Pair,
     heads: Heads,
     observed: bool,
     interpret: bool,
-    table_BP: Int[Array, "B P"] | None = None,
+    blocks: Blocks | None = None,
 ) -> tuple[Partial, Float[Array, "B K G S"] | None]:
     """`partial.attend` for one query per row, in parts: the partial's arrays have a leading axis of as many as the slots were split into.
 
     The query is `turn`ed if the format is, and so is the output. With `observed` also the logits, -inf where a slot is not seen.
-    With a table the first axis of the slots counts pages, and a row has those that the table names, -1 for none.
+    In blocks the arrays are those of a pool [P, L, K, Z, …], and a slot's number is its position.
     """
     B, N, H = q_BNH.shape
-    K, Z = slots.pos_BKS.shape[1:]
-    S = Z if table_BP is None else Z * table_BP.shape[1]
+    K, Z = payload(slots.k).shape[-3:-1]
+    S = Z if blocks is None else blocks.limit
+    where = slots.pos_BKS if isinstance(slots, Slots) else blocks.table_BW
     G = N // K
     tiles, split = _split(B * K, S, 2 * 4 * G * H, _bytes_per_slot(slots))
     results = [(split, B, N, H), (split, B, N), (split, B, N), (B, K, G, S) if observed else (1,)]
     out, top, total, logits = launch(
         _attend,
         (B * K, split),
-        [q_BNH, q_pos_B, q_pos_B if table_BP is None else table_BP, slots.pos_BKS, *_arrays(slots.k), *_arrays(slots.v)],
+        [q_BNH, q_pos_B, where, *_arrays(slots.k), *_arrays(slots.v)],
         [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results],
         interpret=interpret,
         registers=255,
         K=K, G=G, S=S, Z=Z, H=H, ROWS=max(16, triton.next_power_of_2(G)), HALF=max(16, triton.next_power_of_2(H // 2)),
-        FORM=format_of(slots.k), FORM_V=format_of(slots.v), BLOCK=min(16, H // 2), PAGED=table_BP is not None, OBSERVED=observed,
+        FORM=format_of(slots.k), FORM_V=format_of(slots.v), BLOCK=min(16, H // 2), WIDTH=blocks.table_BW.shape[1] if blocks else 0,
+        LAYERS=payload(slots.k).shape[1] if blocks else 1, LAYER=blocks.layer if blocks else 0, OBSERVED=observed,
         WINDOW=heads.window, SCALE=heads.scale, CAP=heads.soft_cap, TILE=TILE, TILES=tiles,
     )  # fmt: skip
     return Partial(out[:, :, None], top[:, :, None], total[:, :, None]), logits if observed else None
@@ -93,7 +105,7 @@ def _arrays(stored: Stored) -> list[Array]:
     return [codes, stored.get("scale", codes), more]
 
 
-def _bytes_per_slot(slots: Slots) -> int:
+def _bytes_per_slot(slots: Pair) -> int:
     return 4 + sum(x.shape[-1] * x.dtype.itemsize for stored in (slots.k, slots.v) for x in stored.values())
 
 
@@ -109,9 +121,10 @@ def _split(rows: int, S: int, own_bytes: int, bytes_per_slot: int) -> tuple[int,
 @triton.jit
 @no_type_check
 def _attend(
-    q, q_pos, table, pos, k, k_scale, k_more, v, v_scale, v_more, out, top, total, logits,
+    q, q_pos, where, k, k_scale, k_more, v, v_scale, v_more, out, top, total, logits,
     K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, Z: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
-    FORM: tl.constexpr, FORM_V: tl.constexpr, BLOCK: tl.constexpr, PAGED: tl.constexpr, OBSERVED: tl.constexpr,
+    FORM: tl.constexpr, FORM_V: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, LAYERS: tl.constexpr, LAYER: tl.constexpr, OBSERVED: tl.constexpr,
     WINDOW: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -136,13 +149,13 @@ def _attend(
     for tile in range(start, tl.minimum(start + TILES * TILE, S), TILE):
         s = tile + tl.arange(0, TILE)
         there = s < S
-        if PAGED:
-            page = tl.load(table + batch * (S // Z) + s // Z, mask=there, other=-1)
-            there = there & (page >= 0)
-            slot = (page.to(tl.int64) * K + head) * Z + s % Z
+        if WIDTH:
+            block = tl.load(where + batch * WIDTH + s // Z, mask=there, other=-1)
+            slot = ((block.to(tl.int64) * LAYERS + LAYER) * K + head) * Z + s % Z
+            held = tl.where(there & (block >= 0), s, -1)
         else:
             slot = row * S + s
-        held = tl.load(pos + slot, mask=there, other=-1)
+            held = tl.load(where + slot, mask=there, other=-1)
         seen = (held >= 0) & sees(now - held, WINDOW)
         k1, k2 = _read(k, k_more, slot, seen, j, H, HALF, FORM, BLOCK, TILE)
         score = tl.zeros((ROWS, TILE), tl.float32)

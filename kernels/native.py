@@ -18,7 +18,7 @@ from jaxtyping import Array
 from kvcascade.kernels import processor
 from kvcascade.kernels.backend import Kernel
 from kvcascade.kernels.files import cache_dir, write_whole
-from kvcascade.kernels.slots import Slots, Stored, unknown
+from kvcascade.kernels.slots import Pair, Stored, unknown
 
 SOURCES = sorted(Path(__file__).parent.glob("native_*.*"))
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
@@ -36,7 +36,7 @@ def ready() -> bool:
     except OSError as error:
         logging.getLogger(__name__).warning("no C++ kernels, decoding goes through XLA and is slower: %s", error)
         return False
-    for name in ("kvcascade_decode", "kvcascade_exchange", "kvcascade_product"):
+    for name in ("kvcascade_decode", "kvcascade_exchange", "kvcascade_write", "kvcascade_product"):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
     loaded.kvcascade_threads(ctypes.c_int64(processor.count()))
     return True
@@ -51,8 +51,8 @@ def kernel(call: Callable, refuses: Callable[..., str | None] = lambda *argument
 ORDER = ("values", "codes", "scale", "low")
 
 
-def unread(*slots: Slots) -> str | None:
-    """Why the kernels cannot read slots, or None."""
+def unread(*slots: Pair) -> str | None:
+    """Why the kernels cannot read these, or None."""
     for stored in (stored for tier in slots for stored in (tier.k, tier.v)):
         types = {x.dtype.name for x in stored.values()}
         if not set(stored) <= set(ORDER) or not types <= {"float32", "bfloat16", "int8", "uint8"}:

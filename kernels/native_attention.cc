@@ -1,7 +1,8 @@
-// Attention of one query per row over all tiers, for XLA on a CPU.
+// Attention of queries over all tiers of their rows, for XLA on a CPU.
 //
 // XLA converts a bf16 or int8 operand of a product into a float32 copy. This reads each stored number once, as it is stored, and
-// skips slots that the query does not see. A task is one row's KV head, whose G query heads share every vector that is read.
+// skips slots that no query sees. A task is one KV head of a group: consecutive queries of one row, often a single one, whose heads
+// share every vector that is read.
 
 #include <algorithm>
 #include <cstdint>
@@ -16,35 +17,51 @@ namespace {
 constexpr int64_t kAhead = 6;  // blocks of slots
 constexpr float kNothing = -1e30f;  // partial.NEVER
 
+// A row's slots are its own, [R, K, S], or stand in blocks of a pool: the one of position p in block table[row, p / page].
 struct Tier {
   Stored k, v;
-  const int32_t* pos;  // [B, K, S]
-  int64_t slots;       // S
-  float* weights;      // [B, N, S], or null
+  const int32_t* pos;    // [R, K, S]; null in blocks, where a slot's number is its position
+  int64_t slots;         // S; in blocks as many as the longest row can have
+  float* weights;        // [B, N, S], or null
+  const int32_t* table;  // [R, width], -1: no block; or null
+  int64_t width, page;   // blocks of a row, slots of a block: a power of two, and whole registers
+  int64_t stride;        // vectors from one block to the next
+};
+
+// Consecutive queries of one row.
+struct Group {
+  int64_t first, count;
 };
 
 struct Call {
   const float* q;              // [B, N, H]
   const int32_t* query_pos;    // [B]
+  const int32_t* query_row;    // [B], or null: each is a row of its own
   float* out;                  // [B, N, H], and beside it [B, N]:
   float *maximum, *sum;        // partial.Partial
   int64_t kv_heads, group, H;  // K, G = N / K
   int64_t window;              // positions that a query sees, 0: all
   float scale, soft_cap;       // of logits; 0: no cap
   std::vector<Tier> tiers;
-  int64_t shares;  // of a row's KV head
+  std::vector<Group> groups;  // empty: each query is one
+  int64_t most;    // queries of a group, at most
+  int64_t shares;  // of a group's KV head
   float* memory;   // of all shares, where there are several
 };
 
-// A row's KV head over its share of each tier's slots; shares merge as partials do, by the logits' maximum and the weights' sum.
+// A group's KV head over its share of each tier's slots; shares merge as partials do, by the logits' maximum and the weights' sum.
 // kWide registers hold a vector of H (0: known only when run).
 template <int kWide>
 class Share {
  public:
   Share(const Call& call, int64_t row_head, int64_t share)
-      : call_(call), H_(call.H), G_(call.group), row_head_(row_head), share_(share) {
-    now_ = call.query_pos[row_head / call.kv_heads];
-    oldest_ = call.window ? std::max<int64_t>(0, now_ - call.window + 1) : 0;
+      : call_(call), H_(call.H), head_(row_head % call.kv_heads), share_(share) {
+    const int64_t group = row_head / call.kv_heads;
+    const Group all = call.groups.empty() ? Group{group, 1} : call.groups[group];
+    query_ = all.first, queries_ = all.count, G_ = call.group * all.count;
+    row_ = call.query_row ? std::max(call.query_row[query_], 0) : query_;
+    const auto [least, most] = std::minmax_element(call.query_pos + query_, call.query_pos + query_ + queries_);
+    now_ = *most, oldest_ = Oldest(*least);
     for (const Tier& tier : call.tiers) slots_ += Last(tier) - First(tier);
     stride_ = kWide ? kWide * kLanes : RoundUp(H_);
     thread_local std::vector<Register> own, memory;
@@ -67,12 +84,12 @@ class Share {
   static int64_t Size(const Call& call) {
     int64_t slots = 0;
     for (const Tier& tier : call.tiers) slots += (RoundUp(tier.slots) / kLanes / call.shares + 1) * kLanes;
-    return RoundUp(2 * call.group) + call.group * (RoundUp(call.H) + slots);
+    return RoundUp(2 * call.group * call.most) + call.group * call.most * (RoundUp(call.H) + slots);
   }
 
   void Run() {
     for (int64_t g = 0; g < G_; ++g) {
-      const float* q = call_.q + (row_head_ * G_ + g) * H_;
+      const float* q = call_.q + Head(g) * H_;
       for (int64_t h = 0; h < H_; ++h) q_turned_[g * stride_ + h] = q_[g * stride_ + h] = q[h] * call_.scale;
     }
     if (std::any_of(call_.tiers.begin(), call_.tiers.end(), [](const Tier& tier) { return tier.k.turned; })) {
@@ -95,7 +112,7 @@ class Share {
   // Once all shares have run: the head's partial, by its first share, and the weights of this share's slots.
   void Finish() {
     for (int64_t g = 0; g < G_; ++g) {
-      const int64_t head = row_head_ * G_ + g;
+      const int64_t head = Head(g);
       float top = kNever;
       for (int64_t p = 0; p < call_.shares; ++p) top = std::max(top, Maxima(p)[g]);
       auto rescaled = [&](int64_t p) { return Maxima(p)[g] == kNever ? 0.0f : Exp(Maxima(p)[g] - top); };
@@ -121,8 +138,24 @@ class Share {
   }
 
  private:
-  // The slots of a share: whole blocks.
-  int64_t Bound(const Tier& tier, int64_t share) const { return RoundUp(tier.slots) / kLanes * share / call_.shares * kLanes; }
+  // The query head of the g-th of a group's: those of one query, then those of the next.
+  int64_t Head(int64_t g) const { return ((query_ + g / call_.group) * call_.kv_heads + head_) * call_.group + g % call_.group; }
+
+  // The first position that a query at this one sees.
+  int32_t Oldest(int32_t now) const { return call_.window ? std::max<int64_t>(0, now - call_.window + 1) : 0; }
+
+  // Where slots from one on stand, in vectors; -1: nowhere.
+  int64_t Start(const Tier& tier, int64_t first) const {
+    if (!tier.table) return (row_ * call_.kv_heads + head_) * tier.slots + first;
+    const int64_t block = tier.table[row_ * tier.width + (first >> __builtin_ctzll(tier.page))];
+    return block < 0 ? -1 : block * tier.stride + head_ * tier.page + (first & (tier.page - 1));
+  }
+
+  // The slots of a share: whole registers. In blocks a row is as long as its newest query says.
+  int64_t Bound(const Tier& tier, int64_t share) const {
+    const int64_t slots = tier.table ? std::min<int64_t>(tier.slots, now_ + 1) : tier.slots;
+    return RoundUp(slots) / kLanes * share / call_.shares * kLanes;
+  }
   int64_t First(const Tier& tier) const { return Bound(tier, share_); }
   int64_t Last(const Tier& tier) const { return Bound(tier, share_ + 1); }
 
@@ -134,13 +167,15 @@ class Share {
 
   // Read a block of slots, zeros in place of those that are not seen; false if none is.
   bool ReadBlock(const Tier& tier, const Stored& stored, int64_t first) {
-    const int64_t start = row_head_ * tier.slots + first, slots = std::min<int64_t>(kLanes, tier.slots - first);
-    const int32_t* pos = tier.pos + start;
-    int32_t padded[kLanes];
-    if (slots < kLanes) {
-      std::fill_n(std::copy_n(pos, slots, padded), kLanes - slots, -1);
-      pos = padded;
+    const int64_t start = Start(tier, first), slots = std::min<int64_t>(kLanes, tier.slots - first);
+    pos_ = tier.table ? numbered_ : tier.pos + start;
+    if (tier.table) {
+      for (int j = 0; j < kLanes; ++j) numbered_[j] = start < 0 || j >= slots ? -1 : first + j;
+    } else if (slots < kLanes) {
+      std::fill_n(std::copy_n(pos_, slots, numbered_), kLanes - slots, -1);
+      pos_ = numbered_;
     }
+    const int32_t* pos = pos_;
     int count = 0;
 #pragma omp simd reduction(+ : count)
     for (int j = 0; j < kLanes; ++j) {
@@ -150,7 +185,10 @@ class Share {
     }
     // Between two steps the weights pass through the processor's caches, so slots come from memory: ask for them some blocks ahead.
     const int64_t bytes = RowBytes(stored.format, H_);
-    const char* ahead = static_cast<const char*>(stored.codes) + (start + kAhead * kLanes) * bytes;
+    int64_t next = first + kAhead * kLanes;
+    if (tier.table) next = std::min(next, Last(tier) - kLanes);
+    next = Start(tier, next);
+    const char* ahead = static_cast<const char*>(stored.codes) + std::max<int64_t>(next, 0) * bytes;
     for (int64_t i = 0; count > 0 && i < kLanes * bytes; i += 64) __builtin_prefetch(ahead + i);
     if (count == kLanes && stride_ == H_ && !stored.scale) {
       Read(stored, start, kLanes, H_, block_);
@@ -188,6 +226,9 @@ class Share {
         result = Sums(products);
         if (call_.soft_cap) result = Capped(result, call_.soft_cap);
         result += *reinterpret_cast<const Lanes*>(seen_);
+        if (queries_ == 1) continue;
+        const int32_t now = call_.query_pos[query_ + g / call_.group], oldest = Oldest(now);
+        for (int j = 0; j < kLanes; ++j) result[j] = (pos_[j] > now) | (pos_[j] < oldest) ? kNever : result[j];
       }
     }
   }
@@ -236,15 +277,18 @@ class Share {
   }
 
   const Call& call_;
-  const int64_t H_, G_, row_head_, share_;
+  const int64_t H_, head_, share_;
+  int64_t query_, queries_, row_, G_;  // the first of the group's queries, how many, their row, and how many query heads in all
   int64_t slots_ = 0;  // of this share of all tiers, each padded to whole blocks
   int64_t stride_;     // H, padded
-  int32_t now_, oldest_;  // the positions that are seen
+  int32_t now_, oldest_;  // the positions that some query sees
   float* memory_;                            // of this head's shares; where there is one, this thread's
   float* weights_;                           // [G, slots]
   float *q_, *q_turned_, *part_;             // [G, stride]
   float* block_;                             // [kLanes, stride]
-  alignas(sizeof(Lanes)) float seen_[kLanes];  // 0, or -inf for a slot that is not seen
+  const int32_t* pos_;                       // of the slots of that block
+  int32_t numbered_[kLanes];
+  alignas(sizeof(Lanes)) float seen_[kLanes];  // 0, or -inf for a slot that nobody sees
 };
 
 constexpr int64_t kShareSlots = 256;  // at least
@@ -269,27 +313,64 @@ void AttendAll(Call& call, int64_t heads, int64_t slots, int64_t threads) {
   });
 }
 
-// args: per tier its positions, the arrays of K, the arrays of V; rets: the partial, and per tier its weights, or none at all.
-ffi::Error Attend(ffi::ThreadPool pool, ffi::Span<const int64_t> arrays, ffi::Span<const int64_t> turned, int64_t window,
-                  float scale, float soft_cap, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::S32> query_pos, ffi::RemainingArgs args,
-                  ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> maximum, ffi::ResultBuffer<ffi::F32> sum,
-                  ffi::RemainingRets weights) {
+constexpr int64_t kMost = 16;  // queries of a group
+
+// Consecutive queries of one row as groups.
+void Grouped(Call& call, int64_t queries) {
+  for (int64_t n = 0; n < queries; ++n) {
+    const bool same = n > 0 && call.query_row[n] == call.query_row[n - 1] && call.query_row[n] >= 0 && call.groups.back().count < kMost;
+    if (same) {
+      ++call.groups.back().count;
+    } else {
+      call.groups.push_back({n, 1});
+    }
+    call.most = std::max(call.most, call.groups.back().count);
+  }
+}
+
+// args: of each query its row, if `rows`; per tier its positions or its table, the arrays of K, the arrays of V; rets: the partial, and
+// the weights of each tier that is not in blocks, or none at all. places: of each tier the slots of a block, the layer, and the slots that
+// a row has in blocks; zeros where it is not in blocks. A pool's arrays are [P, L, K, Z, …].
+ffi::Error Attend(ffi::ThreadPool pool, ffi::Span<const int64_t> arrays, ffi::Span<const int64_t> turned,
+                  ffi::Span<const int64_t> places, bool rows, int64_t window, float scale, float soft_cap, ffi::Buffer<ffi::F32> q,
+                  ffi::Buffer<ffi::S32> query_pos, ffi::RemainingArgs args, ffi::ResultBuffer<ffi::F32> out,
+                  ffi::ResultBuffer<ffi::F32> maximum, ffi::ResultBuffer<ffi::F32> sum, ffi::RemainingRets weights) {
   const auto dims = q.dimensions();
-  Call call{q.typed_data(), query_pos.typed_data(), out->typed_data(), maximum->typed_data(), sum->typed_data(),
-            0, 0, dims[2], window, scale, soft_cap, {}, 1, nullptr};
+  Call call{q.typed_data(), query_pos.typed_data(), nullptr, out->typed_data(), maximum->typed_data(), sum->typed_data(),
+            0, 0, dims[2], window, scale, soft_cap, {}, {}, 1, 1, nullptr};
+  size_t next = 0, weighed = 0;
+  if (rows) {
+    auto row = args.get<ffi::Buffer<ffi::S32>>(next++);
+    if (!row.has_value()) return row.error();
+    call.query_row = row->typed_data();
+    Grouped(call, dims[0]);
+  }
+  const int32_t longest = dims[0] ? *std::max_element(call.query_pos, call.query_pos + dims[0]) + 1 : 0;
   int64_t slots = 0;
-  size_t next = 0;
   for (size_t i = 0; i < arrays.size() / 2; ++i) {
-    auto pos = args.get<ffi::Buffer<ffi::S32>>(next++);
-    if (!pos.has_value()) return pos.error();
+    auto where = args.get<ffi::Buffer<ffi::S32>>(next++);
+    if (!where.has_value()) return where.error();
+    auto first = args.get<ffi::AnyBuffer>(next);
+    if (!first.has_value()) return first.error();
+    const auto shape = first->dimensions();
     auto k = ReadStored(args, next, arrays[2 * i], turned[2 * i]);
     if (!k.has_value()) return k.error();
     auto v = ReadStored(args, next, arrays[2 * i + 1], turned[2 * i + 1]);
     if (!v.has_value()) return v.error();
-    float* tier_weights = weights.size() ? (*weights.get<ffi::Buffer<ffi::F32>>(i))->typed_data() : nullptr;
-    call.kv_heads = pos->dimensions()[1];
-    call.tiers.push_back({*k, *v, pos->typed_data(), pos->dimensions()[2], tier_weights});
-    slots += pos->dimensions()[2];
+    const int64_t page = places[3 * i], layer = places[3 * i + 1];
+    if (page) {
+      const int64_t width = where->dimensions()[1], vectors = shape[2] * page;
+      const int64_t room = std::min<int64_t>({width * page, places[3 * i + 2], longest});
+      call.kv_heads = shape[2];
+      call.tiers.push_back({From(*k, layer * vectors, call.H), From(*v, layer * vectors, call.H), nullptr, room, nullptr,
+                            where->typed_data(), width, page, shape[1] * vectors});
+      slots += room;
+    } else {
+      float* tier_weights = weights.size() ? (*weights.get<ffi::Buffer<ffi::F32>>(weighed++))->typed_data() : nullptr;
+      call.kv_heads = where->dimensions()[1];
+      call.tiers.push_back({*k, *v, where->typed_data(), where->dimensions()[2], tier_weights, nullptr, 0, 0, 0});
+      slots += where->dimensions()[2];
+    }
   }
   call.group = dims[1] / call.kv_heads;
   auto* run = AttendAll<0>;
@@ -302,9 +383,10 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Span<const int64_t> arrays, ffi::Sp
     case 8: run = AttendAll<8>; break;
   }
   // A stored number is read at the price of four products.
-  const int64_t work = 2 * dims[0] * call.kv_heads * slots * call.H * (call.group + 4);
+  const int64_t groups = rows ? call.groups.size() : dims[0];
+  const int64_t work = 2 * call.kv_heads * slots * call.H * (dims[0] * call.group + 4 * groups);
   const int64_t threads = std::min<int64_t>(pool.num_threads(), work / kWorthAThread);
-  run(call, dims[0] * call.kv_heads, slots, threads);
+  run(call, groups * call.kv_heads, slots, threads);
   return ffi::Error::Success();
 }
 
@@ -315,6 +397,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_decode, Guarded(Attend),
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<ffi::Span<const int64_t>>("arrays")
                                   .Attr<ffi::Span<const int64_t>>("turned")
+                                  .Attr<ffi::Span<const int64_t>>("places")
+                                  .Attr<bool>("rows")
                                   .Attr<int64_t>("window")
                                   .Attr<float>("scale")
                                   .Attr<float>("soft_cap")

@@ -1,4 +1,4 @@
-// The exchange of one slot per row and KV head, for XLA on a CPU: in place, where XLA would copy.
+// Writing into slots and into blocks, for XLA on a CPU: in place, where XLA would copy.
 
 #include <algorithm>
 #include <cstdint>
@@ -90,7 +90,54 @@ ffi::Error Exchange(ffi::Span<const int64_t> arrays, ffi::Span<const int64_t> tu
   return ffi::Error::Success();
 }
 
+// Tokens written into blocks: each into the slot of a block that its number says, slots counted through all blocks; -1: none.
+// args, and rets in place: the arrays of K, those of V [P, L, K, Z, …].
+ffi::Error WriteBlocks(ffi::Span<const int64_t> arrays, ffi::Span<const int64_t> turned, int64_t layer, ffi::Buffer<ffi::F32> k,
+                       ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::S32> slot, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  for (size_t i = 0; i < args.size(); ++i) {
+    if (args.get<ffi::AnyBuffer>(i)->untyped_data() != (*rets.get<ffi::AnyBuffer>(i))->untyped_data()) {
+      return ffi::Error::Internal("blocks are not written in place");
+    }
+  }
+  size_t next = 0;
+  auto first = args.get<ffi::AnyBuffer>(0);
+  if (!first.has_value()) return first.error();
+  const auto shape = first->dimensions();
+  const int64_t K = shape[2], Z = shape[3];
+  auto held_k = ReadStored(args, next, arrays[0], turned[0]);
+  if (!held_k.has_value()) return held_k.error();
+  auto held_v = ReadStored(args, next, arrays[1], turned[1]);
+  if (!held_v.has_value()) return held_v.error();
+  std::vector<float> x(std::max(k.dimensions()[2], v.dimensions()[2]));
+  for (int64_t n = 0; n < slot.dimensions()[0]; ++n) {
+    const int64_t at = slot.typed_data()[n];
+    if (at < 0 || at >= shape[0] * Z) continue;
+    for (int64_t head = 0; head < K; ++head) {
+      const int64_t row = ((at / Z * shape[1] + layer) * K + head) * Z + at % Z;
+      auto write = [&](const Stored& stored, ffi::Buffer<ffi::F32>& vectors) {
+        const int64_t H = vectors.dimensions()[2];
+        std::copy_n(vectors.typed_data() + (n * K + head) * H, H, x.data());
+        Write(stored, row, H, x.data());
+      };
+      write(*held_k, k);
+      write(*held_v, v);
+    }
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_write, Guarded(WriteBlocks),
+                              ffi::Ffi::Bind()
+                                  .Attr<ffi::Span<const int64_t>>("arrays")
+                                  .Attr<ffi::Span<const int64_t>>("turned")
+                                  .Attr<int64_t>("layer")
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .RemainingRets());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_exchange, Guarded(Exchange),
                               ffi::Ffi::Bind()

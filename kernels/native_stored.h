@@ -121,6 +121,14 @@ inline void Decode(const Stored& stored, int64_t row, int64_t H, float* x) {
   if (stored.turned) Turn(x, H);
 }
 
+// Stored vectors from one on.
+inline Stored From(Stored stored, int64_t row, int64_t H) {
+  stored.codes = static_cast<char*>(stored.codes) + row * RowBytes(stored.format, H);
+  if (stored.scale) stored.scale += row;
+  if (stored.low) stored.low += row;
+  return stored;
+}
+
 inline ffi::ErrorOr<Stored> ReadStored(ffi::RemainingArgs& args, size_t& next, int64_t arrays, bool turned) {
   auto first = args.get<ffi::AnyBuffer>(next);
   if (!first.has_value()) return ffi::Unexpected(first.error());

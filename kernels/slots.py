@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,17 @@ from jaxtyping import Array, Float, Int
 
 type Stored = dict[str, Array]
 """The arrays that hold encoded vectors: same leading axes as the vectors, the last one is the codec's own."""
+
+
+@runtime_checkable
+class Pair(Protocol):
+    """Stored keys and values."""
+
+    @property
+    def k(self) -> Stored: ...
+
+    @property
+    def v(self) -> Stored: ...
 
 
 def payload(stored: Stored) -> Array:

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.cache.hints import hint
+from kvcascade.cache.retention import hint
 from kvcascade.cache.spec import parse
 from kvcascade.cache.whole import nbytes
 from kvcascade.eval.memory.arithmetic import full_bytes

@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from slots_reference import attended, codecs, dense, heads_of, held
+from slots_reference import attended, codecs, dense, held
 
 from kvcascade.cache.codec import CODECS
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.tier import empty, recent
 from kvcascade.kernels.heads import Heads
-from kvcascade.kernels.paged import paged_decode
-from kvcascade.kernels.partial import normalise
 from kvcascade.kernels.slots import Codecs, Slots
 
 pytest.importorskip("triton")
@@ -113,37 +111,3 @@ def test_gradients_are_those_of_the_reference():
     loss = lambda q, each: (attended(q, now, slots, True, each)[0] ** 2).sum()
     q = queries(rng, 1, 2, 16)
     np.testing.assert_allclose(jax.grad(loss)(q, "triton"), jax.grad(loss)(q, "xla"), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "codec_name, pages, page, per_row, window",
-    [
-        ("bf16", 5, 16, 4, 0),
-        ("int8", 3, 100, 2, 30),
-        ("fp8", 4, 1, 3, 0),
-        ("int4", 6, 5, 9, 0),
-        ("int4h", 1, 64, 1, 0),
-        ("nvfp4", 3, 32, 3, 9),
-    ],
-)
-def test_pages_equal_float64_over_the_rows_that_they_make(codec_name, pages, page, per_row, window):
-    rng = np.random.default_rng(pages)
-    batch, kv_heads = 2, 2
-    pool, by = held(rng, codec_name, pages, kv_heads, page, 32)
-    # Pages may be shared, missing, or named by nobody.
-    table = rng.integers(-1, pages, (batch, per_row))
-    rows = [[pool_row(pool, number) for number in line] for line in table]
-    together = [jax.tree.map(lambda *x: jnp.concatenate(x, 2), *line) for line in rows]
-    slots = jax.tree.map(lambda *x: jnp.concatenate(x), *together)
-    q, now = queries(rng, batch, kv_heads * 3, 32), jnp.asarray([40, 3], jnp.int32)
-    expected, _ = dense(q, now, [(slots, by)], window)
-    table, heads = jnp.asarray(table, jnp.int32), heads_of(q, [(slots, by)], window=window)
-    for implementation in ("triton", "xla"):
-        part = paged_decode(q, now, pool, table, by, heads, implementation)
-        np.testing.assert_allclose(normalise([(part, [])])[0][:, 0], expected, atol=1e-5)
-
-
-def pool_row(pool: Slots, number: int) -> Slots:
-    """A page as the slots of one row; of no page the positions are empty."""
-    page = jax.tree.map(lambda x: x[max(number, 0)][None], pool)
-    return page if number >= 0 else Slots(page.k, page.v, jnp.full_like(page.pos_BKS, -1), page.numbers)

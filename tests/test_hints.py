@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.cache.hints import Hint, hint
 from kvcascade.cache.layer import LayerCache
 from kvcascade.cache.policies import POLICIES
+from kvcascade.cache.retention import Hint, hint
 from kvcascade.cache.spec import parse
 from kvcascade.cache.whole import Cache, nbytes
 from kvcascade.kernels.heads import Heads

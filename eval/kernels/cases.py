@@ -12,12 +12,11 @@ import jax.numpy as jnp
 
 from kvcascade.cache.codec import CODECS
 from kvcascade.eval.kernels import two_kernel
-from kvcascade.kernels import activation, activation_mosaic, aot, backend
+from kvcascade.kernels import activation, activation_mosaic, aot, backend, pages
 from kvcascade.kernels.backend import Implementation
 from kvcascade.kernels.decode import decode
 from kvcascade.kernels.heads import Heads
 from kvcascade.kernels.nonlinear import Inputs
-from kvcascade.kernels.paged import paged_decode
 from kvcascade.kernels.slots import Codecs, Entry, Slots
 from kvcascade.kernels.write import exchange
 
@@ -133,16 +132,21 @@ def _decode(codec, kv_heads, group, head_dim, observed, implementation, in_use) 
 
 
 def _paged(codec, kv_heads, group, head_dim, implementation, in_use) -> Program:
-    B, K, form, page = BATCH if in_use else 1, kv_heads if in_use else 1, CODECS[codec], 64
+    B, K, form, size, layers = BATCH if in_use else 1, kv_heads if in_use else 1, CODECS[codec], 64, 2
+    heads, held = Heads(K * group, K, head_dim), Codecs(form, form)
 
     def arguments():
         q_BNH = jax.random.normal(jax.random.key(1), (B, K * group, head_dim))
-        pages = B * SLOTS // page
-        table_BP = jax.random.permutation(jax.random.key(2), pages).reshape(B, -1).astype(jnp.int32)
-        return q_BNH, jnp.full(B, SLOTS, jnp.int32), _slots(codec, pages, K, page, head_dim), table_BP
+        blocks = B * SLOTS // size
+        table_BW = jax.random.permutation(jax.random.key(2), blocks).reshape(B, -1).astype(jnp.int32)
+        keys = jax.random.split(jax.random.key(0))
+        k, v = (form.encode(jax.random.normal(key, (blocks, layers, K, size, head_dim))) for key in keys)
+        return q_BNH, jnp.full(B, SLOTS - 1, jnp.int32), table_BW, pages.Pool(k, v)
 
-    heads, held = Heads(K * group, K, head_dim), Codecs(form, form)
-    call = lambda q, now, pool, table: paged_decode(q, now, pool, table, held, heads, implementation=implementation)
+    def call(q, now, table, pool):
+        rows = jnp.arange(B, dtype=jnp.int32)
+        return pages.attend(q, now, rows, table, pool, 1, held, heads, implementation=implementation)[0]
+
     return Program(call, arguments, 2 * B * K * SLOTS * form.nbytes(head_dim))
 
 

@@ -1,0 +1,178 @@
+"""Slots in blocks of a pool that rows share (PagedAttention, Kwon et al. 2023): written and attended to through a table.
+
+A block holds so many consecutive tokens of one row in all layers. The token at position p of a row stands in block table[row, p / Z],
+slot p % Z: nothing else has to be stored, and what stands behind the newest position is never seen.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from kvcascade.kernels import native
+from kvcascade.kernels.backend import Implementation, Kernel, run
+from kvcascade.kernels.decode import Flat, NativeTier, flat, of_splits, on_cpu, one_width, triton_refuses
+from kvcascade.kernels.heads import Heads
+from kvcascade.kernels.partial import Partial, Weights, attend_each, joined
+from kvcascade.kernels.slots import Codecs, Held, Slots, Stored, payload
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Encoded keys and values in blocks: arrays [P, L, K, Z, …], a block all of one index."""
+
+    k: Stored
+    v: Stored
+
+    @classmethod
+    def empty(cls, codecs: Codecs, blocks: int, layers: int, size: int, heads: Heads) -> "Pool":
+        """So many blocks of so many slots in each of the layers, of zeros."""
+
+        def zeros(codec, width):
+            like = jax.eval_shape(lambda: codec.encode(jnp.zeros((blocks, layers, heads.kv, size, width))))
+            return {name: jnp.zeros(x.shape, x.dtype) for name, x in like.items()}
+
+        return cls(zeros(codecs.k, heads.width), zeros(codecs.v, heads.value_width))
+
+    @property
+    def size(self) -> int:
+        """Slots of a block, Z."""
+        return payload(self.k).shape[3]
+
+
+@jax.named_scope("write")
+def write(
+    pool: Pool,
+    k_NKH: Float[Array, "N K H"],
+    v_NKW: Float[Array, "N K W"],
+    slot_N: Int[Array, " N"],
+    layer: int,
+    codecs: Codecs,
+    implementation: Implementation | None = None,
+) -> Pool:
+    """Store one layer's keys and values of tokens in the slots of these numbers, counted through all blocks; -1 is none.
+
+    No two tokens may have one slot. `native` writes in place.
+    """
+    reference, by_cpu = functools.partial(_write, layer, codecs), functools.partial(_write_native, layer, codecs)
+    kernels = {"native": native.kernel(by_cpu, lambda pool, *_: native.unread(pool))}
+    axes = "__K _K _K _ -> __K"
+    return run(implementation, reference, kernels, pool, k_NKH, v_NKW, slot_N, axes=axes)
+
+
+def _write(layer, codecs: Codecs, pool: Pool, k_NKH, v_NKW, slot_N) -> Pool:
+    blocks, _, _, size = payload(pool.k).shape[:4]
+    block_N, offset_N = jnp.where(slot_N < 0, blocks, slot_N // size), slot_N % size
+
+    def put(held: Stored, codec, x_NKH):
+        new = codec.encode(x_NKH.astype(jnp.float32))
+        return {name: held[name].at[block_N, layer, :, offset_N].set(new[name], mode="drop") for name in held}
+
+    return Pool(put(pool.k, codecs.k, k_NKH), put(pool.v, codecs.v, v_NKW))
+
+
+def _write_native(layer, codecs: Codecs, pool: Pool, k_NKH, v_NKW, slot_N) -> Pool:
+    held = [*native.arrays(pool.k), *native.arrays(pool.v)]
+    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in held]
+    aliases = {3 + index: index for index in range(len(held))}
+    call = jax.ffi.ffi_call("kvcascade_write", like, input_output_aliases=aliases)
+    results = call(
+        k_NKH.astype(jnp.float32),
+        v_NKW.astype(jnp.float32),
+        slot_N.astype(jnp.int32),
+        *held,
+        arrays=np.array([len(pool.k), len(pool.v)], np.int64),
+        turned=np.array([codecs.k.turned, codecs.v.turned], np.int64),
+        layer=np.int64(layer),
+    )
+    return Pool(native.named(pool.k, results[: len(pool.k)]), native.named(pool.v, results[len(pool.k) :]))
+
+
+@jax.named_scope("attention")
+def attend(
+    q_BNH: Float[Array, "B N H"],
+    q_pos_B: Int[Array, " B"],
+    q_row_B: Int[Array, " B"],
+    table_RW: Int[Array, "R W"],
+    pool: Pool,
+    layer: int,
+    codecs: Codecs,
+    heads: Heads,
+    limit: int | None = None,
+    beside: Sequence[Held] = (),
+    observed: bool = False,
+    implementation: Implementation | None = None,
+) -> tuple[Partial, list[Weights]]:
+    """`decode.decode` of queries over what their rows hold in blocks, at most the first `limit` positions, and beside them in slots of their own.
+
+    Queries are of any rows, in any order; consecutive ones of a row share what is read. A block of -1 holds nothing, and a query of
+    position -1 sees nothing. The weights are those of the slots `beside`.
+    """
+    limit = min(limit or pool.size * table_RW.shape[1], pool.size * table_RW.shape[1])
+    own, theirs = tuple(slots for slots, _ in beside), tuple(each for _, each in beside)
+    reference, by_cpu, by_gpu = (
+        functools.partial(each, layer, codecs, theirs, heads, limit, observed) for each in (_xla, _native, _triton)
+    )
+    kernels = {
+        "native": native.kernel(by_cpu, lambda *arguments: one_width(heads) or _native_refuses(*arguments)),
+        "triton": Kernel(by_gpu, lambda *arguments: one_width(heads) or triton_refuses(arguments[4], *arguments[5])),
+    }
+    axes = "BK B B _ __K _K -> BK"
+    arguments = q_BNH, q_pos_B, q_row_B, table_RW, pool, own
+    out_BNW, max_BN, sum_BN, weights = run(implementation, reference, kernels, *arguments, axes=axes)
+    return Partial(out_BNW[:, None], max_BN[:, None], sum_BN[:, None]), [each[:, :, :, None] for each in weights]
+
+
+def _xla(layer, codecs, theirs, heads, limit, observed, q_BNH, q_pos_B, q_row_B, table_RW, pool, own) -> Flat:
+    row_B = q_row_B.clip(0)
+    table_BW = table_RW[row_B, : -(-limit // pool.size)]
+
+    def of_rows(x):
+        x = jnp.moveaxis(x[table_BW.clip(0), layer], 1, 2)  # [B, K, W, Z, …]
+        return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :limit]
+
+    k, v = jax.tree.map(of_rows, (pool.k, pool.v))
+    index_S = jnp.arange(limit, dtype=jnp.int32)
+    pos_BS = jnp.where(jnp.repeat(table_BW >= 0, pool.size, axis=1)[:, :limit], index_S, -1)
+    held = [(Slots(k, v, jnp.broadcast_to(pos_BS[:, None], payload(k).shape[:3])), codecs)]
+    held += [(jax.tree.map(lambda x: x[row_B], slots), each) for slots, each in zip(own, theirs, strict=True)]
+    found = attend_each(q_BNH[:, None], q_pos_B[:, None], held, heads, observed)
+    part, weights = joined([(found[0][0], []), *found[1:]])
+    return flat(part, weights)
+
+
+def _native(layer, codecs, theirs, heads, limit, observed, q_BNH, q_pos_B, q_row_B, table_RW, pool, own) -> Flat:
+    tiers = [NativeTier(table_RW, pool.k, pool.v, codecs, (pool.size, layer, limit))]
+    tiers += [NativeTier(x.pos_BKS, x.k, x.v, each) for x, each in zip(own, theirs, strict=True)]
+    return on_cpu(tiers, heads, observed, q_BNH, q_pos_B, q_row_B)
+
+
+def _native_refuses(q, q_pos, q_row, table, pool: Pool, own) -> str | None:
+    size = pool.size
+    if size % 16 or size & (size - 1):
+        return f"made for blocks of 16, 32, 64, … tokens, not of {size}"
+    return native.unread(pool, *own)
+
+
+def _triton(
+    layer, codecs, theirs, heads, limit, observed, q_BNH, q_pos_B, q_row_B, table_RW, pool, own, interpret
+) -> Flat:
+    from kvcascade.kernels import decode_triton
+
+    row_B = q_row_B.clip(0)
+    blocks = decode_triton.Blocks(table_RW[row_B], layer, limit)
+    held = [(pool, codecs, blocks, False)]
+    held += [
+        (jax.tree.map(lambda x: x[row_B], slots), each, None, observed) for slots, each in zip(own, theirs, strict=True)
+    ]
+    found = [
+        decode_triton.attend(each.k.turn(q_BNH), q_pos_B, slots, heads, wanted, interpret, blocks)
+        for slots, each, blocks, wanted in held
+    ]
+    logits = [each for _, each in found if each is not None]
+    return of_splits([codecs, *theirs], [part for part, _ in found], logits)
