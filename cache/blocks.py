@@ -87,16 +87,23 @@ class Blocks:
         return -(-tokens // self.size)
 
     def admit(
-        self, space: bytes, tokens: Sequence[int], now: float, retention: Sequence[Retention] = (), reuse: bool = True
+        self,
+        space: bytes,
+        tokens: Sequence[int],
+        now: float,
+        retention: Sequence[Retention] = (),
+        reuse: bool = True,
+        spare: int = 0,
     ) -> Table | None:
         """A table for all these tokens, with the longest prefix that is known, but for the last token; None, and no change, without room.
 
-        What was found is held before anything is taken: room might be made of it.
+        What was found is held before anything is taken: room might be made of it. So many blocks must be `spare` after that.
         """
         found = self.index.match(space, tokens[: len(tokens) - 1]) if reuse else []
         for block in found:
             self._hold(block)
-        fresh = self._take(self.needed(len(tokens)) - len(found), now)
+        lacking = self.needed(len(tokens)) - len(found)
+        fresh = self._take(lacking, now) if lacking + spare <= self.available else None
         if fresh is None:
             for block in reversed(found):
                 self._drop(block, now)

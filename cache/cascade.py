@@ -26,6 +26,11 @@ class Cascade:
             ranks = any(isinstance(each, Statistic) for each in tier.policy.reads())
             if ranks and tier.policy.alike() and not all(each.policy.alike() for each in tiers[:index]):
                 raise BadInput(f"{tier} ranks for all heads together, so the tiers before it must too")
+        shared = [index for index, tier in enumerate(tiers) if tier.place == "blocks"]
+        if shared and (shared != [0] or front):
+            raise BadInput(
+                f"{tiers[shared[-1]]} must be the first tier, and the only one on blocks: what it held would else depend on the tiers before it"
+            )
         if not 0 <= front < len(tiers):
             raise BadInput(f"of {len(tiers)} tiers {front} cannot stand before those of a prompt")
         object.__setattr__(self, "tiers", tiers)
@@ -35,6 +40,18 @@ class Cascade:
         written = lambda tiers: " | ".join(map(str, tiers))
         front = f" then {written(self.tiers[: self.front])}" if self.front else ""
         return written(self.tiers[self.front :]) + front
+
+    @property
+    def shared(self) -> Tier | None:
+        """The tier on blocks."""
+        return self.tiers[0] if self.tiers[0].place == "blocks" else None
+
+    @property
+    def own(self) -> "Cascade | None":
+        """What rows have in slots of their own; None where all is on blocks."""
+        if self.shared is None:
+            return self
+        return Cascade(*self.tiers[1:]) if len(self.tiers) > 1 else None
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:

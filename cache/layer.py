@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from kvcascade.cache.tier import empty, take_in
 from kvcascade.kernels.causal import causal_attention
 from kvcascade.kernels.decode import decode
 from kvcascade.kernels.heads import Heads
-from kvcascade.kernels.partial import attend_each, normalise
+from kvcascade.kernels.partial import Partial, Weights, attend_each, normalise
 from kvcascade.kernels.prefill import observed_attention
 from kvcascade.kernels.slots import Codecs, Entry, Held, Slots
 
@@ -108,6 +108,7 @@ class LayerCache:
         fresh: bool = False,
         written_BTK: Float[Array, "B T K"] | None = None,
         reread: dict[Statistic, Float[Array, "B K T"]] | None = None,
+        beside: "Beside | None" = None,
     ) -> tuple[Float[Array, "B T N W"], "LayerCache"]:
         """Put this call's tokens into the cascade and attend from them; position -1 is padding.
 
@@ -116,16 +117,17 @@ class LayerCache:
         is a cache of S tokens, as everywhere in the literature; to look first would let it see S + 1, which moves the reference figures.
         `fresh` says that the cascade holds nothing yet, and that each row is positions 0, 1, 2, … and then padding. `written` is what a
         value adds to the residual stream, as `Tokens` has it; by default the value itself is. `reread` has the numbers for which a fresh
-        prompt was read a second time; ValueError where they are missing.
+        prompt was read a second time; ValueError where they are missing. With `beside` the queries see more than what the layer holds.
         """
-        if positions_BT.shape[1] > 1 and not fresh:
-            look = self.look(q_BTNH, k_BTKH, v_BTKW, positions_BT, written_BTK=written_BTK)
+        if positions_BT.shape[1] > 1 and (beside or not fresh):
+            look = self.look(q_BTNH, k_BTKH, v_BTKW, positions_BT, written_BTK=written_BTK, beside=beside)
             return look.out_BTNW, self.commit(look)
         entry, written_BTK = self._entry(k_BTKH, v_BTKW, positions_BT, written_BTK)
         entry = self._begun(entry, q_BTNH, positions_BT, written_BTK)
         if positions_BT.shape[1] == 1:
             cache = self._take(q_BTNH, entry, positions_BT)
-            found = decode(q_BTNH[:, 0], positions_BT[:, 0], cache.held, self.heads, self.cascade.observed)
+            alone = lambda held, observed: decode(q_BTNH[:, 0], positions_BT[:, 0], held, self.heads, observed)
+            found = (beside or alone)(cache.held, self.cascade.observed)
             out_BTNW, mass = normalise([found])
             return cache._watch(mass, positions_BT)._before(out_BTNW.astype(q_BTNH.dtype))
         promise(lambda: jnp.all(jnp.asarray([(slots.pos_BKS < 0).all() for slots in self.slots])), NOT_EMPTY)
@@ -151,16 +153,18 @@ class LayerCache:
         positions_BT: Int[Array, "B T"],
         pending: Look | None = None,
         written_BTK: Float[Array, "B T K"] | None = None,
+        beside: "Beside | None" = None,
     ) -> Look:
         """Attend to what is held, to the tokens of an earlier look that are pending, and causally to this call's own; write nothing.
 
-        The result is for `commit`; with `pending` it has the tokens of both looks.
+        The result is for `commit`; with `pending` it has the tokens of both looks, with `beside` the queries see what that does as well.
         """
         entry, written_BTK = self._entry(k_BTKH, v_BTKW, positions_BT, written_BTK)
         offered = [entry] if pending is None else [pending.entry, entry]
         as_slots = lambda each: Slots(f32.encode(each.k), f32.encode(each.v), each.pos_BKT)
         held = [*self.held, *((as_slots(each), Codecs(f32, f32)) for each in offered)]
-        out_BTNW, mass = normalise(attend_each(q_BTNH, positions_BT, held, self.heads, self.cascade.observed))
+        found = attend_each(q_BTNH, positions_BT, held, self.heads, self.cascade.observed)
+        out_BTNW, mass = normalise([*found, *([beside([], False)] if beside else [])])
         kept = written_BTK if self.cascade.statistics else None
         look = Look(out_BTNW.astype(q_BTNH.dtype), q_BTNH, positions_BT, entry, kept, tuple(mass))
         return look if pending is None else pending.then(look)
@@ -357,6 +361,9 @@ class LayerCache:
         update = lambda each, memory: each.update(memory, lax.stop_gradient(q_BTNH), positions_BT, self._here)
         return dataclasses.replace(self, memories=tuple(map(update, self.cascade.memories, self.memories)))
 
+
+type Beside = Callable[[list[Held], bool], tuple[Partial, list[Weights]]]
+"""Attention of a call's queries to slots that it is given and to what else they see: the partial and, if it is wanted, those slots' weights."""
 
 NOT_EMPTY = "a prompt is put into a cache that is not empty"
 NOT_FROM_ZERO = "a prompt's positions are not 0, 1, 2, … with padding after them"

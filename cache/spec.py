@@ -10,6 +10,7 @@
 `then`: the tiers after it stand in front of the others from the first token on that follows a prompt.
 `|` is the cascade, `POLICY[ARGUMENT=VALUE,...] COUNT[@CODEC]` a tier. COUNT is slots per KV head, or a share of the context;
 CODEC is for keys and values, `KEYS/VALUES` names one for each: `full@int8/int4`.
+`on blocks` puts a first tier that forgets nothing, full or sink, into blocks that rows of the same tokens share: `full@int8 on blocks`.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from kvcascade.cache.block_cache import BlockCache, limit
 from kvcascade.cache.cascade import Cascade
 from kvcascade.cache.codec import CODECS, bf16
 from kvcascade.cache.errors import BadInput
@@ -30,7 +32,7 @@ from kvcascade.cache.policies import POLICIES, Full
 from kvcascade.cache.policy import Policy
 from kvcascade.cache.policy import argument as argument_of
 from kvcascade.cache.statistic import Statistic
-from kvcascade.cache.tier import Tier
+from kvcascade.cache.tier import BLOCK, Tier
 from kvcascade.cache.whole import Cache
 from kvcascade.kernels.heads import Heads
 from kvcascade.kernels.slots import Codecs
@@ -78,18 +80,34 @@ class CacheSpec:
         return tuple(dict.fromkeys(each for _, _, cascade in self.parts for each in cascade.rereads))
 
     def init(self, batch: int, heads: Sequence[Heads], context: int) -> Cache:
-        """An empty cache for rows of up to `context` tokens and a model whose layers have these heads, one after the other."""
-        layers = enumerate(self.layers(heads))
-        made = (LayerCache.empty(cascade, batch, each, context, index) for index, (cascade, each) in layers)
+        """An empty cache for rows of up to `context` tokens and a model whose layers have these heads, one after the other.
+
+        With tiers on blocks a `BlockCache`, in which each row has blocks of its own.
+        """
+        layers = self.layers(heads)
+        if self.on_blocks:
+            return BlockCache.empty(layers, batch, context)
+        made = (LayerCache.empty(cascade, batch, each, context, index) for index, (cascade, each) in enumerate(layers))
         return Cache(tuple(made), tuple(range(len(heads))))
+
+    @property
+    def on_blocks(self) -> bool:
+        """Whether some layer has a tier on blocks."""
+        return any(cascade.shared for _, _, cascade in self.parts)
+
+    def check_in_rows(self, what: str) -> None:
+        """BadInput for tiers on blocks, which that cannot measure."""
+        if self.on_blocks:
+            raise BadInput(f"{what} counts slots of rows, and {self} has blocks")
 
     def slots(self, heads: Sequence[Heads], context: int) -> int:
         """Tokens kept per KV head, in the layer that keeps most."""
         return max(cascade.slots(context, each.window) for cascade, each in self.layers(heads))
 
     def nbytes(self, heads: Sequence[Heads], context: int) -> int:
-        """Predicted bytes of one row: codes, scales, positions and numbers of every layer, and what layers remember."""
-        return sum(cascade.nbytes(context, each) for cascade, each in self.layers(heads))
+        """Predicted bytes of one row: codes, scales, positions and numbers of every layer, what layers remember, a number for each block."""
+        layers = self.layers(heads)
+        return sum(cascade.nbytes(context, each) for cascade, each in layers) + 4 * -(-limit(layers, context) // BLOCK)
 
     @property
     def content(self) -> dict[str, Any]:
@@ -168,7 +186,7 @@ def _cascade(text: str, start: int, piece: str) -> Cascade:
 
 
 TIER = re.compile(
-    r"\s*(?P<policy>[a-z][a-z-]*)\s*(?:\[(?P<arguments>[^\]]*)\])?(?:\s*(?P<count>[\d.]+%?))?\s*(?:@\s*(?P<codec>\w+(?:\s*/\s*\w+)?))?\s*"
+    r"\s*(?P<policy>[a-z][a-z-]*)\s*(?:\[(?P<arguments>[^\]]*)\])?(?:\s*(?P<count>[\d.]+%?))?\s*(?:@\s*(?P<codec>\w+(?:\s*/\s*\w+)?))?(?:\s+on\s+(?P<place>[a-z]+))?\s*"
 )
 
 
@@ -179,7 +197,7 @@ def _tier(text: str, start: int, piece: str) -> Tier:
         form = (
             "a [ is not closed, or | or ; stands in an argument"
             if opened
-            else "a tier is written POLICY[ARGUMENT=VALUE] COUNT@CODEC, such as 'sink 4' or 'heavy 64@int8'"
+            else "a tier is written POLICY[ARGUMENT=VALUE] COUNT@CODEC on PLACE, such as 'sink 4' or 'heavy 64@int8'"
         )
         raise _wrong(text, start, start + len(piece), "a tier is missing" if not piece.strip() else form)
 
@@ -203,9 +221,13 @@ def _tier(text: str, start: int, piece: str) -> Tier:
     if count is None and not isinstance(policy, Full):
         raise wrong("policy", f"{match['policy']} needs a number of slots, such as '{match['policy']} 64'")
     try:
-        return Tier(policy, "100%" if count is None else int(count) if count.isdigit() else count, codecs)
+        tier = Tier(policy, "100%" if count is None else int(count) if count.isdigit() else count, codecs)
     except BadInput as error:
         raise wrong("count", str(error)) from None
+    try:
+        return dataclasses.replace(tier, place=match["place"] or "rows")
+    except BadInput as error:
+        raise wrong("place", str(error)) from None
 
 
 def _policy(name: str, arguments: str | None) -> Policy:

@@ -19,6 +19,10 @@ from kvcascade.kernels.heads import Heads
 from kvcascade.kernels.slots import Codec, Codecs, Entry, Slots
 from kvcascade.kernels.write import exchange
 
+PLACES = ("rows", "blocks")
+BLOCK = 16
+"""Tokens of a block, where nobody says another number."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Tier:
@@ -28,8 +32,16 @@ class Tier:
     count: int | str
     codec: Codec | Codecs = bf16
     """One for keys and values, or one each."""
+    place: str = "rows"
+    """Where its slots are: each row's own, or in blocks of a pool, which rows of the same tokens can share."""
 
     def __post_init__(self):
+        if self.place not in PLACES:
+            raise BadInput(f"there is no place {self.place!r}; there are {', '.join(PLACES)}")
+        if self.place == "blocks" and not self.policy.append_only:
+            raise BadInput(
+                f"{text(self.policy)} lets go of what later tokens do not need, and blocks are shared by rows whose later tokens differ"
+            )
         if isinstance(self.count, str):
             if not re.fullmatch(r"\d+(\.\d+)?%", self.count) or not 0 < float(self.count[:-1]) <= 100:
                 raise BadInput(f"{self.count!r} is not a share of the context between 0% and 100%")
@@ -56,13 +68,21 @@ class Tier:
         return min(count, window) if window else count
 
     def nbytes(self, context: int, heads: Heads, numbers: int) -> int:
-        """Predicted bytes per row, layer and KV head: codes and scales of K and V, an int32 position, each float32 number carried."""
-        per_slot = self.codecs.k.nbytes(heads.width) + self.codecs.v.nbytes(heads.value_width) + 4 + 4 * numbers
-        return self.slots(context, heads.window) * per_slot
+        """Predicted bytes per row, layer and KV head: codes and scales of K and V, an int32 position, each float32 number carried; of blocks all
+        slots, which have neither positions nor numbers."""
+        vectors = self.codecs.k.nbytes(heads.width) + self.codecs.v.nbytes(heads.value_width)
+        if self.place == "blocks":
+            return self.blocks(context) * BLOCK * vectors
+        return self.slots(context, heads.window) * (vectors + 4 + 4 * numbers)
+
+    def blocks(self, context: int) -> int:
+        """Blocks of a row of so many tokens; a layer's window does not make them fewer."""
+        return -(-self.slots(context) // BLOCK)
 
     def __str__(self) -> str:
         count = "" if isinstance(self.policy, Full) else f" {self.count}"
-        return text(self.policy) + count + ("" if self.codec == bf16 else f"@{self.codecs}")
+        place = "" if self.place == "rows" else f" on {self.place}"
+        return text(self.policy) + count + ("" if self.codec == bf16 else f"@{self.codecs}") + place
 
 
 full = Tier(Full(), "100%")

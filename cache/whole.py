@@ -21,7 +21,7 @@ class Cache:
 
     layers: tuple[LayerCache, ...]
     of: tuple[int, ...]
-    """Which of them each of the model's layers uses."""
+    """Which of them each of the model's layers uses; -1: none, where all is on blocks."""
 
     def step(
         self,
@@ -42,6 +42,15 @@ class Cache:
     def context(self) -> int:
         """The number of positions that it was made for."""
         return self.layers[0].context
+
+    @property
+    def kept(self) -> int:
+        """Tokens that it has room for, in the layer that has most."""
+        return max(sum(slots.pos_BKS.shape[2] for slots in layer.slots) for layer in self.layers)
+
+    def held(self, tokens: int) -> int:
+        """Tokens that it holds, of rows that have seen so many, in the layer and the row that hold most."""
+        return max(held(layer) for layer in self.layers)
 
     @property
     def rereads(self) -> tuple[Statistic, ...]:
@@ -109,6 +118,11 @@ class Draft:
         return dataclasses.replace(
             self.cache, layers=tuple(layer.commit(look) if look else layer for layer, look in pairs)
         )
+
+
+def held(layer: LayerCache) -> int:
+    """Tokens that a layer holds, in the row that holds most."""
+    return int(sum((slots.pos_BKS[:, 0] >= 0).sum(-1) for slots in layer.slots).max())
 
 
 def put[T](parts: tuple[T, ...], place: int, part: T) -> tuple[T, ...]:

@@ -54,13 +54,13 @@ def one_width(heads: Heads) -> str | None:
     return None
 
 
-def flat(part: Partial, weights: list[Weights]) -> Flat:
+def _flat(part: Partial, weights: list[Weights]) -> Flat:
     return part.out_BTNW[:, 0], part.max_BTN[:, 0], part.sum_BTN[:, 0], [each[:, :, :, 0] for each in weights]
 
 
 def _xla(codecs: Sequence[Codecs], heads, observed, q_BNH, q_pos_B, slots) -> Flat:
     held = list(zip(slots, codecs, strict=True))
-    return flat(*joined(attend_each(q_BNH[:, None], q_pos_B[:, None], held, heads, observed)))
+    return _flat(*joined(attend_each(q_BNH[:, None], q_pos_B[:, None], held, heads, observed)))
 
 
 def _native(codecs: Sequence[Codecs], heads, observed, q_BNH, q_pos_B, slots) -> Flat:
@@ -147,5 +147,5 @@ def triton_refuses(*slots: Pair) -> str | None:
 def of_splits(codecs: Sequence[Codecs], parts: list[Partial], logits: list[Float[Array, "B K G _"]]) -> Flat:
     """All splits of all tiers, those along a leading axis, as one; and what the logits say of each slot's weight."""
     parts = [p._replace(out_BTNW=each.v.turn(p.out_BTNW)) for each, p in zip(codecs, parts, strict=True)]
-    out_BNW, max_BN, sum_BN, _ = flat(join(Partial(*map(jnp.concatenate, zip(*parts, strict=True)))), [])
+    out_BNW, max_BN, sum_BN, _ = _flat(join(Partial(*map(jnp.concatenate, zip(*parts, strict=True)))), [])
     return out_BNW, max_BN, sum_BN, [jnp.exp(x - max_BN.reshape(*x.shape[:3], 1)) for x in logits]

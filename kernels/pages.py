@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from kvcascade.kernels import native
 from kvcascade.kernels.backend import Implementation, Kernel, run
-from kvcascade.kernels.decode import Flat, NativeTier, flat, of_splits, on_cpu, one_width, triton_refuses
+from kvcascade.kernels.decode import NativeTier, of_splits, on_cpu, one_width, triton_refuses
 from kvcascade.kernels.heads import Heads
 from kvcascade.kernels.partial import Partial, Weights, attend_each, joined
 from kvcascade.kernels.slots import Codecs, Held, Slots, Stored, payload
@@ -95,9 +95,9 @@ def _write_native(layer, codecs: Codecs, pool: Pool, k_NKH, v_NKW, slot_N) -> Po
 
 @jax.named_scope("attention")
 def attend(
-    q_BNH: Float[Array, "B N H"],
-    q_pos_B: Int[Array, " B"],
-    q_row_B: Int[Array, " B"],
+    q_BTNH: Float[Array, "B T N H"],
+    q_pos_BT: Int[Array, "B T"],
+    row_B: Int[Array, " B"],
     table_RW: Int[Array, "R W"],
     pool: Pool,
     layer: int,
@@ -108,10 +108,10 @@ def attend(
     observed: bool = False,
     implementation: Implementation | None = None,
 ) -> tuple[Partial, list[Weights]]:
-    """`decode.decode` of queries over what their rows hold in blocks, at most the first `limit` positions, and beside them in slots of their own.
+    """`partial.attend` of queries to what their rows hold in blocks, at most the first `limit` positions, and beside them in slots of their own.
 
-    Queries are of any rows, in any order; consecutive ones of a row share what is read. A block of -1 holds nothing, and a query of
-    position -1 sees nothing. The weights are those of the slots `beside`.
+    A line of queries is of one row, and several lines may be of one, in any order; consecutive queries of a row share what is read. A block
+    of -1 holds nothing, and a query of position -1 sees nothing. The weights are those of the slots `beside`.
     """
     limit = min(limit or pool.size * table_RW.shape[1], pool.size * table_RW.shape[1])
     own, theirs = tuple(slots for slots, _ in beside), tuple(each for _, each in beside)
@@ -122,14 +122,17 @@ def attend(
         "native": native.kernel(by_cpu, lambda *arguments: one_width(heads) or _native_refuses(*arguments)),
         "triton": Kernel(by_gpu, lambda *arguments: one_width(heads) or triton_refuses(arguments[4], *arguments[5])),
     }
-    axes = "BK B B _ __K _K -> BK"
-    arguments = q_BNH, q_pos_B, q_row_B, table_RW, pool, own
-    out_BNW, max_BN, sum_BN, weights = run(implementation, reference, kernels, *arguments, axes=axes)
-    return Partial(out_BNW[:, None], max_BN[:, None], sum_BN[:, None]), [each[:, :, :, None] for each in weights]
+    axes = "B_K B B _ __K _K -> B_K B_K B_K BK"
+    found = run(implementation, reference, kernels, q_BTNH, q_pos_BT, row_B, table_RW, pool, own, axes=axes)
+    return Partial(*found[:3]), found[3]
 
 
-def _xla(layer, codecs, theirs, heads, limit, observed, q_BNH, q_pos_B, q_row_B, table_RW, pool, own) -> Flat:
-    row_B = q_row_B.clip(0)
+type Found = tuple[Float[Array, "B T N W"], Float[Array, "B T N"], Float[Array, "B T N"], list[Weights]]
+"""A partial's arrays and the weights."""
+
+
+def _xla(layer, codecs, theirs, heads, limit, observed, q_BTNH, q_pos_BT, row_B, table_RW, pool, own) -> Found:
+    row_B = row_B.clip(0)
     table_BW = table_RW[row_B, : -(-limit // pool.size)]
 
     def of_rows(x):
@@ -141,18 +144,31 @@ def _xla(layer, codecs, theirs, heads, limit, observed, q_BNH, q_pos_B, q_row_B,
     pos_BS = jnp.where(jnp.repeat(table_BW >= 0, pool.size, axis=1)[:, :limit], index_S, -1)
     held = [(Slots(k, v, jnp.broadcast_to(pos_BS[:, None], payload(k).shape[:3])), codecs)]
     held += [(jax.tree.map(lambda x: x[row_B], slots), each) for slots, each in zip(own, theirs, strict=True)]
-    found = attend_each(q_BNH[:, None], q_pos_B[:, None], held, heads, observed)
+    found = attend_each(q_BTNH, q_pos_BT, held, heads, observed)
     part, weights = joined([(found[0][0], []), *found[1:]])
-    return flat(part, weights)
+    return *part, weights
 
 
-def _native(layer, codecs, theirs, heads, limit, observed, q_BNH, q_pos_B, q_row_B, table_RW, pool, own) -> Flat:
+def _native(layer, codecs, theirs, heads, limit, observed, q_BTNH, q_pos_BT, row_B, table_RW, pool, own) -> Found:
     tiers = [NativeTier(table_RW, pool.k, pool.v, codecs, (pool.size, layer, limit))]
     tiers += [NativeTier(x.pos_BKS, x.k, x.v, each) for x, each in zip(own, theirs, strict=True)]
-    return on_cpu(tiers, heads, observed, q_BNH, q_pos_B, q_row_B)
+    T = q_pos_BT.shape[1]
+    found = on_cpu(tiers, heads, observed, *_flat(q_BTNH, q_pos_BT), jnp.repeat(row_B, T))
+    return _lines(T, *found)
 
 
-def _native_refuses(q, q_pos, q_row, table, pool: Pool, own) -> str | None:
+def _flat(q_BTNH, q_pos_BT):
+    """Each query as a line of its own."""
+    return q_BTNH.reshape(-1, *q_BTNH.shape[2:]), q_pos_BT.reshape(-1)
+
+
+def _lines(T: int, out, top, total, weights) -> Found:
+    """The inverse of that, for what was found."""
+    lines = lambda x: x.reshape(-1, T, *x.shape[1:])
+    return lines(out), lines(top), lines(total), [lines(each).transpose(0, 2, 3, 1, 4) for each in weights]
+
+
+def _native_refuses(q, q_pos, row, table, pool: Pool, own) -> str | None:
     size = pool.size
     if size % 16 or size & (size - 1):
         return f"made for blocks of 16, 32, 64, … tokens, not of {size}"
@@ -160,19 +176,20 @@ def _native_refuses(q, q_pos, q_row, table, pool: Pool, own) -> str | None:
 
 
 def _triton(
-    layer, codecs, theirs, heads, limit, observed, q_BNH, q_pos_B, q_row_B, table_RW, pool, own, interpret
-) -> Flat:
+    layer, codecs, theirs, heads, limit, observed, q_BTNH, q_pos_BT, row_B, table_RW, pool, own, interpret
+) -> Found:
     from kvcascade.kernels import decode_triton
 
-    row_B = q_row_B.clip(0)
-    blocks = decode_triton.Blocks(table_RW[row_B], layer, limit)
+    T = q_pos_BT.shape[1]
+    row_N, (q_NNH, q_pos_N) = jnp.repeat(row_B.clip(0), T), _flat(q_BTNH, q_pos_BT)
+    blocks = decode_triton.Blocks(table_RW[row_N], layer, limit)
     held = [(pool, codecs, blocks, False)]
     held += [
-        (jax.tree.map(lambda x: x[row_B], slots), each, None, observed) for slots, each in zip(own, theirs, strict=True)
+        (jax.tree.map(lambda x: x[row_N], slots), each, None, observed) for slots, each in zip(own, theirs, strict=True)
     ]
     found = [
-        decode_triton.attend(each.k.turn(q_BNH), q_pos_B, slots, heads, wanted, interpret, blocks)
+        decode_triton.attend(each.k.turn(q_NNH), q_pos_N, slots, heads, wanted, interpret, blocks)
         for slots, each, blocks, wanted in held
     ]
     logits = [each for _, each in found if each is not None]
-    return of_splits([codecs, *theirs], [part for part, _ in found], logits)
+    return _lines(T, *of_splits([codecs, *theirs], [part for part, _ in found], logits))

@@ -56,19 +56,19 @@ def chunk_for(config: ModelConfig, cache: Cache, tokens: int) -> int:
     """
     if cache.rereads:
         return 0
-    kept = max(sum(slots.pos_BKS.shape[2] for slots in layer.slots) for layer in cache.layers)
-    return CHUNK if tokens > LONG and 2 * kept <= tokens else 0
+    return CHUNK if tokens > LONG and 2 * cache.kept <= tokens else 0
 
 
 def check_start(cache: Cache, positions_BT: Int[Array | np.ndarray, "B T"]) -> None:
     """BadInput for a cache that holds something, and for positions that a prompt does not have; neither is looked at inside a `jit`."""
-    newest = cache.layers[0].slots[0].pos_BKS  # the first tier takes in whatever comes
-    if not isinstance(newest, Tracer) and not isinstance(positions_BT, Tracer):
+    # The first tier takes in whatever comes. What stands in blocks from earlier is not seen: it is written before a query is there.
+    newest = [layer.slots[0].pos_BKS for layer in cache.layers[:1]]
+    if not isinstance(positions_BT, Tracer) and not any(isinstance(each, Tracer) for each in newest):
         positions = np.asarray(positions_BT)
         index = np.arange(positions.shape[1])
         if (positions != np.where(index < (positions >= 0).sum(-1, keepdims=True), index, -1)).any():
             raise BadInput("a prompt's positions must be 0, 1, 2, … and its padding, -1, on the right")
-        if _most(newest) >= 0:
+        if any(_most(each) >= 0 for each in newest):
             raise BadInput("a prefill needs an empty cache, and this one holds tokens")
 
 

@@ -83,13 +83,8 @@ def main(arguments: list[str]) -> None:
         if all(row.done for row in rows):
             break
     print() if alone else console.answers(typed, [row.text for row in rows])
-    held = max(
-        sum(int((slots.pos_BKS[row, 0] >= 0).sum()) for slots in layer.slots)
-        for layer in cache.layers
-        for row in range(len(prompts))
-    )
     full = full_bytes(model.config, context)
     print(
-        f"\n{spec}: holds {held} of {longest + drawn - 1} tokens in {size:,} bytes; a full bf16 cache takes {full:,}",
+        f"\n{spec}: holds {cache.held(longest + drawn - 1)} of {longest + drawn - 1} tokens in {size:,} bytes; a full bf16 cache takes {full:,}",
         file=sys.stderr,
     )

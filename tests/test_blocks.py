@@ -245,36 +245,100 @@ def mutant(module, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 B, P = blocks_module, prefix_module
 MUTATIONS = {
-    "room is made before what was found is held": (B, "            self._hold(block)\n        fresh = self._take(self.needed(len(tokens))", "            pass\n        fresh = self._take(self.needed(len(tokens))"),
-    "what was found is not let go without room": (B, "            for block in reversed(found):\n                self._drop(block, now)\n            return None", "            return None"),
+    "room is made before what was found is held": (
+        B,
+        "            self._hold(block)\n        lacking = self.needed(len(tokens))",
+        "            pass\n        lacking = self.needed(len(tokens))",
+    ),
+    "what was found is not let go without room": (
+        B,
+        "            for block in reversed(found):\n                self._drop(block, now)\n            return None",
+        "            return None",
+    ),
     "no token is left to compute": (B, "tokens[: len(tokens) - 1]) if reuse", "tokens) if reuse"),
-    "a known block is written": (B, "return self.references[block] == 1 and block not in self.index", "return self.references[block] == 1"),
-    "a shared block is written": (B, "return self.references[block] == 1 and block not in self.index", "return block not in self.index"),
-    "a copied block is not let go": (B, "            self._drop(table.blocks[place], now)\n            table.blocks[place] = target", "            table.blocks[place] = target"),
-    "blocks are published that are not full": (B, "parts(tokens[: table.computed], self.size)", "parts([*tokens[: table.computed], 0, 0], self.size)"),
-    "tokens are published that are not computed": (B, "for place, part in enumerate(parts(tokens[: table.computed], self.size))", "for place, part in enumerate(parts(tokens, self.size))"),
+    "a known block is written": (
+        B,
+        "return self.references[block] == 1 and block not in self.index",
+        "return self.references[block] == 1",
+    ),
+    "a shared block is written": (
+        B,
+        "return self.references[block] == 1 and block not in self.index",
+        "return block not in self.index",
+    ),
+    "a copied block is not let go": (
+        B,
+        "            self._drop(table.blocks[place], now)\n            table.blocks[place] = target",
+        "            table.blocks[place] = target",
+    ),
+    "blocks are published that are not full": (
+        B,
+        "parts(tokens[: table.computed], self.size)",
+        "parts([*tokens[: table.computed], 0, 0], self.size)",
+    ),
+    "tokens are published that are not computed": (
+        B,
+        "for place, part in enumerate(parts(tokens[: table.computed], self.size))",
+        "for place, part in enumerate(parts(tokens, self.size))",
+    ),
     "a replaced block is lost": (B, "                self._drop(own, now)\n", ""),
-    "a block of several rows is replaced": (B, "if block is None or block != own and self.references[own] > 1:", "if block is None:"),
-    "a replacement is not held": (B, "                self._hold(block)\n                self._drop(own", "                self._drop(own"),
-    "what is taken back stays published": (B, "        table.published = min(table.published, length // self.size)\n", ""),
+    "a block of several rows is replaced": (
+        B,
+        "if block is None or block != own and self.references[own] > 1:",
+        "if block is None:",
+    ),
+    "a replacement is not held": (
+        B,
+        "                self._hold(block)\n                self._drop(own",
+        "                self._drop(own",
+    ),
+    "what is taken back stays published": (
+        B,
+        "        table.published = min(table.published, length // self.size)\n",
+        "",
+    ),
     "what is taken back stays computed": (B, "        table.computed = min(table.computed, length)\n", ""),
     "a fork holds nothing": (B, "        for block in table.blocks:\n            self._hold(block)\n", ""),
-    "a fork shares its table": (B, "dataclasses.replace(table, blocks=list(table.blocks))", "dataclasses.replace(table)"),
+    "a fork shares its table": (
+        B,
+        "dataclasses.replace(table, blocks=list(table.blocks))",
+        "dataclasses.replace(table)",
+    ),
     "idle blocks are not known to be": (B, "            self._idle.add(block)\n", ""),
     "a held block stays idle": (B, "        self._idle.discard(block)\n", ""),
-    "the newest goes first": (B, "heapq.heappush(self._first, (known.at(now), known.used, block))", "heapq.heappush(self._first, (known.at(now), -known.used, block))"),
+    "the newest goes first": (
+        B,
+        "heapq.heappush(self._first, (known.at(now), known.used, block))",
+        "heapq.heappush(self._first, (known.at(now), -known.used, block))",
+    ),
     "priorities do not count": (B, "return self.priority if now < self.until else USUAL", "return USUAL"),
     "priorities do not end": (B, "return self.priority if now < self.until else USUAL", "return self.priority"),
     "an end is not looked for": (B, "while self._ends and self._ends[0][0] <= now:", "while False:"),
-    "what stands before one that went cannot go": (B, "        if before is not None:\n            self._offer(before, now)\n", ""),
-    "one goes that something is behind": (B, "        if not self.index.last(block):\n            return\n        known", "        known"),
+    "what stands before one that went cannot go": (
+        B,
+        "        if before is not None:\n            self._offer(before, now)\n",
+        "",
+    ),
+    "one goes that something is behind": (
+        B,
+        "        if not self.index.last(block):\n            return\n        known",
+        "        known",
+    ),
     "namespaces are one": (P, "        name, before = space, None\n", "        name, before = b'', None\n"),
     "a hash forgets what is before": (P, "hashlib.sha256(before + struct", "hashlib.sha256(b'' + struct"),
     "a chain does not count what is behind": (P, "            self._links[before].behind += 1\n", "            pass\n"),
-    "a radix node splits one too far": (P, "            self._split(node, place)\n", "            self._split(node, min(place + 1, len(node.blocks) - 1))\n"),
-    "a split node keeps its children": (P, "        for each in rest.below.values():\n            each.above = rest\n", ""),
+    "a radix node splits one too far": (
+        P,
+        "            self._split(node, place)\n",
+        "            self._split(node, min(place + 1, len(node.blocks) - 1))\n",
+    ),
+    "a split node keeps its children": (
+        P,
+        "        for each in rest.below.values():\n            each.above = rest\n",
+        "",
+    ),
     "a radix tree forgets to join": (P, "        if len(above.below) == 1:  # nothing", "        if False:  # nothing"),
-}  # fmt: skip
+}
 EQUIVALENT = {"a radix tree forgets to join"}
 """Changes that no operation can tell: the tree is only less compact."""
 

@@ -12,8 +12,9 @@ MAY_IMPORT = {
     "model": {"model", "cache", "kernels"},
     "train": {"train", "model", "cache", "kernels"},
     "eval": {"eval", "model", "cache", "kernels", "train.checkpoint"},
+    "serve": {"serve", "model", "cache", "kernels"},
     "api": {"eval", "train", "model", "cache", "kernels"},
-    "scripts": {"scripts", "kvcascade", "eval", "train", "model", "cache", "kernels"},
+    "scripts": {"scripts", "kvcascade", "serve", "eval", "train", "model", "cache", "kernels"},
 }
 MODULES = [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -33,7 +34,7 @@ def imports(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_down(path: Path) -> None:
-    """kernels <- cache <- model <- train, eval <- api <- scripts; eval takes from train only its checkpoints."""
+    """kernels <- cache <- model <- train, eval, serve <- api <- scripts; eval takes from train only its checkpoints."""
     top = path.relative_to(ROOT).parts[0]
     for name in imports(path):
         folder, module = (name.split(".") + [""])[:2]

@@ -49,7 +49,7 @@ def check(rng, by, size, width, rows, heads, queries, limit, beside, implementat
     q = jnp.asarray(rng.normal(size=(len(queries), heads.queries, heads.width)), jnp.float32)
     call = jax.jit(
         lambda q, pool, own: pages.attend(
-            q, jnp.asarray(pos), jnp.asarray(row), jnp.asarray(table, jnp.int32), pool, LAYER, by, heads, limit,
+            q[:, None], jnp.asarray(pos)[:, None], jnp.asarray(row), jnp.asarray(table, jnp.int32), pool, LAYER, by, heads, limit,
             list(zip(own, [each for _, each in own_held], strict=True)), observed, implementation,
         )
     )  # fmt: skip

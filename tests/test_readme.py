@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 CACHES = (ROOT / "docs" / "caches.md").read_text()
 SHORT, STRIDE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-EXAMPLE, POLICY, DRAFT = re.findall(r"```python\n(.*?)```", CACHES, re.DOTALL)
+EXAMPLE, POLICY, ENGINE, DRAFT = re.findall(r"```python\n(.*?)```", CACHES, re.DOTALL)
 
 
 def test_the_example_runs():
@@ -62,6 +62,16 @@ def test_the_draft_of_the_readme_is_committed_in_part():
     assert sorted(names["cache"].layers[1].slots[0].pos_BKS[0, 0].tolist()) == [0, 1, 2, 3]
     for ours, theirs in zip(jax.tree.leaves(names["cache"]), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(ours.astype("float32"), theirs.astype("float32"), atol=0.02)
+
+
+def test_the_engine_of_the_pages_runs(capsys):
+    """A request's tokens come one by one, the last of them as its end."""
+    names: dict = {}
+    exec(EXAMPLE.split("cache = spec")[0], names)
+    names["model"] = type("Model", (), {"config": names["config"], "params": names["params"]})
+    exec(ENGINE.replace('model = pretrained.load("smollm2")\n', ""), names)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 8 and said[-1].endswith(" length")
 
 
 def test_generated_parts_are_fresh():

@@ -145,7 +145,9 @@ def _paged(codec, kv_heads, group, head_dim, implementation, in_use) -> Program:
 
     def call(q, now, table, pool):
         rows = jnp.arange(B, dtype=jnp.int32)
-        return pages.attend(q, now, rows, table, pool, 1, held, heads, implementation=implementation)[0]
+        return pages.attend(q[:, None], now[:, None], rows, table, pool, 1, held, heads, implementation=implementation)[
+            0
+        ]
 
     return Program(call, arguments, 2 * B * K * SLOTS * form.nbytes(head_dim))
 

@@ -65,7 +65,10 @@ def decode_step(config: ModelConfig, spec: CacheSpec, context: int) -> Memory:
     logits     vocab · 2 or 4, as `dtype` says
     inputs     8 + `drawing`: a token and a position in int32, and what the next token is drawn by
     workspace  `workspace`, alone the same for one row
+
+    BadInput for a cache on blocks.
     """
+    spec.check_in_rows("the arithmetic of a decode step")
     return Memory(
         weights(config),
         spec.nbytes(config.layer_heads, context),

@@ -36,7 +36,8 @@ def job(
     weights: str | None,
     seconds: float,
 ) -> Job:
-    """The measurement of one cache; a model is known by its name, since only children load it."""
+    """The measurement of one cache; a model is known by its name, since only children load it. BadInput for a cache on blocks."""
+    spec.check_in_rows("the crash test")
     about = {
         "kind": "crash", "model": model, "cache": str(spec), "context": context, "limit": limit, "resolution": resolution, "steps": steps,
         "weights": weights, "seconds": seconds, "processor": processor.name(),

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvcascade.cache.block_cache import BlockCache
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.cache.whole import Cache
@@ -19,6 +20,7 @@ from kvcascade.eval.records import Bench, BenchFailed, BenchRow, grouped, of
 from kvcascade.eval.speed.peers import Peer, PeerFailed
 from kvcascade.eval.table import CACHE, Column, Table
 from kvcascade.kernels import processor
+from kvcascade.kernels.slots import payload
 from kvcascade.model import generate
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.generate import DISPATCH, State
@@ -95,7 +97,7 @@ class Ours:
             "kv_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self._state.cache)) // len(self._prompts),
             "kv_bytes_full": full_bytes(config, self._room),
             "weight_bytes": read,
-            "step_bytes": read + occupied_bytes(self._state.cache),
+            "step_bytes": read + occupied_bytes(self._state.cache, int(self._state.position_B.min())),
             "traces": self.traces,
         }
 
@@ -111,9 +113,15 @@ def read_whole(config: ModelConfig, params: Params) -> list:
     return [leaf for name, part in params.items() if name not in tables for leaf in jax.tree.leaves(part)]
 
 
-def occupied_bytes(cache: Cache) -> int:
-    """Bytes of a cache's slots that hold a token, all rows together."""
+def occupied_bytes(cache: Cache, tokens: int) -> int:
+    """Bytes of a cache's slots that hold a token, all rows together, which have so many behind them."""
     total = 0.0
+    if isinstance(cache, BlockCache):
+        for shared in (each for each in cache.shared if each):
+            pool = cache.pools[shared.pool]
+            blocks, layers, _, size = payload(pool.k).shape[:4]
+            one = sum(leaf.nbytes for leaf in jax.tree.leaves(pool)) / (blocks * layers * size)
+            total += len(cache.table_RW) * min(tokens, shared.limit) * one
     for slots in (slots for layer in cache.layers for slots in layer.slots):
         held = float((slots.pos_BKS >= 0).mean())
         total += held * sum(leaf.nbytes for leaf in jax.tree.leaves(slots))

@@ -56,6 +56,7 @@ def check(config: ModelConfig, specs: list[CacheSpec], context: int) -> None:
     generate.check_context(config, context)
     for spec in specs:
         spec.cascades(config.layers)
+        spec.check_in_rows("a profile")
 
 
 class _Program(NamedTuple):

@@ -1,0 +1,227 @@
+"""The engine against `generate` of each request alone, whatever pool, budget, codec and kernels."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from kvcascade.cache.errors import BadInput
+from kvcascade.cache.spec import parse
+from kvcascade.kernels import backend, native
+from kvcascade.model import generate, gpt
+from kvcascade.model.config import ModelConfig
+from kvcascade.model.sampling import GREEDY, Sampling, settings
+from kvcascade.serve.engine import Engine, Request, step
+from kvcascade.serve.plan import Limits
+
+CONFIG = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=64, vocab=97, context=96)
+
+
+@functools.cache
+def params():
+    """Larger than they are drawn, so that no two logits are near each other."""
+    return jax.tree.map(lambda x: x * 4 if x.ndim == 2 else x, gpt.init(CONFIG, 0))
+
+
+def requests(count: int = 24) -> list[Request]:
+    """Prompts of 1 to 70 tokens, half of them with a common beginning of 37, some that sample, some with several continuations."""
+    rng = np.random.default_rng(0)
+    common = rng.integers(0, CONFIG.vocab, 37).tolist()
+    found = []
+    for index in range(count):
+        prompt = (common if index % 2 else []) + rng.integers(0, CONFIG.vocab, rng.integers(1, 34)).tolist()
+        sampling = Sampling(temperature=0.7, top_k=20, seed=index, repetition_penalty=1.3) if index % 3 == 2 else GREEDY
+        found.append(Request(prompt, int(rng.integers(1, 20)), sampling, continuations=3 if index % 8 == 2 else 1))
+    return found
+
+
+def serve(engine: Engine, wanted: list[Request], every: int = 1) -> list[list[int]]:
+    """All requests, one more every so many steps; the tokens of each row."""
+    coming, rows, steps = list(wanted), {}, 0
+    while coming or engine.busy:
+        if coming and steps % every == 0:
+            rows |= {number: [] for number in engine.submit(coming.pop(0))}
+        for event in engine.run_step():
+            assert event.finished != "error"
+            if event.token is not None:
+                rows[event.id].append(event.token)
+        engine.check()
+        for row in engine.queue.running:  # less than a block of each row is empty
+            assert row.table and len(row.table.blocks) == engine.blocks.needed(len(row.tokens) - (row.behind == 1))
+        steps += 1
+        assert steps < 5000
+    assert engine.blocks.states()["used"] == 0
+    return list(rows.values())
+
+
+@functools.cache
+def alone(codec: str = "f32") -> list[list[int]]:
+    """What `generate` makes of each request by itself."""
+    found = []
+    for request in requests():
+        for index in range(request.continuations):
+            cache = generate.empty_cache(CONFIG, parse(f"full@{codec}"), 1, 96)
+            sampling = dataclasses.replace(request.sampling, seed=request.sampling.seed + index)
+            made = generate.generate(CONFIG, params(), cache, [list(request.prompt)], request.count, [sampling])
+            found.append(np.concatenate([new for new, _ in made])[:, 0].tolist())
+    return found
+
+
+def engine(codec: str, blocks: int, size: int = 16, tokens: int = 32, rows: int = 8, **more) -> Engine:
+    return Engine(CONFIG, params(), parse(f"full@{codec} on blocks"), blocks, Limits(tokens, rows), size=size, **more)
+
+
+CONFIGURATIONS = {
+    "roomy": {"blocks": 400, "tokens": 128, "rows": 32},
+    "few tokens a step": {"blocks": 400, "tokens": 8},
+    "hardly any blocks": {"blocks": 9, "tokens": 16},
+    "no reuse": {"blocks": 12, "reuse": False},
+    "one row": {"blocks": 40, "rows": 3, "tokens": 3},
+    "wider blocks": {"blocks": 9, "size": 32},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_tokens_are_those_of_each_request_alone(name: str) -> None:
+    ours = engine("f32", **CONFIGURATIONS[name])
+    assert serve(ours, requests()) == alone()
+    if name == "hardly any blocks":
+        assert ours.stats["stopped"] and ours.blocks.evictions
+    if name != "no reuse":
+        assert ours.stats["found"] and ours.stats["copied"]
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8", "int4h", "int8/int4"])
+def test_stored_in_fewer_bits_all_configurations_agree(codec: str) -> None:
+    found = [
+        serve(engine(codec, **CONFIGURATIONS[name]), requests())
+        for name in ("roomy", "hardly any blocks", "few tokens a step")
+    ]
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("size", [1, 5, 16])
+def test_through_xla(size: int) -> None:
+    with backend.using("xla"):
+        assert serve(engine("f32", 130 if size < 16 else 20, size), requests()) == alone()
+
+
+@pytest.mark.skipif(not native.ready(), reason="no C++ compiler")
+@pytest.mark.parametrize("length", range(30, 50))
+def test_every_length_modulo_the_block(length: int) -> None:
+    """A partly filled block is nothing special, with a hit and without one."""
+    ours, prompt = shared_engine(), np.random.default_rng(length).integers(0, CONFIG.vocab, length).tolist()
+    first = serve(ours, [Request(prompt, 6)])
+    before = ours.stats["found"]
+    assert serve(ours, [Request(prompt, 6)]) == first
+    assert ours.stats["found"] - before == (length - 1) // 16 * 16
+
+
+@functools.cache
+def shared_engine() -> Engine:
+    return engine("int8", 40)
+
+
+def test_nothing_is_compiled_after_warming_up() -> None:
+    ours = engine("int8", 20, tokens=24)
+    ours.warm()
+    before = ours.stats["compiled"]
+    assert before == len(ours.buckets)
+    serve(ours, requests())
+    assert ours.stats["compiled"] == before
+
+
+def test_salts_keep_prefixes_apart() -> None:
+    ours, prompt = engine("f32", 60), list(range(40))
+    for salt, found in (("a", 0), ("b", 0), ("a", 32)):
+        before = ours.stats["found"]
+        serve(ours, [dataclasses.replace(Request(prompt, 2), salt=salt)])
+        assert ours.stats["found"] - before == found
+
+
+def test_a_row_that_is_cancelled_is_gone_at_once() -> None:
+    ours = engine("f32", 40)
+    (first,) = ours.submit(Request(list(range(20)), 30))
+    three = ours.submit(Request(list(range(5)), 30, continuations=3))
+    waiting = ours.submit(Request([1], 30))[0]
+    ours.run_step()
+    used = ours.blocks.states()["used"]
+    assert ours.cancel(first) and ours.blocks.states()["used"] < used
+    assert ours.cancel(three[1]) and ours.cancel(waiting) and not ours.cancel(waiting)
+    ours.check()
+    rest = {event.id for _ in range(40) for event in ours.run_step()}
+    assert rest == {three[0], three[2]} and not ours.busy
+
+
+def test_continuations_share_the_prompt() -> None:
+    ours = engine("f32", 60)
+    ours.submit(Request(list(range(64)) + [1], 20, Sampling(temperature=1.0), continuations=4))
+    while len(ours.queue.running) < 4:
+        ours.run_step()
+    for _ in range(3):
+        ours.run_step()
+    used, apart = ours.blocks.states()["used"], 4 * ours.blocks.needed(65 + 4)
+    assert used == 4 + 4 and 1 - used / apart >= 0.55  # four full blocks of all, and one of each
+
+
+@pytest.mark.skipif(not native.ready(), reason="no C++ compiler")
+def test_a_step_copies_no_pool() -> None:
+    """Donated and written in place: no copy of its shape in the program, and temporaries smaller than one layer's part."""
+    ours = engine("int8", 2000)
+    out, none = np.full(8, -1, np.int32), np.full(8, -1, np.int32)
+    by = settings([GREEDY] * 8, 8)
+    leaves, tree = jax.tree.flatten((ours.cache, ours._seen))
+
+    def whole(leaves, token, position, row, out, table, by):
+        cache, seen = tree.unflatten(leaves)
+        found = step(CONFIG, params(), cache, seen, token, position, row, out, table, by)
+        return found[:3], jax.tree.leaves(found[3:])
+
+    arguments = leaves, np.zeros(8, np.int32), none, none, out, ours._table, by
+    compiled = jax.jit(whole, donate_argnums=0).lower(*arguments).compile()
+    pools = jax.tree.leaves(ours.cache.pools)
+    shapes = [
+        f"{x.dtype.name.replace('int8', 's8').replace('bfloat16', 'bf16')}[{','.join(map(str, x.shape))}]"
+        for x in pools
+    ]
+    copies = [line for line in compiled.as_text().splitlines() if " copy(" in line]
+    assert shapes and not [line for line in copies if any(shape in line for shape in shapes)]
+    assert compiled.memory_analysis().temp_size_in_bytes < sum(x.nbytes for x in pools) / CONFIG.layers
+    assert sum(x.nbytes for x in pools) == 2000 * 16 * (parse("full@int8").nbytes(CONFIG.layer_heads, 1) - 4 * 2 * 2)
+
+
+@pytest.mark.parametrize(
+    "spec", ["full", "sink 16 on blocks | recent 4", "layers[0:1]: full on blocks ; layers[1:]: recent 4"]
+)
+def test_caches_that_are_not_wholly_on_blocks_are_refused(spec: str) -> None:
+    with pytest.raises(BadInput, match="wholly on blocks"):
+        Engine(CONFIG, params(), parse(spec), 20)
+
+
+def test_requests_that_could_never_end_are_refused() -> None:
+    ours = engine("f32", 5)
+    with pytest.raises(BadInput, match="longer than the model's 96"):
+        engine("f32", 20).submit(Request([1] * 90, 10))
+    for request, reason in (
+        (Request([], 3), "the prompt is empty"),
+        (Request([1], 0), "leaves nothing to generate"),
+        (Request([1] * 60, 10), "70 tokens take 5 blocks of 16, and the pool has 4"),
+        (Request([97], 1), "numbers from 0 to 96"),
+    ):
+        with pytest.raises(BadInput, match=reason):
+            ours.submit(request)
+    assert not ours.busy
+
+
+def test_logits_that_are_not_numbers_end_their_row_alone() -> None:
+    leaves, tree = jax.tree.flatten(params()["embed"])
+    table = np.array(leaves[0])
+    table[5] = np.nan
+    broken = params() | {"embed": tree.unflatten([jax.numpy.asarray(table), *leaves[1:]])}
+    ours = Engine(CONFIG, broken, parse("full on blocks"), 20, Limits(16, 4))
+    (number,) = ours.submit(Request([5], 3))
+    events = ours.run_step()
+    assert [(event.id, event.finished) for event in events] == [(number, "error")] and not ours.busy
+    ours.check()
