@@ -430,6 +430,42 @@ class Stream(Named):
         return "ends before its first 1,024 tokens" if self.points[-1][0] < 1024 else None
 
 
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Served(Named):
+    """A trace of requests, served in one way; times in milliseconds, the median and what 95 % stay below."""
+
+    same: ClassVar = ("model", "weights", "trace", "shorten", "seed", "clock", "processor")
+    kind: Literal["simulate"] = "simulate"
+    weights: Text
+    trace: Text
+    shorten: Count
+    clock: Text
+    way: Text
+    requests: Count
+    prompt_tokens: Count
+    output_tokens: Count
+    serving_seconds: Positive
+    tokens_per_second: Positive
+    first_ms_50_95: tuple[Size, Size]
+    between_ms_50_95: tuple[Size, Size]
+    per_token_ms_50_95: tuple[Size, Size]
+    useful: Share
+    """Tokens of requests among all that steps had room for."""
+    steps: Count
+    rows: Count
+    kv_bytes: Size
+    warm_seconds: Size
+    blocks: Maybe[Count] = None
+    step_tokens: Maybe[Count] = None
+    compiles: Maybe[Index] = None
+    found: Maybe[Index] = None
+    stopped: Maybe[Index] = None
+    copied: Maybe[Index] = None
+    evicted: Maybe[Index] = None
+    waste: Maybe[Share] = None
+    """The mean share of the slots of blocks in use that have no token."""
+
+
 FILLED = ("weights", "cache", "temporaries and logits")
 
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": "perplexity, bytes and speed of a model behind caches",
     "bench": "prefill and decode speed, and the share of the memory bandwidth",
     "stream": "decode on and on: whether time and memory per token stay flat",
+    "simulate": "serve a trace of requests: latency, throughput, waste, what prefixes were found",
     "memory": "bytes of models and caches by arithmetic, and the users that leaves room for",
     "methods": "every policy: what it keeps, whose it is, what it reads and takes",
     "fit": "how many users fit on a GPU, compiled for it without one",
@@ -39,7 +40,7 @@ COMMANDS = {
     "completion": "what a shell needs to complete commands",
 }
 
-COLD = ("bench", "compare", "study")
+COLD = ("bench", "compare", "simulate", "study")
 """They report how long compiling takes."""
 
 

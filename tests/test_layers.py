@@ -11,9 +11,9 @@ MAY_IMPORT = {
     "cache": {"cache", "kernels"},
     "model": {"model", "cache", "kernels"},
     "train": {"train", "model", "cache", "kernels"},
-    "eval": {"eval", "model", "cache", "kernels", "train.checkpoint"},
+    "eval": {"eval", "serve", "model", "cache", "kernels", "train.checkpoint"},
     "serve": {"serve", "model", "cache", "kernels"},
-    "api": {"eval", "train", "model", "cache", "kernels"},
+    "api": {"eval", "serve", "train", "model", "cache", "kernels"},
     "scripts": {"scripts", "kvcascade", "serve", "eval", "train", "model", "cache", "kernels"},
 }
 MODULES = [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]

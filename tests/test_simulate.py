@@ -1,0 +1,113 @@
+"""Traces, and what serving one is recorded as."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_engine import CONFIG, params
+
+from kvcascade.cache.errors import BadInput
+from kvcascade.cache.spec import parse
+from kvcascade.eval.records import Served
+from kvcascade.eval.speed import serving
+from kvcascade.eval.speed.serving import Clock, batches, engine
+from kvcascade.model import tokenizer
+from kvcascade.model.pretrained import Model
+from kvcascade.serve.plan import Limits
+from kvcascade.serve.trace import PIECE, Arrival, read, shortened, tokens
+
+
+def test_poisson_is_the_same_for_the_same_seed() -> None:
+    text = "poisson:rate=10,requests=400,prompt=50,output=20,spread=0.5,shared=1024"
+    found = read(text, seed=1)
+    assert found == read(text, seed=1) != read(text, seed=2)
+    assert found[0].at == 0 and all(each.pieces == (0, 1) and each.prompt > 1024 for each in found)
+    assert abs(found[-1].at / 40 - 1) < 0.2
+    assert abs(np.median([each.output for each in found]) - 20) < 3
+
+
+def test_published_traces_are_read(tmp_path: Path) -> None:
+    azure = tmp_path / "azure.csv"
+    azure.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,396,109\n"
+    )
+    first, second = read(str(azure))
+    assert (first.at, first.prompt, first.output) == (0.0, 374, 44)
+    assert second.at == pytest.approx(4.314579, abs=1e-5) and second.output == 109
+    mooncake = tmp_path / "mooncake.jsonl"
+    lines = [
+        {"timestamp": 27482, "input_length": 6955, "output_length": 52, "hash_ids": [46, 47, 48]},
+        {"timestamp": 27000, "input_length": 600, "output_length": 5, "hash_ids": [46]},
+    ]
+    mooncake.write_text("\n".join(map(json.dumps, lines)))
+    first, second = read(str(mooncake))
+    assert first == Arrival(0.0, 600, 5, (46,)) and second.at == pytest.approx(0.482)
+    assert (second.prompt, second.output, second.pieces) == (6955, 52, (46, 47, 48))
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("poisson:rat=4", "a trace is written poisson:rate=4"),
+        ("poisson:rate=x", "a trace is written poisson:rate=4"),
+        ("poisson:requests=0", "a request at least"),
+        ("poisson:shared=100", "so many times 512"),
+        ("nowhere.csv", "no trace nowhere.csv"),
+    ],
+)
+def test_wrong_traces_are_told(text: str, reason: str) -> None:
+    with pytest.raises(BadInput, match=reason):
+        read(text)
+
+
+@pytest.mark.parametrize(
+    "name, line", [("a.csv", "a,b\n1,2"), ("a.jsonl", '{"timestamp": 1}'), ("b.jsonl", "[1]"), ("c.csv", "")]
+)
+def test_wrong_lines_are_told(tmp_path: Path, name: str, line: str) -> None:
+    (tmp_path / name).write_text(line)
+    with pytest.raises(BadInput, match=r"line \d: no |has no requests"):
+        read(str(tmp_path / name))
+
+
+def test_equal_pieces_are_equal_tokens() -> None:
+    arrivals = [Arrival(0.0, 1200, 2, (7, 8)), Arrival(0.0, 700, 2, (7,)), Arrival(0.0, 300, 2, (7,))]
+    one, other, part = tokens(arrivals, 1, 50_000, 0)
+    assert [len(one), len(other), len(part)] == [1200, 700, 300]
+    assert one[:PIECE] == other[:PIECE] and one[PIECE:700] != other[PIECE:] and part == one[:300]
+    short = shortened(arrivals, 8, 200)
+    assert [each.prompt for each in short] == [150, 87, 37]
+    one, other, _ = tokens(short, 8, 50_000, 0)
+    assert one[:64] == other[:64] and one[64:87] != other[64:]
+    with pytest.raises(BadInput, match="has 1202 tokens, and the context 200: shorten them, --shorten 8"):
+        shortened(arrivals, 1, 200)
+
+
+def test_a_clock_does_not_wait() -> None:
+    ticks = iter([10.0, 11.0, 11.0, 12.0, 12.0])
+    clock = Clock(lambda: next(ticks))
+    assert clock() == 1.0
+    clock.skip_to(5.0)
+    assert clock() == 6.0
+    clock.skip_to(3.0)  # has been
+
+
+@pytest.mark.parametrize("blocks", [13, 60])
+def test_both_ways_serve_every_token(blocks: int) -> None:
+    model = Model("toy", CONFIG, params(), tokenizer.bytes_encoding())
+    arrivals = shortened(read("poisson:rate=200,requests=9,prompt=20,output=6,spread=0.4", 3), 1, 96)
+    prompts = tokens(arrivals, 1, CONFIG.vocab, 0)
+    spec, made = parse("full@int8 on blocks"), sum(each.output for each in arrivals)
+    about = {
+        "model": "toy", "weights": "float32", "cache": str(spec), "trace": "poisson", "shorten": 1, "clock": "wall", "requests": 9,
+        "prompt_tokens": sum(map(len, prompts)),
+    }  # fmt: skip
+    ours = Served(
+        **about, way="engine", **engine(model, spec, arrivals, prompts, blocks, Limits(32, 8), serving.CLOCKS["wall"])
+    )
+    theirs = Served(
+        **about, way="batches", **batches(model, parse("full"), arrivals, prompts, 4, serving.CLOCKS["wall"])
+    )
+    assert ours.output_tokens == theirs.output_tokens == made
+    assert ours.compiles == 0 and (ours.stopped or 0) >= 0 and 0 < theirs.useful < ours.useful <= 1
+    assert len(serving.table([ours, theirs]).rows) == 2
