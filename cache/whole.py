@@ -5,6 +5,7 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kvcascade.cache.errors import BadInput
@@ -122,7 +123,7 @@ class Draft:
 
 def held(layer: LayerCache) -> int:
     """Tokens that a layer holds, in the row that holds most."""
-    return int(sum((slots.pos_BKS[:, 0] >= 0).sum(-1) for slots in layer.slots).max())
+    return int(jnp.stack([(slots.pos_BKS[:, 0] >= 0).sum(-1) for slots in layer.slots]).sum(0).max())
 
 
 def put[T](parts: tuple[T, ...], place: int, part: T) -> tuple[T, ...]:

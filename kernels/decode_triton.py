@@ -75,7 +75,8 @@ def attend(
     B, N, H = q_BNH.shape
     K, Z = payload(slots.k).shape[-3:-1]
     S = Z if blocks is None else blocks.limit
-    where = slots.pos_BKS if isinstance(slots, Slots) else blocks.table_BW
+    assert isinstance(slots, Slots) or blocks
+    where = slots.pos_BKS if isinstance(slots, Slots) else blocks.table_BW  # pyright: ignore
     G = N // K
     tiles, split = _split(B * K, S, 2 * 4 * G * H, _bytes_per_slot(slots))
     results = [(split, B, N, H), (split, B, N), (split, B, N), (B, K, G, S) if observed else (1,)]

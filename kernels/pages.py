@@ -146,7 +146,7 @@ def _xla(layer, codecs, theirs, heads, limit, observed, q_BTNH, q_pos_BT, row_B,
     held += [(jax.tree.map(lambda x: x[row_B], slots), each) for slots, each in zip(own, theirs, strict=True)]
     found = attend_each(q_BTNH, q_pos_BT, held, heads, observed)
     part, weights = joined([(found[0][0], []), *found[1:]])
-    return *part, weights
+    return part.out_BTNW, part.max_BTN, part.sum_BTN, weights
 
 
 def _native(layer, codecs, theirs, heads, limit, observed, q_BTNH, q_pos_BT, row_B, table_RW, pool, own) -> Found:

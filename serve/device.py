@@ -95,7 +95,12 @@ class Device:
             )
         self.blocks, self.size, self.vocab = blocks, size, config.vocab
         self.cache = BlockCache.empty(layers, self.limits.rows, self.context, blocks, size)
-        self.about = {"model": fingerprint, "weights": config.weights, "spec": str(spec), "size": size}
+        self.about: dict[str, str | int] = {
+            "model": fingerprint,
+            "weights": config.weights,
+            "spec": str(spec),
+            "size": size,
+        }
         """What prefixes must have in common besides their tokens."""
         self.programs: dict[int, Callable] = {}
         self._compiled = compiled
@@ -117,7 +122,6 @@ class Device:
         token, position, row = np.zeros(size, np.int32), np.full(size, -1, np.int32), np.full(size, -1, np.int32)
         out, by, at = np.full(min(size, self.limits.rows), -1, np.int32), [], 0
         for run in runs:
-            assert run.row.table is not None
             some, blocks = slice(at, at + run.stop - run.start), run.row.table.blocks
             token[some], position[some] = run.row.tokens[run.start : run.stop], range(run.start, run.stop)
             row[some] = run.row.place

@@ -24,7 +24,7 @@ class Runs(Protocol):
     vocab: int
     context: int
     limits: Limits
-    about: Mapping[str, str | int]
+    about: dict[str, str | int]
 
     def run(
         self, runs: Sequence[Run], draws: Mapping[int, Sequence[Sampling]], copies: Mapping[int, int]
@@ -134,11 +134,11 @@ class Engine:
         found = plan(self.queue, self.blocks, self.limits, self.clock(), self.reuse)
         for row in found.begun:
             live = self.live[row.id]
-            live.hit = row.table.computed if live.hit < 0 and row.table else live.hit
+            live.hit = row.table.computed if live.hit < 0 else live.hit
             self.device.note(row, live.sampling)
         self.stats.update(
             begun=len(found.begun), stopped=len(found.stopped), copied=len(found.copies),
-            found=sum(row.table.computed for row in found.begun if row.table),
+            found=sum(row.table.computed for row in found.begun),
         )  # fmt: skip
         if not found.runs:
             return []
@@ -149,7 +149,6 @@ class Engine:
         self.stats.update(steps=1, tokens=total, padded=size - total, drawn=len(tokens))
         events, drawn = [], iter(zip(tokens, logprobs, strict=True))
         for row, _, stop in found.runs:
-            assert row.table is not None
             row.table.computed = stop
             if row.id in rows:
                 more = fork(self.queue, self.blocks, row, rows[row.id][1:])
@@ -166,7 +165,6 @@ class Engine:
     def _drawn(self, row: Row, token: int, logprob: float) -> Event:
         """A row's next token, or its end."""
         live, now = self.live[row.id], self.clock()
-        assert row.table is not None
         if token == NOT_A_NUMBER:
             reason = "error"
         else:
@@ -181,4 +179,4 @@ class Engine:
 
     def check(self) -> None:
         """AssertionError if a block is lost, or counted wrong."""
-        self.blocks.check([row.table for row in self.queue.running if row.table])
+        self.blocks.check([row.table for row in self.queue.running])

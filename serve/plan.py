@@ -54,12 +54,19 @@ class Row:
     """The step in which it last ran."""
     place: int = -1
     """Its line of the table of blocks, while it runs."""
-    table: Table | None = None
+    held: Table | None = None
+    """Its blocks, while it runs."""
+
+    @property
+    def table(self) -> Table:
+        """Its blocks; AssertionError while it does not run."""
+        assert self.held is not None, f"row {self.id} does not run"
+        return self.held
 
     @property
     def behind(self) -> int:
         """Tokens whose keys and values are not there yet: one where it generates."""
-        return len(self.tokens) - (self.table.computed if self.table else 0)
+        return len(self.tokens) - (self.held.computed if self.held else 0)
 
 
 class Run(NamedTuple):
@@ -130,7 +137,7 @@ def plan(queue: Queue, blocks: Blocks, limits: Limits, now: float, reuse: bool =
         queue.waiting.remove(row)
         queue.running.append(row)
         found.begun.append(row)
-        row.table, row.place = table, queue.places.pop()
+        row.held, row.place = table, queue.places.pop()
         _go_on(queue, blocks, limits, found, row, now)
     return found
 
@@ -146,11 +153,10 @@ def end(queue: Queue, blocks: Blocks, row: Row, now: float) -> None:
 
 def fork(queue: Queue, blocks: Blocks, row: Row, ids: list[int]) -> list[Row]:
     """The rows that begin where a row's prompt ends, which share its blocks; the places were kept for them."""
-    assert row.table is not None
     found = []
     for each in ids:
         table, place = blocks.fork(row.table), queue.places.pop()
-        more = dataclasses.replace(row, id=each, tokens=list(row.tokens), table=table, place=place, forks=0)
+        more = dataclasses.replace(row, id=each, tokens=list(row.tokens), held=table, place=place, forks=0)
         queue.running.append(more)
         found.append(more)
     row.forks = 0
@@ -159,7 +165,6 @@ def fork(queue: Queue, blocks: Blocks, row: Row, ids: list[int]) -> list[Row]:
 
 def _go_on(queue: Queue, blocks: Blocks, limits: Limits, found: Plan, row: Row, now: float) -> None:
     """Let a row run as far as the step has room, others stopping for its blocks where they must."""
-    assert row.table is not None
     count = min(row.behind, _left(found, limits))
     start = row.table.computed
     if not count:
@@ -179,10 +184,9 @@ def _go_on(queue: Queue, blocks: Blocks, limits: Limits, found: Plan, row: Row, 
 
 
 def _give_back(queue: Queue, blocks: Blocks, row: Row, now: float) -> None:
-    assert row.table is not None
     blocks.release(row.table, now)
     queue.places.append(row.place)
-    row.table, row.place = None, -1
+    row.held, row.place = None, -1
 
 
 def _left(found: Plan, limits: Limits) -> int:

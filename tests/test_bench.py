@@ -45,7 +45,7 @@ def test_only_slots_that_hold_a_token_are_read(spec: str, held: int) -> None:
     tokens = jnp.ones((2, 10), jnp.int32)
     _, cache = generate.prefill(TINY, gpt.init(TINY, 0), cache, tokens, jnp.broadcast_to(jnp.arange(10), (2, 10)))
     per_token = 2 * 8 * 2 + 4  # keys and values of 8 numbers in bf16, and a position
-    assert bench.occupied_bytes(cache) == 2 * 2 * 2 * held * per_token
+    assert bench.occupied_bytes(cache, 10) == 2 * 2 * 2 * held * per_token
 
 
 LIBRARY = """
@@ -307,3 +307,10 @@ def test_the_page_has_both_tables_under_columns_that_stay(tmp_path: Path) -> Non
     assert html.index("<td>best</td>") < html.index("<th>memory, GB/s</th>")
     assert ".scroll td:first-child { position: sticky; left: 0;" in html
     assert "position: sticky" in (Path(__file__).parent.parent / "docs" / "tables.css").read_text()
+
+
+def test_blocks_hold_what_stands_before_a_position() -> None:
+    """Ten tokens of a row, however many its blocks have room for; in its own slots there are none yet."""
+    for text, tokens in (("full on blocks", 10), ("sink 4 on blocks | recent 3", 4)):
+        cache = generate.empty_cache(TINY, parse(text), 2, 40)
+        assert bench.occupied_bytes(cache, 10) == 2 * 2 * 2 * tokens * 2 * 8 * 2

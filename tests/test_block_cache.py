@@ -97,6 +97,7 @@ def test_content_does_not_depend_on_how_tokens_came(codec: str, groups: list[int
     ours, mine = run(spec.init(B, HEADS, CONTEXT), groups)
     wanted, its = run(spec.init(B, HEADS, CONTEXT), [1] * 32)
     np.testing.assert_allclose(ours, wanted, atol=2e-5)
+    assert isinstance(mine, BlockCache) and isinstance(its, BlockCache)
     for bits, others in zip(jax.tree.leaves(mine.pools), jax.tree.leaves(its.pools), strict=True):
         np.testing.assert_array_equal(bits, others)
 

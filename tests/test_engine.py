@@ -50,7 +50,7 @@ def serve(engine: Engine, wanted: list[Request], every: int = 1) -> list[list[in
                 rows[event.id].append(event.token)
         engine.check()
         for row in engine.queue.running:  # less than a block of each row is empty
-            assert row.table and len(row.table.blocks) <= engine.blocks.needed(len(row.tokens))
+            assert len(row.table.blocks) <= engine.blocks.needed(len(row.tokens))
         steps += 1
         assert steps < 5000
     assert engine.blocks.states()["used"] == 0
@@ -184,14 +184,16 @@ def test_a_step_copies_no_pool() -> None:
 
     arguments = leaves, np.zeros(8, np.int32), none, none, out, ours._table
     compiled = jax.jit(whole, donate_argnums=0).lower(*arguments).compile()
+    memory, program = compiled.memory_analysis(), compiled.as_text()
+    assert memory and program
     pools = jax.tree.leaves(ours.cache.pools)
     shapes = [
         f"{x.dtype.name.replace('int8', 's8').replace('bfloat16', 'bf16')}[{','.join(map(str, x.shape))}]"
         for x in pools
     ]
-    copies = [line for line in compiled.as_text().splitlines() if " copy(" in line]
+    copies = [line for line in program.splitlines() if " copy(" in line]
     assert shapes and not [line for line in copies if any(shape in line for shape in shapes)]
-    assert compiled.memory_analysis().temp_size_in_bytes < sum(x.nbytes for x in pools) / CONFIG.layers
+    assert memory.temp_size_in_bytes < sum(x.nbytes for x in pools) / CONFIG.layers
     assert sum(x.nbytes for x in pools) == 2000 * 16 * (parse("full@int8").nbytes(CONFIG.layer_heads, 1) - 4 * 2 * 2)
 
 

@@ -168,9 +168,11 @@ def test_a_pool_is_written_in_place():
         return jax.tree.leaves(pool)
 
     compiled = jax.jit(step, donate_argnums=0).lower(leaves, jnp.ones((1, 2, 32))).compile()
+    memory, program = compiled.memory_analysis(), compiled.as_text()
+    assert memory and program
     size = sum(x.nbytes for x in leaves)
-    assert compiled.memory_analysis().temp_size_in_bytes < size / 8
-    assert " copy(" not in "".join(line for line in compiled.as_text().splitlines() if "s8[8," in line)
+    assert memory.temp_size_in_bytes < size / 8
+    assert " copy(" not in "".join(line for line in program.splitlines() if "s8[8," in line)
 
 
 @needs_compiler

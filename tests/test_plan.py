@@ -29,7 +29,7 @@ class Service:
 
     def __init__(self, blocks: Blocks, limits: Limits, reuse: bool = True):
         self.blocks, self.limits, self.reuse, self.queue = blocks, limits, reuse, Queue.of(limits)
-        self.content: dict[tuple[int, int], tuple] = {}
+        self.content: dict[tuple[int, int], tuple | None] = {}
         self.over: dict[int, list[int]] = {}
         self.counts = collections.Counter()
         self.now = 0.0
@@ -37,6 +37,7 @@ class Service:
     def step(self) -> None:
         found = plan(self.queue, self.blocks, self.limits, self.now, self.reuse)
         size = self.blocks.size
+        self.counts["found"] += sum(row.table.published for row in found.begun)
         assert sum(run.stop - run.start for run in found.runs) <= self.limits.tokens
         assert len(self.queue.running) + len(self.queue.places) == self.limits.rows
         held = {
@@ -70,7 +71,6 @@ class Service:
                     end(self.queue, self.blocks, each, self.now)
                     self.over[each.id] = each.tokens
         self.counts.update(steps=1, stopped=len(found.stopped), tokens=sum(run.stop - run.start for run in found.runs))
-        self.counts["found"] += sum(row.table.published for row in found.begun if row.table)
         self.blocks.check([row.table for row in self.queue.running])
         assert found.runs or not (self.queue.running or self.queue.waiting), "nothing runs, and somebody waits"
 

@@ -61,7 +61,7 @@ def measured(model: Model, spec: CacheSpec, batch: int, context: int) -> StepGro
         logits_BV, cache = jax.block_until_ready(step(model.params, cache, token_B, position_B))
         del token_B, position_B
         columns["kv_bytes"].append(nbytes(cache) // batch)
-        columns["held_bytes"].append(bench.occupied_bytes(cache))
+        columns["held_bytes"].append(bench.occupied_bytes(cache, length))
         columns["live_bytes"].append(_live()[1] - before)
         columns["output_bytes"].append(logits_BV.nbytes)
         columns["temporary_bytes"].append(_analysis(step).temp_size_in_bytes)

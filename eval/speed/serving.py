@@ -66,10 +66,8 @@ def engine(
         events, after = ours.run_step(), now()
         for event in events:
             rows[event.id].tokens.append(after)
-        held = sum(len(row.table.blocks) for row in ours.queue.running if row.table) * ours.blocks.size
-        inside = sum(
-            min(len(row.tokens), len(row.table.blocks) * ours.blocks.size) for row in ours.queue.running if row.table
-        )
+        held = sum(len(row.table.blocks) for row in ours.queue.running) * ours.blocks.size
+        inside = sum(min(len(row.tokens), len(row.table.blocks) * ours.blocks.size) for row in ours.queue.running)
         wasted += [1 - inside / held] if held else []
     stats = ours.stats
     return _summary(seen, now()) | {
