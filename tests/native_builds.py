@@ -50,7 +50,7 @@ def test_kernels_pass_their_tests(name, tmp_path):
         "KVCASCADE_CACHE": str(tmp_path),
         "HYPOTHESIS_PROFILE": "few",
     }
-    files = [str(TESTS / name) for name in ("test_native.py", "test_linear.py")]
+    files = [str(TESTS / name) for name in ("test_native.py", "test_pages.py", "test_linear.py")]
     found = _run([sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *files, "-k", CHOSEN], **environment)
     assert found.returncode == 0, found.stdout + found.stderr
     assert " passed" in found.stdout and "skipped" not in found.stdout, found.stdout
@@ -118,7 +118,7 @@ import sys
 from pathlib import Path
 import jax, jax.numpy as jnp, ml_dtypes, numpy as np
 from kvcascade.cache.codec import CODECS
-from kvcascade.kernels import linear, native
+from kvcascade.kernels import linear, native, pages
 from kvcascade.kernels.decode import decode
 from kvcascade.kernels.heads import Heads
 from kvcascade.kernels.slots import Codecs, Entry, Slots
@@ -142,6 +142,14 @@ for (H, S), name in [((H, S), name) for H, S in shapes for name in ("f32", "bf16
     jax.block_until_ready(decode(q, now, [(slots, by)], heads, True, "native"))
     entry = Entry(jnp.ones((1, 2, 1, H)), jnp.ones((1, 2, 1, H)), jnp.zeros((1, 2, 1), jnp.int32), (jnp.ones((1, 2, 1)),))
     jax.block_until_ready(exchange(slots, entry, jnp.arange(2 * S + 2.0).reshape(1, 2, S + 1), by, S % 2 == 0, "native"))
+    # As many tokens in blocks of 16, the last slot of the pool among them, in lines of one and of several; no block, padding.
+    blocks = -(-S // 16)
+    pool = pages.Pool(stored(name, blocks, 2, 2, 16, H), stored(name, blocks, 2, 2, 16, H))
+    table = jnp.asarray([[*range(blocks)], [-1] * blocks], jnp.int32)
+    where, rows = jnp.asarray([S - 1, S - 1, S // 2, 0, -1], jnp.int32), jnp.asarray([0, 0, 0, 1, -1], jnp.int32)
+    more = jax.tree.map(lambda x: jnp.concatenate([x, x]), slots)
+    jax.block_until_ready(pages.attend(jnp.ones((5, 1, 4, H)), where[:, None], rows, table, pool, 1, by, heads, S, [(more, by)], True, "native"))
+    jax.block_until_ready(pages.write(pool, jnp.ones((3, 2, H)), jnp.ones((3, 2, H)), jnp.asarray([0, -1, 16 * blocks - 1], jnp.int32), 1, by, "native"))
 for (I, O, R), kind in [(shape, kind) for shape in [(1, 1, 1), (7, 5, 3), (64, 33, 16), (130, 1000, 2)] for kind in linear.WEIGHTS]:
     matrix = linear.store(jnp.asarray(rng.integers(-9, 9, (O, I)), jnp.float32), kind)
     if kind == "int4" and R == 2:

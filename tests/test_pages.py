@@ -113,7 +113,7 @@ def test_native_equals_float64(names, size, width, kv_heads, group, head_dim, wi
         ("nvfp4", 32, 3, 9, None, [("nvfp4", 5)]),
     ],
 )
-def test_others_equal_float64(names, size, width, window, limit, beside, implementation):
+def test_others_say_the_same(names, size, width, window, limit, beside, implementation):
     rng = np.random.default_rng(size)
     queries = [(0, size * width - 1), (1, 3), (1, 4), (-1, -1), (0, size)]
     heads = Heads(6, 2, 32, window=window)
