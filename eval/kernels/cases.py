@@ -132,7 +132,7 @@ def _decode(codec, kv_heads, group, head_dim, observed, implementation, in_use) 
 
 
 def _paged(codec, kv_heads, group, head_dim, implementation, in_use) -> Program:
-    B, K, form, size, layers = BATCH if in_use else 1, kv_heads if in_use else 1, CODECS[codec], 64, 2
+    B, K, form, size = BATCH if in_use else 1, kv_heads if in_use else 1, CODECS[codec], 64
     heads, held = Heads(K * group, K, head_dim), Codecs(form, form)
 
     def arguments():
@@ -140,12 +140,12 @@ def _paged(codec, kv_heads, group, head_dim, implementation, in_use) -> Program:
         blocks = B * SLOTS // size
         table_BW = jax.random.permutation(jax.random.key(2), blocks).reshape(B, -1).astype(jnp.int32)
         keys = jax.random.split(jax.random.key(0))
-        k, v = (form.encode(jax.random.normal(key, (blocks, layers, K, size, head_dim))) for key in keys)
+        k, v = (form.encode(jax.random.normal(key, (blocks, 1, K, size, head_dim))) for key in keys)
         return q_BNH, jnp.full(B, SLOTS - 1, jnp.int32), table_BW, pages.Pool(k, v)
 
     def call(q, now, table, pool):
         rows = jnp.arange(B, dtype=jnp.int32)
-        return pages.attend(q[:, None], now[:, None], rows, table, pool, 1, held, heads, implementation=implementation)[
+        return pages.attend(q[:, None], now[:, None], rows, table, pool, 0, held, heads, implementation=implementation)[
             0
         ]
 
