@@ -13,7 +13,7 @@ from kvcascade.cache.cascade import Cascade
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.layer import LayerCache
 from kvcascade.cache.tier import BLOCK
-from kvcascade.cache.whole import Cache, held, put
+from kvcascade.cache.whole import Cache, put
 from kvcascade.kernels import pages
 from kvcascade.kernels.heads import Heads
 from kvcascade.kernels.pages import Pool
@@ -129,8 +129,9 @@ class BlockCache(Cache):
         """Write what belongs into blocks, and let the layer's other tiers have the rest; attend to all of it."""
         shared, place = self.shared[index], self.of[index]
         if shared is None:
-            out_BTNW, layer = self.layers[place].step(q_BTNH, k_BTKH, v_BTKW, positions_BT, fresh, written_BTK)
-            return out_BTNW, dataclasses.replace(self, layers=put(self.layers, place, layer))
+            out_BTNW, cache = super().step(index, q_BTNH, k_BTKH, v_BTKW, positions_BT, fresh, written_BTK)
+            assert isinstance(cache, BlockCache)
+            return out_BTNW, cache
         row_B = jnp.arange(len(positions_BT), dtype=jnp.int32) if self.row_B is None else self.row_B
         tokens = lambda x: x.reshape(-1, *x.shape[2:])
         slots_N = tokens(self._slots(row_B, positions_BT, shared.limit))
@@ -166,11 +167,11 @@ class BlockCache(Cache):
     @property
     def kept(self) -> int:
         """Tokens that a row has room for, in the layer that has most."""
-        return self._most([sum(slots.pos_BKS.shape[2] for slots in layer.slots) for layer in self.layers], self.room)
+        return self._most([layer.kept for layer in self.layers], self.room)
 
     def held(self, tokens: int) -> int:
         """Tokens that it holds, of rows that have seen so many, in the layer and the row that hold most."""
-        return self._most([held(layer) for layer in self.layers], tokens)
+        return self._most([layer.tokens for layer in self.layers], tokens)
 
     def _most(self, own: list[int], tokens: int) -> int:
         on_blocks = [min(each.limit, tokens) if each else 0 for each in self.shared]

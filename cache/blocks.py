@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.cache.prefix import HashChain, Index, parts
+from kvcascade.cache.prefix import HashChain, Index
 from kvcascade.cache.retention import USUAL, Retention
 
 
@@ -52,7 +52,7 @@ class Known:
 
 
 class Blocks:
-    """The bookkeeping of a pool of blocks, each of so many tokens; what is in them lies elsewhere (cache/pool.py).
+    """The bookkeeping of a pool of blocks, each of so many tokens; what is in them lies elsewhere (cache/block_cache.py).
 
     Whatever must be made room for is of the least priority, of equals the one used longest ago, and never one that something known is behind.
     Times are the caller's, in seconds, and must not go back.
@@ -64,7 +64,7 @@ class Blocks:
         self.count, self.size = count, size
         self.index: Index = HashChain(size) if index is None else index
         self.references = [0] * count
-        self.evictions = self.hits = 0
+        self.evictions = 0
         self._free = list(range(count - 1, 0, -1))
         self._known: dict[int, Known] = {}
         self._idle: set[int] = set()
@@ -108,7 +108,6 @@ class Blocks:
             for block in reversed(found):
                 self._drop(block, now)
             return None
-        self.hits += len(found) * self.size
         table = Table(space, found + fresh, len(found) * self.size, len(found), tuple(retention))
         self._use(table, range(len(found)), now)
         return table
@@ -136,9 +135,8 @@ class Blocks:
         not replaced, and nothing behind it published, until one row has it.
         """
         first, known = table.published, table.computed // self.size
-        for place, part in enumerate(parts(tokens[: table.computed], self.size)):
-            if place < first:
-                continue
+        for place in range(first, known):  # what is published is not looked at again: this runs for every token
+            part = tuple(tokens[place * self.size : (place + 1) * self.size])
             own, before = table.blocks[place], table.blocks[place - 1] if place else None
             block = self.index.insert(table.space, before, part, own)
             if block is None or block != own and self.references[own] > 1:

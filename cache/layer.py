@@ -189,6 +189,16 @@ class LayerCache:
         """Every tier's slots, and how they are stored."""
         return [(slots, tier.codecs) for tier, slots in zip(self.cascade.tiers, self.slots, strict=True)]
 
+    @property
+    def kept(self) -> int:
+        """Tokens that a row has room for."""
+        return sum(slots.pos_BKS.shape[2] for slots in self.slots)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that it holds, in the row that holds most."""
+        return int(jnp.stack([(slots.pos_BKS[:, 0] >= 0).sum(-1) for slots in self.slots]).sum(0).max())
+
     def _entry(self, k_BTKH, v_BTKW, positions_BT, written_BTK) -> tuple[Entry, Float[Array, "B T K"]]:
         """Tokens as they travel, without numbers, and what their values write.
 

@@ -5,7 +5,6 @@ import functools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kvcascade.cache.errors import BadInput
@@ -47,11 +46,11 @@ class Cache:
     @property
     def kept(self) -> int:
         """Tokens that it has room for, in the layer that has most."""
-        return max(sum(slots.pos_BKS.shape[2] for slots in layer.slots) for layer in self.layers)
+        return max(layer.kept for layer in self.layers)
 
     def held(self, tokens: int) -> int:
         """Tokens that it holds, of rows that have seen so many, in the layer and the row that hold most."""
-        return max(held(layer) for layer in self.layers)
+        return max(layer.tokens for layer in self.layers)
 
     @property
     def rereads(self) -> tuple[Statistic, ...]:
@@ -119,11 +118,6 @@ class Draft:
         return dataclasses.replace(
             self.cache, layers=tuple(layer.commit(look) if look else layer for layer, look in pairs)
         )
-
-
-def held(layer: LayerCache) -> int:
-    """Tokens that a layer holds, in the row that holds most."""
-    return int(jnp.stack([(slots.pos_BKS[:, 0] >= 0).sum(-1) for slots in layer.slots]).sum(0).max())
 
 
 def put[T](parts: tuple[T, ...], place: int, part: T) -> tuple[T, ...]:

@@ -38,10 +38,10 @@ def step(
     out_O: Int[Array, " O"],
     table_RW: Int[Array, "R W"],
     by: Settings,
-) -> tuple[Int[Array, " O"], Float[Array, " O"], Float[Array, "O V"], BlockCache, Bool[Array, "R V"]]:
+) -> tuple[Int[Array, " O"], Float[Array, " O"], BlockCache, Bool[Array, "R V"]]:
     """Put tokens of any rows into their blocks, and draw what follows those of the numbers `out`; -1 is padding everywhere.
 
-    Returns the tokens drawn, their log-probabilities as the model has them, and the logits.
+    Returns the tokens drawn, and their log-probabilities as the model has them.
     """
     rows = seen_RV.shape[0]
     seen_RV = seen_RV.at[jnp.where(row_N < 0, rows, row_N), token_N].set(True, mode="drop")
@@ -53,7 +53,7 @@ def step(
     token_O = sample(logits_OV, position_N[at_O] + 1, by, seen_RV[row_N[at_O].clip(0)])
     chosen_O1 = jnp.take_along_axis(logits_OV, token_O.clip(0)[:, None], 1)
     logprob_O = chosen_O1[:, 0] - jax.nn.logsumexp(logits_OV, -1)
-    return token_O, logprob_O, logits_OV, dataclasses.replace(cache, row_B=None), seen_RV
+    return token_O, logprob_O, dataclasses.replace(cache, row_B=None), seen_RV
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -138,7 +138,7 @@ class Device:
         arguments = self.params, self.cache, self._seen, token, position, row, out, self._table, drawn
         if len(token) not in self.programs:
             self.programs[len(token)] = self._compiled(step, self.config, *arguments)
-        token_O, logprob_O, _, self.cache, self._seen = self.programs[len(token)](*arguments)
+        token_O, logprob_O, self.cache, self._seen = self.programs[len(token)](*arguments)
         return np.asarray(token_O), np.asarray(logprob_O)
 
     def _copy(self, copies: Mapping[int, int]) -> None:

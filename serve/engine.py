@@ -75,9 +75,6 @@ class Live:
     row: Row
     sampling: Sampling
     stops: frozenset[int]
-    prompt: int
-    hit: int = -1
-    """Tokens of the prompt that were there already, when it first began."""
 
 
 class Engine:
@@ -109,7 +106,7 @@ class Engine:
         ids = [row.id, *(next(self._ids) for _ in range(forks))]
         for index, each in enumerate(ids):
             own = dataclasses.replace(sampling, seed=(sampling.seed + index) % 2**32)
-            self.live[each] = Live(row, own, request.stops, len(prompt))
+            self.live[each] = Live(row, own, request.stops)
         self.queue.waiting.append(row)
         return ids
 
@@ -133,9 +130,7 @@ class Engine:
         """Plan a step, run it, and say what it brought."""
         found = plan(self.queue, self.blocks, self.limits, self.clock(), self.reuse)
         for row in found.begun:
-            live = self.live[row.id]
-            live.hit = row.table.computed if live.hit < 0 else live.hit
-            self.device.note(row, live.sampling)
+            self.device.note(row, self.live[row.id].sampling)
         self.stats.update(
             begun=len(found.begun), stopped=len(found.stopped), copied=len(found.copies),
             found=sum(row.table.computed for row in found.begun),

@@ -274,13 +274,13 @@ MUTATIONS = {
     ),
     "blocks are published that are not full": (
         B,
-        "parts(tokens[: table.computed], self.size)",
-        "parts([*tokens[: table.computed], 0, 0], self.size)",
+        "known = table.published, table.computed // self.size",
+        "known = table.published, self.needed(table.computed)",
     ),
     "tokens are published that are not computed": (
         B,
-        "for place, part in enumerate(parts(tokens[: table.computed], self.size))",
-        "for place, part in enumerate(parts(tokens, self.size))",
+        "known = table.published, table.computed // self.size",
+        "known = table.published, len(tokens) // self.size",
     ),
     "a replaced block is lost": (B, "                self._drop(own, now)\n", ""),
     "a block of several rows is replaced": (

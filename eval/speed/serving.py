@@ -48,7 +48,7 @@ def engine(
     model: Model, spec: CacheSpec, arrivals: Sequence[Arrival], prompts, blocks: int, limits: Limits, clock
 ) -> dict[str, Any]:
     """Serve a trace by the engine; requests of which the pool cannot hold one are BadInput before anything runs."""
-    context = -(-max(each.prompt + each.output for each in arrivals) // 16) * 16
+    context = max(each.prompt + each.output for each in arrivals)
     device = Device(model.config, model.params, spec, blocks, limits, context, fingerprint=model.fingerprint)
     warm, now = device.warm(), Clock(clock)
     compiled = len(device.programs)
@@ -80,8 +80,7 @@ def engine(
 
 def batches(model: Model, spec: CacheSpec, arrivals: Sequence[Arrival], prompts, size: int, clock) -> dict[str, Any]:
     """Serve a trace by `generate`: up to so many requests that have come, filled up with rows that mean nothing, and the next when the longest is over."""
-    context = -(-(max(each.prompt + each.output for each in arrivals) + generate.DISPATCH) // 16) * 16
-    context = min(context, model.config.context)
+    context = min(max(each.prompt + each.output for each in arrivals) + generate.DISPATCH, model.config.context)
     lengths = [1 << (each.prompt - 1).bit_length() for each in arrivals]  # as `generate` pads them
     config, params = model.config, model.params
 
