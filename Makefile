@@ -1,4 +1,5 @@
-# make demo: the main job on real text, about ten minutes on two cores; make test: everything that is checked.
+# make demo: the main job on real text, about ten minutes on two cores; make test: everything that is checked, but for what takes long;
+# make proofs: what takes long.
 # make kernels: compiles every GPU kernel for cards that need not be there, in .venv-aot.
 # make docs: counts again what docs/flash_attention.md says, two minutes in the same environment.
 # make native: builds the C++ kernels with other compilers, in fewer lanes and under sanitizers, and tests each; as root it installs the
@@ -6,7 +7,7 @@
 # make notebooks: executes notebooks/ and keeps in each what came out.
 # make docs-site: the pages of docs/ as a site in build/site, with every link checked.
 # All set up their .venv first, with uv where it is there and pip otherwise.
-.PHONY: setup demo smoke test lint readme notebooks native kernels docs docs-site clean
+.PHONY: setup demo smoke test proofs lint readme notebooks native kernels docs docs-site clean
 
 PYTHON ?= python3
 STUDY ?= runs/study
@@ -63,7 +64,10 @@ smoke: setup
 # LLVM optimises little here, and a file's tests run in one process: both are about compiling, which is most of the time. Tests of
 # what is computed to the last bit ask for `optimised` programs.
 test: setup
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv/bin/pytest -q -n 2 --dist loadfile
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv/bin/pytest -q -n 2 --dist loadfile -m "not slow"
+
+proofs: setup
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv/bin/pytest -q -n 2 -m slow
 
 lint: setup
 	.venv/bin/ruff format --check .

@@ -115,9 +115,12 @@ class Blocks:
     def room(self, table: Table, start: int, stop: int, now: float) -> list[Copy] | None:
         """Let a row write the positions from `start` up to `stop`: it gets the blocks that it lacks, and its own copy of those that others
         read or the index knows. None, and no change, without room."""
-        places = range(start // self.size, min(self.needed(stop), len(table.blocks)))
+        have, lacking = len(table.blocks), self.needed(stop) - len(table.blocks)
+        places = range(start // self.size, min(have + lacking, have))
         shared = [place for place in places if not self._own(table.blocks[place])]
-        fresh = self._take(len(shared) + max(0, self.needed(stop) - len(table.blocks)), now)
+        if not shared and lacking <= 0:
+            return []
+        fresh = self._take(len(shared) + max(0, lacking), now)
         if fresh is None:
             return None
         copies = []
@@ -135,6 +138,8 @@ class Blocks:
         not replaced, and nothing behind it published, until one row has it.
         """
         first, known = table.published, table.computed // self.size
+        if first >= known:
+            return
         for place in range(first, known):  # what is published is not looked at again: this runs for every token
             part = tuple(tokens[place * self.size : (place + 1) * self.size])
             own, before = table.blocks[place], table.blocks[place - 1] if place else None

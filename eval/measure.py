@@ -40,17 +40,19 @@ class Job[R: Record]:
     run: Callable[[], Sequence[R]]
     words: str
     """A few, for a person who waits."""
+    also: tuple[str, ...] = ()
+    """Other folders whose code it measures."""
 
     @functools.cached_property
     def key(self) -> str:
         """What tells it from other measurements, and from the same one by other code."""
-        told = json.dumps(self.about | {"code": code(self.room)}, sort_keys=True, allow_nan=False)
+        told = json.dumps(self.about | {"code": self.code}, sort_keys=True, allow_nan=False)
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
-
-def code(room: str) -> str:
-    """A hash of the code that a measurement depends on."""
-    return source_key("cache", "kernels", "model", room)
+    @property
+    def code(self) -> str:
+        """A hash of the code that its figures depend on."""
+        return source_key("cache", "kernels", "model", self.room, *self.also)
 
 
 @dataclasses.dataclass
@@ -98,7 +100,7 @@ def _run[R: Record](job: Job[R]) -> list[R]:
     except ValidationError as error:
         raise BadInput(f"{job.words}: {record_files.wrong(error)}, so nothing is recorded") from error
     share = (time.monotonic() - start) / len(new)  # a job's seconds are counted once: its records share them
-    made = {"key": job.key, "of": len(new), "code": code(job.room)}
+    made = {"key": job.key, "of": len(new), "code": job.code}
     stamped = [records.changed(each, **made, **origin(share)) for each in new]
     try:
         json.dumps([each.given for each in stamped], allow_nan=False)

@@ -462,8 +462,14 @@ class Served(Named):
     stopped: Maybe[Index] = None
     copied: Maybe[Index] = None
     evicted: Maybe[Index] = None
+    put_aside: Maybe[Index] = None
+    """Rows that stopped and went to host memory, not to be computed again."""
     waste: Maybe[Share] = None
     """The mean share of the slots of blocks in use that have no token."""
+    programs: Maybe[tuple[tuple[Count, Size], ...]] = None
+    """What steps took: the tokens of each program, and its seconds without what its tokens attended to."""
+    attended: Maybe[Size] = None
+    """Seconds for each token that a token attended to."""
 
 
 FILLED = ("weights", "cache", "temporaries and logits")

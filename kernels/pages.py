@@ -4,9 +4,9 @@ A block holds so many consecutive tokens of one row in all layers. The token at 
 slot p % Z: nothing else has to be stored, and what stands behind the newest position is never seen.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,7 @@ from kvcascade.kernels.partial import Partial, Weights, attend_each, joined
 from kvcascade.kernels.slots import Codecs, Held, Slots, Stored, payload
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class Pool:
+class Pool(NamedTuple):
     """Encoded keys and values in blocks: arrays [P, L, K, Z, …], a block all of one index."""
 
     k: Stored

@@ -80,7 +80,7 @@ def _circumstances() -> tuple[str, ...]:
     }
     device = jax.devices()[0]
     return (
-        source_key("cache", "kernels", "model"),
+        source_key("cache", "kernels", "model", "serve"),
         jax.__version__,
         f"{device.platform} {device.device_kind} {device.client.platform_version}",
         processor.identity(),

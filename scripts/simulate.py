@@ -1,9 +1,16 @@
-"""Serve a trace: `kvcascade simulate --model smollm2 --weights int8 --cache "full@int8 on blocks" --trace poisson:rate=4 --batches 8`; a minute or two."""
+"""Serve a trace: `kvcascade simulate --model smollm2 --weights int8 --cache "full@int8 on blocks" --trace poisson:rate=4 --batches 8`; a minute or two.
+
+Without a model: `kvcascade simulate --costs RECORDS.jsonl --trace poisson:rate=4,requests=100000`; a minute.
+"""
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
+from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
+from kvcascade.eval import record_files
+from kvcascade.eval.records import Served, of
 from kvcascade.eval.speed import serving
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, CountOrNone, Recorded, arguments_of
@@ -15,14 +22,18 @@ from kvcascade.serve.plan import Limits
 class Args(Recorded):
     """Serve a trace of requests by the engine, every program compiled before; time in which nobody is there is skipped."""
 
-    model: str
+    model: str = ""
     """A run's folder, smollm2, gguf:FILE, or a Hugging Face directory or name."""
-    cache: str = "full on blocks"
-    """A cache in one line, wholly on blocks."""
+    costs: Path | None = None
+    """Instead of a model: records of traces that were served; the last that fits says what each step takes."""
+    cache: str = ""
+    """A cache in one line, wholly on blocks: by default `full on blocks`, or, with --costs, whatever was recorded."""
     trace: str = "poisson:"
     """poisson:rate=4,requests=32,prompt=55,output=37,spread=0.8,shared=0, or a file: Azure's CSV, Mooncake's JSON lines."""
     blocks: Count = 640
     """Blocks of the pool, of 16 tokens each; one of them is nobody's."""
+    aside: CountOrNone = 0
+    """Blocks of rows that had to stop that host memory has room for."""
     rows: Count = 32
     """Rows that run at once, at most."""
     tokens: Count = 128
@@ -33,16 +44,39 @@ class Args(Recorded):
     """Serve the trace also by `generate`, so many requests at a time, with a full cache in rows; 0: not."""
     clock: Literal["wall", "cpu"] = "wall"
     """What time is: the wall's, or the processor's, all threads together."""
-    weights: str = "float32"
-    """What a pretrained model's matrices are kept in: float32, bfloat16, int8 or int4."""
+    weights: str | None = None
+    """What a pretrained model's matrices are kept in: float32, bfloat16, int8 or int4; by default float32."""
 
 
 def main(arguments: list[str]) -> None:
     """Serve the trace, print the table, append the records."""
     args = arguments_of(Args, "simulate", arguments)
-    spec, limits = parse(args.cache), Limits(args.tokens, args.rows)
+    limits = Limits(args.tokens, args.rows, aside=args.aside)
     arrivals = trace.read(args.trace)
-    model = console.open_model(args.model, args.weights)
-    arrivals = trace.shortened(arrivals, args.shorten, model.config.context)
-    job = serving.job(model, spec, args.trace, arrivals, args.shorten, args.blocks, limits, args.batches, args.clock)
+    if bool(args.model) == bool(args.costs):
+        raise BadInput("a trace is served by a --model, or by the --costs that one was recorded with")
+    if args.costs:
+        if args.batches or args.aside or args.weights or args.clock != "wall":
+            raise BadInput("--batches, --aside, --weights and --clock are a model's, and --costs are what it took")
+        served = _recorded(args.costs, str(parse(args.cache)) if args.cache else None)
+        longest = max(each.prompt + each.output for each in arrivals)
+        mine = serving.Trace(args.trace, trace.shortened(arrivals, args.shorten, longest), args.shorten, 0)
+        job = serving.replay_job(served, mine, args.blocks, limits)
+    else:
+        model = console.open_model(args.model, args.weights or "float32")
+        short = trace.shortened(arrivals, args.shorten, model.config.context)
+        mine = serving.Trace(args.trace, short, args.shorten, model.seed)
+        job = serving.job(
+            model, parse(args.cache or "full on blocks"), mine, args.blocks, limits, args.batches, args.clock
+        )
     console.show(serving.table(console.measured("simulate", [job], args)))
+
+
+def _recorded(file: Path, cache: str | None) -> Served:
+    """The last record of a file that says what steps take, of this cache if one is named."""
+    found = [each for each in of(record_files.read(file), Served) if each.programs and cache in (None, each.cache)]
+    if not found:
+        raise BadInput(
+            f"{file} has no record of a trace that was served by an engine" + (f" with {cache}" if cache else "")
+        )
+    return found[-1]

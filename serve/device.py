@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -20,10 +22,11 @@ from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
 from kvcascade.model.programs import Compiled, traced
 from kvcascade.model.sampling import GREEDY, Sampling, Settings, sample, settings
-from kvcascade.serve.plan import Limits, Row, Run
+from kvcascade.serve.engine import TOP, Drawn, Likely
+from kvcascade.serve.plan import Limits, Move, Plan, Row
 
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
-"""Tokens of a step's programs; there is one more for the most that a step may have."""
+MOVED = 16
+"""Blocks that go to host memory, or come back, by one program."""
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames=("cache", "seen_RV"))
@@ -38,10 +41,10 @@ def step(
     out_O: Int[Array, " O"],
     table_RW: Int[Array, "R W"],
     by: Settings,
-) -> tuple[Int[Array, " O"], Float[Array, " O"], BlockCache, Bool[Array, "R V"]]:
+) -> tuple[Int[Array, " O"], Float[Array, " O"], Float[Array, "O V"], BlockCache, Bool[Array, "R V"]]:
     """Put tokens of any rows into their blocks, and draw what follows those of the numbers `out`; -1 is padding everywhere.
 
-    Returns the tokens drawn, and their log-probabilities as the model has them.
+    Returns the tokens drawn, their log-probabilities as the model has them, and all logits.
     """
     rows = seen_RV.shape[0]
     seen_RV = seen_RV.at[jnp.where(row_N < 0, rows, row_N), token_N].set(True, mode="drop")
@@ -53,7 +56,14 @@ def step(
     token_O = sample(logits_OV, position_N[at_O] + 1, by, seen_RV[row_N[at_O].clip(0)])
     chosen_O1 = jnp.take_along_axis(logits_OV, token_O.clip(0)[:, None], 1)
     logprob_O = chosen_O1[:, 0] - jax.nn.logsumexp(logits_OV, -1)
-    return token_O, logprob_O, dataclasses.replace(cache, row_B=None), seen_RV
+    return token_O, logprob_O, logits_OV, dataclasses.replace(cache, row_B=None), seen_RV
+
+
+@jax.jit
+def likeliest(logits_OV: Float[Array, "O V"]) -> tuple[Float[Array, "O N"], Int[Array, "O N"]]:
+    """The log-probabilities and the numbers of the TOP likeliest tokens, or of all."""
+    logprob_ON, token_ON = jax.lax.top_k(jax.nn.log_softmax(logits_OV), min(TOP, logits_OV.shape[1]))
+    return logprob_ON, token_ON
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -61,6 +71,20 @@ def copy(cache: BlockCache, source_C: Int[Array, " C"], target_C: Int[Array, " C
     """Copy whole blocks, all read before one is written; a target past the end is none."""
     put = lambda x: x.at[target_C].set(x[source_C], mode="drop")
     return dataclasses.replace(cache, pools=jax.tree.map(put, cache.pools))
+
+
+@jax.jit
+def take(cache: BlockCache, block_M: Int[Array, " M"]) -> list[Array]:
+    """What is in these blocks, of each array of the pools."""
+    return [x[block_M] for x in jax.tree.leaves(cache.pools)]
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def put(cache: BlockCache, block_M: Int[Array, " M"], content: list[Array]) -> BlockCache:
+    """Write what `take` gave into blocks; a number past the end is none."""
+    leaves, tree = jax.tree.flatten(cache.pools)
+    written = [x.at[block_M].set(new, mode="drop") for x, new in zip(leaves, content, strict=True)]
+    return dataclasses.replace(cache, pools=tree.unflatten(written))
 
 
 @functools.partial(jax.jit, donate_argnames="seen_RV")
@@ -106,22 +130,21 @@ class Device:
         self._compiled = compiled
         self._table = np.full(self.cache.table_RW.shape, -1, np.int32)
         self._seen = jnp.zeros((self.limits.rows, config.vocab), bool)
-        most = self.limits.tokens
-        self.buckets = sorted({n for n in BUCKETS if n < most} | {most})
+        self._aside: dict[int, list] = {}
+        self._seconds = 0.0, 0.0, math.inf
 
-    def run(
-        self, runs: Sequence[Run], draws: Mapping[int, Sequence[Sampling]], copies: Mapping[int, int]
-    ) -> tuple[list[int], list[float], int]:
-        """Copy blocks, put the tokens of runs into theirs, and draw for the rows of these numbers, in the order of the runs.
-
-        Returns the tokens, their log-probabilities as the model has them, and how many tokens the program was for.
-        """
-        self._copy(copies)
-        total, drawn = sum(run.stop - run.start for run in runs), sum(map(len, draws.values()))
-        size = next(n for n in self.buckets if n >= total and min(n, self.limits.rows) >= min(drawn, self.limits.rows))
+    def run(self, found: Plan, draws: Mapping[int, Sequence[Sampling]], likely: bool) -> Drawn:
+        """Move and copy blocks, put the tokens of runs into theirs, and draw for the rows of these numbers."""
+        for move in found.out:
+            self._put_aside(move)
+        self._copy(found.copies)
+        for move in found.back:
+            self._bring_back(move)
+        total, count = sum(run.stop - run.start for run in found.runs), sum(map(len, draws.values()))
+        size = self.limits.bucket(total, count)
         token, position, row = np.zeros(size, np.int32), np.full(size, -1, np.int32), np.full(size, -1, np.int32)
         out, by, at = np.full(min(size, self.limits.rows), -1, np.int32), [], 0
-        for run in runs:
+        for run in found.runs:
             some, blocks = slice(at, at + run.stop - run.start), run.row.table.blocks
             token[some], position[some] = run.row.tokens[run.start : run.stop], range(run.start, run.stop)
             row[some] = run.row.place
@@ -130,16 +153,26 @@ class Device:
             wanted = draws.get(run.row.id, ())
             out[len(by) : len(by) + len(wanted)] = at - 1
             by += wanted
-        token_O, logprob_O = self._step(token, position, row, out, by)
-        return token_O[:drawn].tolist(), logprob_O[:drawn].tolist(), size
+        token_O, logprob_O, logits_OV = self._step(token, position, row, out, by)
+        told = self._likely(logits_OV, count) if likely else [()] * count
+        return Drawn(token_O[:count].tolist(), logprob_O[:count].tolist(), told, size)
 
     def _step(self, token, position, row, out, by: list[Sampling]):
+        program, arguments = self._program(token, position, row, out, by)
+        token_O, logprob_O, logits_OV, self.cache, self._seen = program(*arguments)
+        return np.asarray(token_O), np.asarray(logprob_O), logits_OV
+
+    def _program(self, token, position, row, out, by: list[Sampling]):
         drawn = settings([*by, *[GREEDY] * (len(out) - len(by))], len(out))
         arguments = self.params, self.cache, self._seen, token, position, row, out, self._table, drawn
         if len(token) not in self.programs:
             self.programs[len(token)] = self._compiled(step, self.config, *arguments)
-        token_O, logprob_O, self.cache, self._seen = self.programs[len(token)](*arguments)
-        return np.asarray(token_O), np.asarray(logprob_O)
+        return self.programs[len(token)], arguments
+
+    def _likely(self, logits_OV: Float[Array, "O V"], count: int) -> list[Likely]:
+        logprob_ON, token_ON = map(np.asarray, likeliest(logits_OV))
+        rows = zip(token_ON[:count].tolist(), logprob_ON[:count].tolist(), strict=True)
+        return [tuple(zip(*row, strict=True)) for row in rows]
 
     def _copy(self, copies: Mapping[int, int]) -> None:
         """A row copies one block at most: the last of a prompt that it shares with others, before it writes on in it."""
@@ -149,6 +182,26 @@ class Device:
             target[: len(copies)], source[: len(copies)] = [*copies], [*copies.values()]
             self.cache = copy(self.cache, source, target)
 
+    def _put_aside(self, move: Move) -> None:
+        taken = [take(self.cache, np.asarray(part, np.int32)) for part in _filled(move.blocks, 0)]
+        self._aside[move.row.id] = [[*map(np.asarray, part)] for part in taken]
+
+    def _bring_back(self, move: Move) -> None:
+        """The blocks of a row from its `first` on; those before it have been found in the pool."""
+        parts, first = self._aside.pop(move.row.id), move.first // MOVED
+        targets = [self.blocks] * (move.first % MOVED) + move.blocks if move.blocks else []
+        for part, content in zip(_filled(targets, self.blocks), parts[first:], strict=False):
+            self.cache = put(self.cache, np.asarray(part, np.int32), content)
+
+    def forget(self, row: Row) -> None:
+        """Drop what is put aside of a row that is over."""
+        self._aside.pop(row.id, None)
+
+    def quicker(self, blocks: int) -> bool:
+        """Whether so many blocks are sooner moved to host memory and back than computed again, as `warm` has measured it."""
+        start, each, token = self._seconds
+        return start + blocks * each < blocks * self.size * token
+
     def note(self, row: Row, sampling: Sampling) -> None:
         """Hear of a row that begins at a place: what it has had, if it is held against that."""
         if sampling.repetition_penalty != 1:
@@ -157,12 +210,49 @@ class Device:
             self._seen = mark(self._seen, np.int32(row.place), had)
 
     def warm(self) -> float:
-        """Compile all programs, with steps of padding alone; the seconds that it took."""
+        """Compile all programs, and run each on padding alone; the seconds that it took."""
         start = time.perf_counter()
-        for size in self.buckets:
-            none = np.full(size, -1, np.int32)
-            self._step(np.zeros(size, np.int32), none, none, np.full(min(size, self.limits.rows), -1, np.int32), [])
+        none = lambda count: np.full(count, -1, np.int32)
+        steps = [
+            (np.zeros(size, np.int32), none(size), none(size), none(min(size, self.limits.rows)))
+            for size in self.limits.buckets
+        ]
+        for each in steps:  # all before one runs: XLA writes no program down whose functions have run in this process
+            self._program(*each, [])
+        for each in steps:
+            likeliest(self._step(*each, [])[2])
         self._copy({self.blocks: 0})
         self._seen = mark(self._seen, np.int32(0), np.zeros(self.vocab, bool))
+        if self.limits.aside:
+            self._measure(lambda: self._step(*steps[-1], []))
         jax.block_until_ready((self.cache, self._seen))
         return time.perf_counter() - start
+
+    def compiled(self) -> int:
+        """How many programs there are."""
+        jitted = step, copy, take, put, mark, likeliest
+        return len(self.programs) + sum(each._cache_size() for each in jitted)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _measure(self, largest: Callable) -> None:
+        """Seconds of moving no block and each block there and back, and of a token of the largest step."""
+
+        def took(work: Callable) -> float:
+            start = time.perf_counter()
+            work()
+            jax.block_until_ready(self.cache)
+            return time.perf_counter() - start
+
+        def moved(programs: int) -> None:
+            row = Row(-1, [], 0)
+            self._put_aside(Move(row, 0, [0] * MOVED * programs))
+            self._bring_back(Move(row, 0, [self.blocks] * MOVED * programs))
+
+        moved(1)
+        one, four = (min(took(functools.partial(moved, count)) for _ in range(3)) for count in (1, 4))
+        each = max(four - one, 0.0) / 3 / MOVED
+        self._seconds = max(one - MOVED * each, 0.0), each, min(took(largest) for _ in range(2)) / self.limits.tokens
+
+
+def _filled(blocks: list[int], rest: int) -> list[list[int]]:
+    """MOVED blocks at a time, the last ones filled up."""
+    return [[*some, *[rest] * (MOVED - len(some))] for some in itertools.batched(blocks, MOVED)]

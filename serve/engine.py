@@ -5,14 +5,30 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from kvcascade.cache.blocks import Blocks
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.prefix import namespace
 from kvcascade.cache.retention import Retention
 from kvcascade.model.sampling import GREEDY, NOT_A_NUMBER, Sampling
-from kvcascade.serve.plan import Limits, Queue, Row, Run, check, end, fork, plan
+from kvcascade.serve.plan import Limits, Plan, Queue, Row, check, end, fork, plan
+
+TOP = 20
+"""The most tokens of which a step says how likely they were."""
+
+type Likely = tuple[tuple[int, float], ...]
+"""The likeliest tokens and their log-probabilities, the likeliest first."""
+
+
+class Drawn(NamedTuple):
+    """What a step brought: for each row that draws, in the order of the runs, its token; and how many tokens its program was for."""
+
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
+    likely: Sequence[Likely]
+    """TOP of each, or () where nobody has asked."""
+    size: int
 
 
 @runtime_checkable
@@ -26,14 +42,20 @@ class Runs(Protocol):
     limits: Limits
     about: dict[str, str | int]
 
-    def run(
-        self, runs: Sequence[Run], draws: Mapping[int, Sequence[Sampling]], copies: Mapping[int, int]
-    ) -> tuple[list[int], list[float], int]:
+    def run(self, found: Plan, draws: Mapping[int, Sequence[Sampling]], likely: bool) -> Drawn:
         """See `device.Device.run`."""
         ...
 
     def note(self, row: Row, sampling: Sampling) -> None:
         """See `device.Device.note`."""
+        ...
+
+    def forget(self, row: Row) -> None:
+        """See `device.Device.forget`."""
+        ...
+
+    def quicker(self, blocks: int) -> bool:
+        """See `device.Device.quicker`."""
         ...
 
 
@@ -55,10 +77,11 @@ class Request:
     """How long blocks of its prompt are kept when it is over."""
     salt: str = ""
     """Only requests of the same salt share prefixes."""
+    likely: int = 0
+    """Of how many of the likeliest tokens each event tells, TOP at most."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """A token of a row, or its end."""
 
     id: int
@@ -66,6 +89,7 @@ class Event:
     logprob: float | None
     finished: str = ""
     """Why it is over: stop, length, error or cancelled."""
+    likely: Likely = ()
 
 
 @dataclasses.dataclass
@@ -75,6 +99,7 @@ class Live:
     row: Row
     sampling: Sampling
     stops: frozenset[int]
+    likely: int = 0
 
 
 class Engine:
@@ -103,11 +128,13 @@ class Engine:
             raise BadInput(f"{limit} tokens are more than the engine's context of {self.device.context}")
         if not all(0 <= token < self.device.vocab for token in prompt):
             raise BadInput(f"a prompt's tokens are numbers from 0 to {self.device.vocab - 1}")
+        if not 0 <= request.likely <= TOP:
+            raise BadInput(f"how likely other tokens were is told of {TOP} at most, not of {request.likely}")
         ids = [row.id, *(next(self._ids) for _ in range(forks))]
         for index, each in enumerate(ids):
             own = dataclasses.replace(sampling, seed=(sampling.seed + index) % 2**32)
-            self.live[each] = Live(row, own, request.stops)
-        self.queue.waiting.append(row)
+            self.live[each] = Live(row, own, request.stops, request.likely)
+        self.queue.wait(row)
         return ids
 
     def cancel(self, number: int) -> Event | None:
@@ -116,6 +143,7 @@ class Engine:
         if live is None:
             return None
         end(self.queue, self.blocks, live.row, self.clock())
+        self.device.forget(live.row)
         for each in self._rows_of(live.row):
             del self.live[each]
         self.stats["cancelled"] += 1
@@ -128,21 +156,23 @@ class Engine:
 
     def run_step(self) -> list[Event]:
         """Plan a step, run it, and say what it brought."""
-        found = plan(self.queue, self.blocks, self.limits, self.clock(), self.reuse)
+        found = plan(self.queue, self.blocks, self.limits, self.clock(), self.reuse, self.device.quicker)
         for row in found.begun:
             self.device.note(row, self.live[row.id].sampling)
         self.stats.update(
-            begun=len(found.begun), stopped=len(found.stopped), copied=len(found.copies),
-            found=sum(row.table.computed for row in found.begun),
+            begun=len(found.begun), stopped=len(found.stopped), copied=len(found.copies), put_aside=len(found.out),
+            found=sum(row.table.published for row in found.begun) * self.blocks.size,
         )  # fmt: skip
         if not found.runs:
             return []
         rows = {run.row.id: self._rows_of(run.row) for run in found.runs if run.stop == len(run.row.tokens)}
-        draws = {number: [self.live[each].sampling for each in each_row] for number, each_row in rows.items()}
-        tokens, logprobs, size = self.device.run(found.runs, draws, found.copies)
+        lives = {number: [self.live[each] for each in mine] for number, mine in rows.items()}
+        draws = {number: [live.sampling for live in mine] for number, mine in lives.items()}
+        drawn = self.device.run(found, draws, any(live.likely for mine in lives.values() for live in mine))
+        now = self.clock()
         total = sum(run.stop - run.start for run in found.runs)
-        self.stats.update(steps=1, tokens=total, padded=size - total, drawn=len(tokens))
-        events, drawn = [], iter(zip(tokens, logprobs, strict=True))
+        self.stats.update(steps=1, tokens=total, padded=drawn.size - total, drawn=len(drawn.tokens))
+        events, each_drawn = [], iter(zip(drawn.tokens, drawn.logprobs, drawn.likely, strict=True))
         for row, _, stop in found.runs:
             row.table.computed = stop
             if row.id in rows:
@@ -150,27 +180,33 @@ class Engine:
                 for each in more:
                     self.live[each.id].row = each
                     self.device.note(each, self.live[each.id].sampling)
-                events += [self._drawn(each, *next(drawn)) for each in (row, *more)]
+                events += [self._drawn(each, now, *next(each_drawn)) for each in (row, *more)]
         return events
 
     def _rows_of(self, row: Row) -> list[int]:
         """The numbers of the rows that go on from a row, itself the first."""
         return [row.id] if not row.forks else [each for each, live in self.live.items() if live.row is row]
 
-    def _drawn(self, row: Row, token: int, logprob: float) -> Event:
+    def _drawn(self, row: Row, now: float, token: int, logprob: float, likely: Likely) -> Event:
         """A row's next token, or its end."""
-        live, now = self.live[row.id], self.clock()
+        live = self.live[row.id]
         if token == NOT_A_NUMBER:
-            reason = "error"
+            event = Event(row.id, None, None, "error")
         else:
             row.tokens.append(token)
             self.blocks.publish(row.table, row.tokens, now)
             reason = "stop" if token in live.stops else "length" if len(row.tokens) == row.limit else ""
-        if reason:
+            event = Event(row.id, token, logprob, reason, likely[: live.likely])
+        if event.finished:
             end(self.queue, self.blocks, row, now)
             del self.live[row.id]
             self.stats["over"] += 1
-        return Event(row.id, None if reason == "error" else token, None if reason == "error" else logprob, reason)
+        return event
+
+    def filled(self) -> tuple[int, int]:
+        """Slots of the blocks that rows hold, one that several hold counted for each, and how many of them have a token."""
+        tables = [(len(row.table.blocks) * self.blocks.size, len(row.tokens)) for row in self.queue.running]
+        return sum(held for held, _ in tables), sum(min(pair) for pair in tables)
 
     def check(self) -> None:
         """AssertionError if a block is lost, or counted wrong."""

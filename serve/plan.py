@@ -3,16 +3,23 @@
 A step takes so many tokens, of any rows: the one next token of a row that generates, or a part of a prompt. In this order: rows that
 generate, the one that has not run for longest first; prompts that have begun; those that wait, by priority and then by arrival. Nobody
 overtakes one that there is no room for. Where a row that has begun finds no block, the one of the last priority that came last stops and
-waits again; what it had computed stays known as long as there is room.
+waits again; what it had computed stays known as long as there is room, and is put aside in host memory where that is quicker than to
+compute it again.
 """
 
+import bisect
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from kvcascade.cache.blocks import Blocks, Table
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.retention import Retention
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+"""Tokens of a step's programs; there is one more for the most that a step may have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +32,23 @@ class Limits:
     """Rows that have begun and are not over."""
     patience: float = math.inf
     """Seconds after which one that waits goes before all that came later, whatever their priority."""
+    aside: int = 0
+    """Blocks of rows that have stopped that host memory has room for."""
 
     def __post_init__(self):
         if self.tokens < 1 or self.rows < 1 or not self.patience >= 0:
             raise BadInput(
                 "a step has room for a token and a row at least, and nobody is patient for less than 0 seconds"
             )
+
+    @functools.cached_property
+    def buckets(self) -> list[int]:
+        """Tokens of each program."""
+        return sorted({count for count in BUCKETS if count < self.tokens} | {self.tokens})
+
+    def bucket(self, tokens: int, drawn: int) -> int:
+        """The smallest program for so many tokens, of which so many are followed by one that is drawn."""
+        return next(n for n in self.buckets if n >= tokens and min(n, self.rows) >= min(drawn, self.rows))
 
 
 @dataclasses.dataclass(eq=False)
@@ -56,6 +74,8 @@ class Row:
     """Its line of the table of blocks, while it runs."""
     held: Table | None = None
     """Its blocks, while it runs."""
+    aside: int = 0
+    """Tokens whose keys and values lie in host memory, while it waits after it has stopped."""
 
     @property
     def table(self) -> Table:
@@ -83,25 +103,55 @@ class Queue:
 
     running: list[Row] = dataclasses.field(default_factory=list)
     waiting: list[Row] = dataclasses.field(default_factory=list)
+    """By priority, then by arrival: see `wait`."""
     step: int = 0
     places: list[int] = dataclasses.field(default_factory=list)
     """Lines of the table that nobody has."""
+    aside: int = 0
+    """Blocks in host memory."""
 
     @classmethod
     def of(cls, limits: Limits) -> "Queue":
         """Nobody yet."""
         return cls(places=list(range(limits.rows))[::-1])
 
+    def wait(self, row: Row) -> None:
+        """Let a row wait for its turn."""
+        bisect.insort(self.waiting, row, key=_turn)
+
+    def first(self, limits: Limits, now: float) -> Row:
+        """Whose turn it is of those that wait: of those that have waited too long the first that came, if there are any."""
+        if limits.patience < math.inf:
+            longest = min(self.waiting, key=lambda row: (row.arrival, row.id))
+            if now - longest.arrival > limits.patience:
+                return longest
+        return self.waiting[0]
+
+
+class Move(NamedTuple):
+    """Blocks of a row from the `first` of its text on that go to host memory or come back from it."""
+
+    row: Row
+    first: int
+    blocks: list[int]
+
 
 @dataclasses.dataclass
 class Plan:
-    """A step: what it runs, the blocks that are copied before, and who had to stop or has begun."""
+    """A step: what it runs, the blocks that are moved and copied before, and who had to stop or has begun.
+
+    What goes to host memory goes first, then all copies read before one writes, then comes what comes back, and then the step runs.
+    """
 
     runs: list[Run] = dataclasses.field(default_factory=list)
     copies: dict[int, int] = dataclasses.field(default_factory=dict)
-    """What is copied into a block before anything is written: all is read before any is copied."""
+    """What is copied into a block."""
     stopped: list[Row] = dataclasses.field(default_factory=list)
     begun: list[Row] = dataclasses.field(default_factory=list)
+    out: list[Move] = dataclasses.field(default_factory=list)
+    back: list[Move] = dataclasses.field(default_factory=list)
+    left: int = 0
+    """Tokens that there is room for."""
 
 
 def check(row: Row, blocks: Blocks, limits: Limits) -> None:
@@ -118,15 +168,25 @@ def check(row: Row, blocks: Blocks, limits: Limits) -> None:
         raise BadInput(f"{row.forks + 1} continuations are more rows than the {limits.rows} that run at once")
 
 
-def plan(queue: Queue, blocks: Blocks, limits: Limits, now: float, reuse: bool = True) -> Plan:
-    """Choose the next step and take the blocks that it needs; `now` is in seconds. Without `reuse` no prefix is looked for."""
-    found = Plan()
+def plan(
+    queue: Queue,
+    blocks: Blocks,
+    limits: Limits,
+    now: float,
+    reuse: bool = True,
+    quicker: Callable[[int], bool] = lambda blocks: True,
+) -> Plan:
+    """Choose the next step and take the blocks that it needs; `now` is in seconds. Without `reuse` no prefix is looked for.
+
+    `quicker` says whether so many blocks are sooner moved to host memory and back than computed again.
+    """
+    found = Plan(left=limits.tokens)
     queue.step += 1
     for row in sorted(queue.running, key=_order):
-        if row in queue.running:  # it has not stopped for another
-            _go_on(queue, blocks, limits, found, row, now)
-    while queue.waiting and _left(found, limits):
-        row = min(queue.waiting, key=lambda row: _turn(row, limits, now))
+        if row.held:  # it has not stopped for another
+            _go_on(queue, blocks, limits, found, row, now, quicker)
+    while queue.waiting and found.left:
+        row = queue.first(limits, now)
         promised = sum(each.forks for each in queue.running)
         if len(queue.places) < promised + 1 + row.forks:
             break
@@ -138,14 +198,17 @@ def plan(queue: Queue, blocks: Blocks, limits: Limits, now: float, reuse: bool =
         queue.running.append(row)
         found.begun.append(row)
         row.held, row.place = table, queue.places.pop()
-        _go_on(queue, blocks, limits, found, row, now)
+        _bring_back(queue, blocks, found, row)
+        _go_on(queue, blocks, limits, found, row, now, quicker)
     return found
 
 
 def end(queue: Queue, blocks: Blocks, row: Row, now: float) -> None:
     """Take a row out, wherever it is; its blocks are there for others at once."""
-    if row in queue.waiting:
+    if row.held is None:
         queue.waiting.remove(row)
+        queue.aside -= blocks.needed(row.aside)
+        row.aside = 0
         return
     queue.running.remove(row)
     _give_back(queue, blocks, row, now)
@@ -163,24 +226,57 @@ def fork(queue: Queue, blocks: Blocks, row: Row, ids: list[int]) -> list[Row]:
     return found
 
 
-def _go_on(queue: Queue, blocks: Blocks, limits: Limits, found: Plan, row: Row, now: float) -> None:
+def _go_on(queue: Queue, blocks: Blocks, limits: Limits, found: Plan, row: Row, now: float, quicker) -> None:
     """Let a row run as far as the step has room, others stopping for its blocks where they must."""
-    count = min(row.behind, _left(found, limits))
-    start = row.table.computed
+    table = row.table
+    start = table.computed
+    count = min(len(row.tokens) - start, found.left)
     if not count:
         return
-    while (copies := blocks.room(row.table, start, start + count, now)) is None:
-        victim = max(queue.running, key=lambda each: (each.priority, each.arrival, each.id))
-        found.runs = [run for run in found.runs if run.row is not victim]
-        found.stopped.append(victim)
-        blocks.publish(victim.table, victim.tokens, now)
-        end(queue, blocks, victim, now)
-        queue.waiting.append(victim)
+    while (copies := blocks.room(table, start, start + count, now)) is None:
+        victim = max(queue.running, key=_turn)
+        _stop(queue, blocks, limits, found, victim, now, quicker)
         if victim is row:
             return
-    found.copies |= {copy.target: copy.source for copy in copies}
+    if copies:
+        found.copies |= {copy.target: copy.source for copy in copies}
     found.runs.append(Run(row, start, start + count))
+    found.left -= count
     row.last = queue.step
+
+
+def _stop(queue: Queue, blocks: Blocks, limits: Limits, found: Plan, row: Row, now: float, quicker) -> None:
+    """Let a row wait again, its keys and values put aside where there is room and it is worth it.
+
+    It is none that has begun in this step, whose keys and values might not be there yet: such a row has blocks for all of its tokens, and
+    whoever comes after it has as well, so nobody stops any more.
+    """
+    kept = [run for run in found.runs if run.row is not row]
+    found.left += sum(run.stop - run.start for run in found.runs) - sum(run.stop - run.start for run in kept)
+    found.runs = kept
+    found.stopped.append(row)
+    count = blocks.needed(row.table.computed)
+    if count and queue.aside + count <= limits.aside and quicker(count):
+        # What is to be copied into a block is not there yet either.
+        sources = [found.copies.get(block, block) for block in row.table.blocks[:count]]
+        found.out.append(Move(row, 0, sources))
+        row.aside = row.table.computed
+        queue.aside += count
+    blocks.publish(row.table, row.tokens, now)
+    queue.running.remove(row)
+    _give_back(queue, blocks, row, now)
+    queue.wait(row)
+
+
+def _bring_back(queue: Queue, blocks: Blocks, found: Plan, row: Row) -> None:
+    """What is put aside of a row and is not known any more comes back."""
+    if not row.aside:
+        return
+    count, first = blocks.needed(row.aside), row.table.computed // blocks.size
+    found.back.append(Move(row, first, row.table.blocks[first:count]))
+    queue.aside -= count
+    row.table.computed = max(row.table.computed, row.aside)
+    row.aside = 0
 
 
 def _give_back(queue: Queue, blocks: Blocks, row: Row, now: float) -> None:
@@ -189,15 +285,11 @@ def _give_back(queue: Queue, blocks: Blocks, row: Row, now: float) -> None:
     row.held, row.place = None, -1
 
 
-def _left(found: Plan, limits: Limits) -> int:
-    return limits.tokens - sum(run.stop - run.start for run in found.runs)
-
-
 def _order(row: Row) -> tuple:
+    """Rows that generate first, by when they last ran; then prompts."""
     generates = row.behind == 1
     return not generates, row.last if generates else row.priority, row.arrival, row.id
 
 
-def _turn(row: Row, limits: Limits, now: float) -> tuple:
-    overdue = now - row.arrival > limits.patience
-    return not overdue, 0 if overdue else row.priority, row.arrival, row.id
+def _turn(row: Row) -> tuple:
+    return row.priority, row.arrival, row.id

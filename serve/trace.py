@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -108,12 +108,10 @@ def shortened(arrivals: Sequence[Arrival], by: int, context: int) -> list[Arriva
     return found
 
 
-def tokens(arrivals: Sequence[Arrival], by: int, vocab: int, seed: int) -> list[list[int]]:
+def tokens(arrivals: Sequence[Arrival], by: int, vocab: int, seed: int) -> Iterator[list[int]]:
     """Prompts at random in which equal pieces, shortened as well, are of equal tokens, and everything else is of the request's own."""
     size = max(1, PIECE // by)
     draw = lambda count, *key: np.random.default_rng([seed, *key]).integers(1, vocab, count).tolist()
-    found = []
     for index, each in enumerate(arrivals):
         shared = [token for piece in each.pieces for token in draw(size, 1, piece)][: each.prompt]
-        found.append(shared + draw(each.prompt - len(shared), 0, index))
-    return found
+        yield shared + draw(each.prompt - len(shared), 0, index)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from kvcascade.kernels import backend, native
 from kvcascade.model import generate, gpt
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.sampling import GREEDY, Sampling, settings
-from kvcascade.serve.device import Device, copy, mark, step
+from kvcascade.serve.device import Device, step
 from kvcascade.serve.engine import Engine, Request
 from kvcascade.serve.plan import Limits
 
@@ -70,9 +71,11 @@ def alone(codec: str = "f32") -> list[list[int]]:
     return found
 
 
-def engine(codec: str, blocks: int, size: int = 16, tokens: int = 32, rows: int = 8, reuse: bool = True) -> Engine:
+def engine(
+    codec: str, blocks: int, size: int = 16, tokens: int = 32, rows: int = 8, reuse: bool = True, aside: int = 0
+) -> Engine:
     spec = parse(f"full@{codec} on blocks")
-    return Engine(Device(CONFIG, params(), spec, blocks, Limits(tokens, rows), size=size), reuse)
+    return Engine(Device(CONFIG, params(), spec, blocks, Limits(tokens, rows, aside=aside), size=size), reuse)
 
 
 CONFIGURATIONS = {
@@ -80,6 +83,8 @@ CONFIGURATIONS = {
     "few tokens a step": {"blocks": 400, "tokens": 8},
     "hardly any blocks": {"blocks": 9, "tokens": 16},
     "no reuse": {"blocks": 12, "reuse": False},
+    "put aside": {"blocks": 9, "tokens": 16, "aside": 20},
+    "put aside, nothing found": {"blocks": 9, "tokens": 16, "aside": 20, "reuse": False},
     "one row": {"blocks": 40, "rows": 3, "tokens": 3},
     "wider blocks": {"blocks": 9, "size": 32},
 }
@@ -91,16 +96,17 @@ def test_tokens_are_those_of_each_request_alone(name: str) -> None:
     assert serve(ours, requests()) == alone()
     if name == "hardly any blocks":
         assert ours.stats["stopped"] and ours.blocks.evictions
-    if name != "no reuse":
+    if name.startswith("put aside"):
+        assert ours.stats["put_aside"] and not ours.queue.aside and not ours.device._aside  # pyright: ignore
+    if ours.reuse:
         assert ours.stats["found"] and ours.stats["copied"]
 
 
 @pytest.mark.parametrize("codec", ["bf16", "int4h", "int8/int4"])
 def test_stored_in_fewer_bits_all_configurations_agree(codec: str) -> None:
-    found = [
-        serve(engine(codec, **CONFIGURATIONS[name]), requests()) for name in ("few tokens a step", "hardly any blocks")
-    ]
-    assert found[0] == found[1]
+    names = "few tokens a step", "hardly any blocks", "put aside"
+    found = [serve(engine(codec, **CONFIGURATIONS[name]), requests()) for name in names]
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize("size", [1, 5, 16])
@@ -126,13 +132,39 @@ def shared_engine() -> Engine:
 
 
 def test_nothing_is_compiled_after_warming_up() -> None:
-    ours = engine("int8", 20, tokens=24)
+    ours = engine("int8", 9, tokens=24, aside=20)
     device = ours.device
     assert isinstance(device, Device)
     device.warm()
-    compiled = [each._cache_size() for each in (step, copy, mark)]  # pyright: ignore
-    serve(ours, requests())
-    assert [each._cache_size() for each in (step, copy, mark)] == compiled  # pyright: ignore
+    compiled = device.compiled()
+    device._seconds = 0.0, 0.0, math.inf  # whatever was measured
+    serve(ours, [dataclasses.replace(each, likely=index % 3) for index, each in enumerate(requests())])
+    assert ours.stats["put_aside"] and device.compiled() == compiled
+
+
+def test_the_likeliest_tokens_are_told() -> None:
+    """Beside the drawn one's own log-probability, which is that of the model before any setting."""
+    ours = engine("f32", 40)
+    two = ours.submit(Request([3, 5, 7], 4, likely=5))[0], ours.submit(Request([2], 4, Sampling(1.0)))[0]
+    while ours.busy:
+        for event in ours.run_step():
+            assert len(event.likely) == (5 if event.id == two[0] else 0)
+            if event.likely:
+                numbers, logprobs = zip(*event.likely, strict=True)
+                assert numbers[0] == event.token and abs(logprobs[0] - event.logprob) < 1e-5  # pyright: ignore
+                assert [*logprobs] == sorted(logprobs, reverse=True) and sum(map(math.exp, logprobs)) < 1
+    with pytest.raises(BadInput, match="of 20 at most, not of 21"):
+        ours.submit(Request([1], 1, likely=21))
+
+
+def test_moving_is_weighed_against_computing() -> None:
+    device = engine("int8", 9, aside=4).device
+    assert isinstance(device, Device)
+    device.warm()
+    start, each, token = device._seconds
+    assert start >= 0 and each >= 0 and 0 < token < math.inf
+    device._seconds = 1.0, 0.1, 0.02  # a block comes to 0.32 s computed
+    assert [device.quicker(count) for count in (1, 4, 5)] == [False, False, True]
 
 
 def test_salts_keep_prefixes_apart() -> None:
@@ -180,7 +212,7 @@ def test_a_step_copies_no_pool() -> None:
     def whole(leaves, token, position, row, out, table):
         cache, seen = tree.unflatten(leaves)
         found = step(CONFIG, params(), cache, seen, token, position, row, out, table, by)
-        return found[:2], jax.tree.leaves(found[2:])
+        return found[:3], jax.tree.leaves(found[3:])
 
     arguments = leaves, np.zeros(8, np.int32), none, none, out, ours._table
     compiled = jax.jit(whole, donate_argnums=0).lower(*arguments).compile()

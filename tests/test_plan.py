@@ -33,19 +33,31 @@ class Service:
         self.over: dict[int, list[int]] = {}
         self.counts = collections.Counter()
         self.now = 0.0
+        self.host: dict[int, list] = {}
+
+    def quicker(self, blocks: int) -> bool:
+        return blocks != 2  # neither always nor never
 
     def step(self) -> None:
-        found = plan(self.queue, self.blocks, self.limits, self.now, self.reuse)
+        found = plan(self.queue, self.blocks, self.limits, self.now, self.reuse, self.quicker)
         size = self.blocks.size
+        slots = lambda block: [(block, at) for at in range(size)]
         self.counts["found"] += sum(row.table.published for row in found.begun)
+        for row, _, taken in found.out:
+            assert row in found.stopped and row.id not in self.host
+            self.host[row.id] = [[self.content.get(slot) for slot in slots(block)] for block in taken]
         assert sum(run.stop - run.start for run in found.runs) <= self.limits.tokens
         assert len(self.queue.running) + len(self.queue.places) == self.limits.rows
-        held = {
-            (target, at): self.content.get((source, at))
+        self.content |= {
+            to: self.content.get(slot)
             for target, source in found.copies.items()
-            for at in range(size)
+            for to, slot in zip(slots(target), slots(source), strict=True)
         }
-        self.content |= held
+        for row, first, targets in found.back:
+            content = self.host.pop(row.id)
+            for block, each in zip(targets, content[first:], strict=True) if targets else ():
+                assert self.blocks._own(block), "a block comes back where others read"
+                self.content |= dict(zip(slots(block), each, strict=True))
         places = [row.place for row in self.queue.running]
         assert len({*places}) == len(places)
         # All write before one reads, as in a step.
@@ -70,7 +82,13 @@ class Service:
                 if len(each.tokens) == each.limit:
                     end(self.queue, self.blocks, each, self.now)
                     self.over[each.id] = each.tokens
-        self.counts.update(steps=1, stopped=len(found.stopped), tokens=sum(run.stop - run.start for run in found.runs))
+        self.counts.update(
+            steps=1, stopped=len(found.stopped), back=len(found.back),
+            tokens=sum(run.stop - run.start for run in found.runs),
+        )  # fmt: skip
+        waiting = [row for row in self.queue.waiting if row.aside]
+        assert {row.id for row in waiting} == {*self.host}
+        assert self.queue.aside == sum(self.blocks.needed(row.aside) for row in waiting) <= self.limits.aside
         self.blocks.check([row.table for row in self.queue.running])
         assert found.runs or not (self.queue.running or self.queue.waiting), "nothing runs, and somebody waits"
 
@@ -93,7 +111,9 @@ def serve(seed: int) -> collections.Counter:
     draw = random.Random(seed)
     size = draw.choice([1, 2, 4])
     count = draw.choice([9, 14, 40]) if size > 1 else draw.choice([22, 60])
-    limits = Limits(draw.choice([1, 3, 8, 64]), draw.choice([1, 2, 6]), draw.choice([math.inf, 5.0]))
+    limits = Limits(
+        draw.choice([1, 3, 8, 64]), draw.choice([1, 2, 6]), draw.choice([math.inf, 5.0]), draw.choice([0, 4, 100])
+    )
     service = Service(Blocks(count, size, Both(size)), limits, reuse=draw.random() < 0.8)
     wanted, coming = {}, collections.deque(requests(draw, 12, service.blocks, limits))
     for row in coming:
@@ -104,12 +124,13 @@ def serve(seed: int) -> collections.Counter:
     for _ in range(3000):
         service.now += 1
         if coming and draw.random() < 0.4:
-            service.queue.waiting.append(coming.popleft())
+            service.queue.wait(coming.popleft())
         everyone = service.queue.running + service.queue.waiting
         if everyone and draw.random() < 0.02:
             row = draw.choice(everyone)
             gone |= {row.id} if not row.forks else {row.id, *(row.id * 1000 + index + 1 for index in range(row.forks))}
             end(service.queue, service.blocks, row, service.now)
+            service.host.pop(row.id, None)
             service.counts["cancelled"] += 1
         service.step()
         if not coming and not service.queue.running and not service.queue.waiting:
@@ -121,7 +142,7 @@ def serve(seed: int) -> collections.Counter:
 
 def test_everybody_gets_what_they_would_get_alone() -> None:
     counts = sum(map(serve, range(150)), collections.Counter())
-    assert min(counts[each] for each in ("stopped", "forks", "found", "cancelled")) > 30, counts
+    assert min(counts[each] for each in ("stopped", "forks", "found", "cancelled", "back")) > 30, counts
 
 
 def rows(*prompts: int, **more) -> list[Row]:
@@ -158,8 +179,29 @@ def test_priority_and_patience() -> None:
     limits = Limits(tokens=8, rows=1, patience=10.0)
     for now, first in ((5.0, 1), (11.0, 0)):
         queue = Queue.of(limits)
-        queue.waiting += [Row(0, [1], 4, 0.0, priority=5), Row(1, [1], 4, 1.0, priority=0)]
+        for row in (Row(0, [1], 4, 0.0, priority=5), Row(1, [1], 4, 1.0, priority=0)):
+            queue.wait(row)
         assert [row.id for row in plan(queue, Blocks(9, 2), limits, now).begun] == [first]
+
+
+def test_what_is_put_aside_comes_back() -> None:
+    """The row that came last stops for the first one's blocks; what its prefix does not find in the pool comes from the host."""
+    limits, blocks = Limits(tokens=64, rows=2, aside=9), Blocks(9, 2)
+    queue = Queue.of(limits)
+    first, last = Row(0, [1] * 5, 16, 0.0), Row(1, [2] * 5, 16, 1.0)
+    for row in (first, last):
+        queue.wait(row)
+    while not (found := plan(queue, blocks, limits, 0.0)).stopped:
+        for row, _, stop in found.runs:
+            row.table.computed = stop
+            row.tokens.append(3)
+    assert [(row.id, at, len(moved)) for row, at, moved in found.out] == [(1, 0, 4)]
+    assert last.aside == 8 and queue.aside == 4 and not found.back
+    end(queue, blocks, first, 0.0)
+    found = plan(queue, blocks, limits, 0.0)
+    assert last.table.computed == 8 and queue.aside == last.aside == 0
+    (move,) = found.back
+    assert move.blocks == last.table.blocks[move.first : 4] and [run.start for run in found.runs] == [8]
 
 
 def test_nobody_overtakes_one_that_there_is_no_room_for() -> None:

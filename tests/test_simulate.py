@@ -12,10 +12,18 @@ from kvcascade.cache.spec import parse
 from kvcascade.eval.records import Served
 from kvcascade.eval.speed import serving
 from kvcascade.eval.speed.serving import Clock, batches, engine
-from kvcascade.model import tokenizer
+from kvcascade.model import programs, tokenizer
 from kvcascade.model.pretrained import Model
+from kvcascade.scripts import simulate
+from kvcascade.serve.costs import Costs, Replay
 from kvcascade.serve.plan import Limits
 from kvcascade.serve.trace import PIECE, Arrival, read, shortened, tokens
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lowering puts what is no array into pytrees, which the type checker of these tests refuses."""
+    monkeypatch.setattr(serving, "kept", programs.traced)
 
 
 def test_poisson_is_the_same_for_the_same_seed() -> None:
@@ -92,11 +100,82 @@ def test_a_clock_does_not_wait() -> None:
     clock.skip_to(3.0)  # has been
 
 
+def test_costs_are_found_again() -> None:
+    """From steps with some noise and a few that were far too slow."""
+    draw = np.random.default_rng(0)
+    true = Costs({1: 0.01, 8: 0.02, 32: 0.05}, 1e-5)
+    steps = []
+    for _ in range(300):
+        size, read = int(draw.choice([1, 8, 32])), int(draw.integers(1, 4000))
+        slow = 5.0 if draw.random() < 0.02 else 1.0
+        steps.append((size, read, true.seconds(size, read) * slow * draw.uniform(0.98, 1.02)))
+    found = Costs.of(steps)
+    assert found.attended == pytest.approx(1e-5, rel=0.05)
+    assert {size: pytest.approx(seconds, rel=0.05) for size, seconds in true.programs.items()} == dict(found.programs)
+    assert true.seconds(20, 0) == pytest.approx(0.035) and true.seconds(64, 0) == 0.05
+    assert Costs.of([(8, 100, 0.3)]) == Costs({8: 0.3}, 0.0)
+
+
+def replayed(text: str, limits: Limits, blocks: int, costs: Costs) -> tuple[dict, list[Arrival]]:
+    arrivals = read(text)
+    device = Replay(costs, blocks, 16, 1000, 10_000, limits)
+    return serving.serve(device, arrivals, tokens(arrivals, 1, 1000, 0), device.clock), arrivals
+
+
+def test_without_a_model_time_is_what_steps_take() -> None:
+    """One request alone: its first token after the steps of its prompt, and each other after one more."""
+    costs = Costs({1: 0.01, 128: 0.1}, 1e-6)
+    found, (each,) = replayed("poisson:requests=1,prompt=200,output=9,spread=0", Limits(), 100, costs)
+    prompt = 2 * 0.1 + 1e-6 * sum(range(1, each.prompt + 1)) - (0.1 - costs.seconds(96, 0)) * (each.prompt - 128 <= 96)
+    assert found["first_ms_50_95"][0] == pytest.approx(prompt * 1e3)
+    assert found["steps"] == 2 + each.output - 1
+    rest = (each.output - 1) * 0.01 + 1e-6 * sum(range(each.prompt + 1, each.prompt + each.output))
+    assert found["serving_seconds"] == pytest.approx(prompt + rest)
+
+
+def test_hardly_a_slot_is_wasted() -> None:
+    """At a mean length of 500 tokens: less than half a block of each row is empty."""
+    text = "poisson:rate=1000,requests=120,prompt=420,output=100,spread=0.4"
+    found, arrivals = replayed(text, Limits(), 2000, Costs({1: 0.01}, 0.0))
+    assert 450 < np.mean([each.prompt + each.output for each in arrivals]) < 650
+    assert 0 < found["waste"] < 0.04 and found["output_tokens"] == sum(each.output for each in arrivals)
+
+
+def test_a_record_says_what_steps_take(tmp_path: Path) -> None:
+    """What was recorded with a model serves other traces without it."""
+    model = Model("toy", CONFIG, params(), tokenizer.bytes_encoding())
+    arrivals = shortened(read("poisson:rate=200,requests=9,prompt=20,output=6,spread=0.4", 3), 1, 96)
+    trace = serving.Trace("poisson:", arrivals, 1, 0)
+    first = serving.job(model, parse("full@int8 on blocks"), trace, 60, Limits(16, 8), 0, "wall")
+    (served,) = first.run()
+    assert served.programs and {size for size, _ in served.programs} <= {*Limits(16, 8).buckets}
+    (again,) = serving.replay_job(served, trace, 30, Limits(8, 4)).run()
+    assert again.way == "costs" and again.output_tokens == served.output_tokens and again.model == "toy"
+    assert again.kv_bytes * 2 == served.kv_bytes and again.serving_seconds > 0
+    with pytest.raises(BadInput, match="up to 16 tokens take, not of 32"):
+        serving.replay_job(served, trace, 30, Limits(32, 4)).run()
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        ("", "a --model, or by the --costs"),
+        ("--model x --costs y", "a --model, or by the --costs"),
+        ("--costs y --batches 4", "are a model's"),
+        ("--costs {}", "has no record of a trace"),
+    ],
+)
+def test_what_does_not_go_together(arguments: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "records.jsonl").write_text("")
+    with pytest.raises(BadInput, match=reason):
+        simulate.main(arguments.format(tmp_path / "records.jsonl").split())
+
+
 @pytest.mark.parametrize("blocks", [13, 60])
 def test_both_ways_serve_every_token(blocks: int) -> None:
     model = Model("toy", CONFIG, params(), tokenizer.bytes_encoding())
     arrivals = shortened(read("poisson:rate=200,requests=9,prompt=20,output=6,spread=0.4", 3), 1, 96)
-    prompts = tokens(arrivals, 1, CONFIG.vocab, 0)
+    prompts = [*tokens(arrivals, 1, CONFIG.vocab, 0)]
     spec, made = parse("full@int8 on blocks"), sum(each.output for each in arrivals)
     about = {
         "model": "toy", "weights": "float32", "cache": str(spec), "trace": "poisson", "shorten": 1, "clock": "wall", "requests": 9,

@@ -1,24 +1,31 @@
-"""A trace of requests served by the engine, or by `generate` in batches as they come: latency, throughput, waste."""
+"""A trace of requests served by the engine, by what an engine's steps are known to take, or by `generate` in batches as they come."""
 
 import collections
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec, parse
+from kvcascade.cache.tier import BLOCK
 from kvcascade.eval.measure import Job
 from kvcascade.eval.records import Served
 from kvcascade.eval.table import CACHE, Column, Table
 from kvcascade.kernels import processor
 from kvcascade.model import generate
 from kvcascade.model.pretrained import Model
+from kvcascade.model.programs import kept
+from kvcascade.serve.costs import Costs, Replay, attended
 from kvcascade.serve.device import Device
-from kvcascade.serve.engine import Engine, Request
+from kvcascade.serve.engine import Engine, Request, Runs
 from kvcascade.serve.plan import Limits
 from kvcascade.serve.trace import Arrival, tokens
+
+VOCAB = 2**15
+"""Tokens that prompts are drawn from where there is no model."""
 
 
 class Clock:
@@ -48,33 +55,66 @@ def engine(
     model: Model, spec: CacheSpec, arrivals: Sequence[Arrival], prompts, blocks: int, limits: Limits, clock
 ) -> dict[str, Any]:
     """Serve a trace by the engine; requests of which the pool cannot hold one are BadInput before anything runs."""
+    steps: list[tuple[int, int, float]] = []
+
+    class Timed(Device):
+        def run(self, found, draws, likely):
+            start = clock()
+            drawn = super().run(found, draws, likely)
+            steps.append((drawn.size, attended(found), clock() - start))
+            return drawn
+
     context = max(each.prompt + each.output for each in arrivals)
-    device = Device(model.config, model.params, spec, blocks, limits, context, fingerprint=model.fingerprint)
-    warm, now = device.warm(), Clock(clock)
-    compiled = len(device.programs)
+    device = Timed(
+        model.config, model.params, spec, blocks, limits, context, fingerprint=model.fingerprint, compiled=kept
+    )
+    warm = device.warm()
+    compiled = device.compiled()
+    found = serve(device, arrivals, prompts, clock)
+    costs = Costs.of(steps)
+    return found | {
+        "warm_seconds": warm, "compiles": device.compiled() - compiled, "programs": tuple(costs.programs.items()), "attended": costs.attended,
+        "kv_bytes": sum(x.nbytes for pool in device.cache.pools for part in (pool.k, pool.v) for x in part.values()),
+    }  # fmt: skip
+
+
+def replay(served: Served, arrivals: Sequence[Arrival], prompts, blocks: int, limits: Limits) -> dict[str, Any]:
+    """Serve a trace by what the steps of an engine took; BadInput for steps of more tokens than it had."""
+    costs = Costs(dict(served.programs or ()), served.attended or 0.0)
+    if not costs.programs or limits.tokens > (served.step_tokens or 0):
+        raise BadInput(f"what is known is what steps of up to {served.step_tokens} tokens take, not of {limits.tokens}")
+    context = max(each.prompt + each.output for each in arrivals)
+    device = Replay(costs, blocks, BLOCK, VOCAB, context, limits)
+    bytes_per_block = served.kv_bytes // (served.blocks or 1)
+    return serve(device, arrivals, prompts, device.clock) | {"warm_seconds": 0.0, "kv_bytes": bytes_per_block * blocks}
+
+
+def serve(device: Runs, arrivals: Sequence[Arrival], prompts: Iterable[list[int]], clock) -> dict[str, Any]:
+    """Let an engine take a trace's requests in as they come, until all are over; `clock` is what its steps take time of."""
+    now = Clock(clock)
     ours = Engine(device, clock=now)
-    rows, coming, seen = {}, collections.deque(zip(arrivals, prompts, strict=True)), []
-    wasted = []
+    rows, coming, seen = {}, collections.deque(arrivals), []
+    texts, wasted = iter(prompts), []
     while coming or ours.busy:
         if coming and not ours.busy:
-            now.skip_to(coming[0][0].at)
-        while coming and coming[0][0].at <= now():
-            each, prompt = coming.popleft()
-            (number,) = ours.submit(Request(prompt, each.output))
+            now.skip_to(coming[0].at)
+        while coming and coming[0].at <= now():
+            each = coming.popleft()
+            (number,) = ours.submit(Request(next(texts), each.output))
             rows[number] = Times(each.at)
             seen.append(rows[number])
         events, after = ours.run_step(), now()
         for event in events:
             rows[event.id].tokens.append(after)
-        held = sum(len(row.table.blocks) for row in ours.queue.running) * ours.blocks.size
-        inside = sum(min(len(row.tokens), len(row.table.blocks) * ours.blocks.size) for row in ours.queue.running)
+            if event.finished:
+                del rows[event.id]
+        held, inside = ours.filled()
         wasted += [1 - inside / held] if held else []
     stats = ours.stats
     return _summary(seen, now()) | {
-        "blocks": blocks, "rows": limits.rows, "step_tokens": limits.tokens, "warm_seconds": warm, "compiles": len(device.programs) - compiled,
-        "steps": stats["steps"], "useful": stats["tokens"] / max(1, stats["tokens"] + stats["padded"]), "found": stats["found"],
-        "stopped": stats["stopped"], "copied": stats["copied"], "evicted": ours.blocks.evictions, "waste": float(np.mean(wasted or [0.0])),
-        "kv_bytes": sum(x.nbytes for pool in device.cache.pools for part in (pool.k, pool.v) for x in part.values()),
+        "blocks": device.blocks, "rows": device.limits.rows, "step_tokens": device.limits.tokens, "steps": stats["steps"],
+        "useful": stats["tokens"] / max(1, stats["tokens"] + stats["padded"]), "found": stats["found"], "stopped": stats["stopped"],
+        "put_aside": stats["put_aside"], "copied": stats["copied"], "evicted": ours.blocks.evictions, "waste": float(np.mean(wasted or [0.0])),
     }  # fmt: skip
 
 
@@ -131,35 +171,64 @@ def _summary(seen: list[Times], seconds: float) -> dict[str, Any]:
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def job(
-    model: Model,
-    spec: CacheSpec,
-    trace: str,
-    arrivals: Sequence[Arrival],
-    shorten: int,
-    blocks: int,
-    limits: Limits,
-    size: int,
-    clock: str,
-) -> Job:
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """Requests, and what tells them from others."""
+
+    name: str
+    arrivals: Sequence[Arrival]
+    shorten: int
+    seed: int
+
+    def prompts(self, vocab: int) -> Iterator[list[int]]:
+        """The tokens of each prompt, made when they are asked for."""
+        return tokens(self.arrivals, self.shorten, vocab, self.seed)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a record says of it."""
+        total = sum(each.prompt for each in self.arrivals)
+        return {
+            "trace": self.name,
+            "shorten": self.shorten,
+            "requests": len(self.arrivals),
+            "prompt_tokens": total,
+            "seed": self.seed,
+        }
+
+
+def job(model: Model, spec: CacheSpec, trace: Trace, blocks: int, limits: Limits, size: int, clock: str) -> Job:
     """The measurement of one trace: by the engine, and, with a `size`, in batches of so many with a full cache in rows."""
-    about = {
+    about = trace.about | {
         "kind": "simulate", "model": model.name, "weights": model.config.weights, "weights_key": model.fingerprint, "cache": str(spec),
-        "trace": trace, "shorten": shorten, "requests": len(arrivals), "prompt_tokens": sum(each.prompt for each in arrivals),
-        "clock": clock, "seed": model.seed, "processor": processor.name(), "threads": processor.count(),
+        "clock": clock, "processor": processor.name(), "threads": processor.count(),
     }  # fmt: skip
     plan = {"pool": blocks, "most": dataclasses.astuple(limits), "batch": size}
 
     def run() -> list[Served]:
-        prompts = tokens(arrivals, shorten, min(model.encoding.n_vocab, model.config.vocab), model.seed)
-        found = [Served(**about, way="engine", **engine(model, spec, arrivals, prompts, blocks, limits, CLOCKS[clock]))]
+        vocab = min(model.encoding.n_vocab, model.config.vocab)
+        made = engine(model, spec, trace.arrivals, trace.prompts(vocab), blocks, limits, CLOCKS[clock])
+        found = [Served(**about, way="engine", **made)]
         if size:
             rows = parse("full")
-            served = batches(model, rows, arrivals, prompts, size, CLOCKS[clock])
+            served = batches(model, rows, trace.arrivals, [*trace.prompts(vocab)], size, CLOCKS[clock])
             found.append(Served(**about | {"cache": str(rows)}, way=f"batches of {size}", **served))
         return found
 
-    return Job(about | plan, "eval/speed", run, f"{spec}, {trace}")
+    return Job(about | plan, "eval/speed", run, f"{spec}, {trace.name}", also=("serve",))
+
+
+def replay_job(served: Served, trace: Trace, blocks: int, limits: Limits) -> Job:
+    """What a trace would come to on the machine of a record, by the costs that it has."""
+    kept = ("model", "weights", "weights_key", "cache", "clock", "processor", "threads")
+    about = {"kind": "simulate", **{name: served.given[name] for name in kept if name in served.given}, **trace.about}
+    plan = {"pool": blocks, "most": dataclasses.astuple(limits), "costs": [served.programs, served.attended]}
+
+    def run() -> list[Served]:
+        made = replay(served, trace.arrivals, trace.prompts(VOCAB), blocks, limits)
+        return [Served(**about, way="costs", **made)]
+
+    return Job(about | plan, "eval/speed", run, f"{served.cache}, {trace.name}", also=("serve",))
 
 
 def table(found: Sequence[Served]) -> Table:

@@ -1,0 +1,85 @@
+"""What stands in for a model: steps take as long as was measured, and nothing is computed."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from kvcascade.model.sampling import Sampling
+from kvcascade.serve.engine import Drawn
+from kvcascade.serve.plan import Limits, Plan, Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Seconds of a step: of each program, by its tokens, and of each token that a token attends to."""
+
+    programs: Mapping[int, float]
+    attended: float
+
+    @classmethod
+    def of(cls, steps: Sequence[tuple[int, int, float]]) -> "Costs":
+        """From steps that were run: tokens of the program, tokens attended to, seconds.
+
+        A program's time is the median of its steps', less what its tokens attended to cost: one cost for all, by Theil and Sen's median
+        of slopes over the steps of each program, which a few slow steps do not move.
+        """
+        found = {
+            size: np.array([each[1:] for each in steps if each[0] == size], float)
+            for size in sorted({each[0] for each in steps})
+        }
+        slopes = [slope for each in found.values() for slope in _slopes(each)]
+        attended = max(0.0, float(np.median(slopes))) if slopes else 0.0
+        return cls(
+            {size: max(0.0, float(np.median(each[:, 1] - attended * each[:, 0]))) for size, each in found.items()},
+            attended,
+        )
+
+    def seconds(self, size: int, attended: int) -> float:
+        """Of one step; a program that was never run is as slow as a line through the two next to it, or the one next to it, says."""
+        return float(np.interp(size, [*self.programs], [*self.programs.values()])) + self.attended * attended
+
+
+def _slopes(steps: np.ndarray) -> np.ndarray:
+    """Between the first half of a program's steps by what they attend to and the second, pair by pair."""
+    ordered = steps[np.argsort(steps[:, 0], kind="stable")]
+    half = len(ordered) // 2
+    apart = ordered[-half:] - ordered[:half] if half else ordered[:0]
+    return apart[apart[:, 0] > 0, 1] / apart[apart[:, 0] > 0, 0]
+
+
+def attended(found: Plan) -> int:
+    """How many tokens the tokens of a step attend to, all together."""
+    return sum((run.start + run.stop + 1) * (run.stop - run.start) // 2 for run in found.runs)
+
+
+class Replay:
+    """What an engine's steps run on when nothing is computed: the next token is always 0, and its clock says what would have gone by."""
+
+    about: dict[str, str | int] = {}
+
+    def __init__(self, costs: Costs, blocks: int, size: int, vocab: int, context: int, limits: Limits):
+        self.blocks, self.size, self.vocab, self.context, self.limits = blocks, size, vocab, context, limits
+        self.costs, self.now = costs, 0.0
+        self._seconds = {bucket: costs.seconds(bucket, 0) for bucket in limits.buckets}
+
+    def clock(self) -> float:
+        """Seconds of all steps so far."""
+        return self.now
+
+    def run(self, found: Plan, draws: Mapping[int, Sequence[Sampling]], likely: bool) -> Drawn:
+        """Let the time of a step go by."""
+        count = sum(map(len, draws.values()))
+        size = self.limits.bucket(sum(run.stop - run.start for run in found.runs), count)
+        self.now += self._seconds[size] + self.costs.attended * attended(found)
+        return Drawn([0] * count, [0.0] * count, [()] * count, size)
+
+    def note(self, row: Row, sampling: Sampling) -> None:
+        """Nothing is drawn."""
+
+    def forget(self, row: Row) -> None:
+        """Nothing is kept."""
+
+    def quicker(self, blocks: int) -> bool:
+        """Moving takes no time here, so that nothing is put aside is the safe answer."""
+        return False

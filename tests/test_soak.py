@@ -1,0 +1,69 @@
+"""Ten thousand requests, a thousand of them cancelled: no block is lost, nothing grows, and everybody gets what they asked for."""
+
+import gc
+import math
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_engine import CONFIG, params
+
+from kvcascade.cache.spec import parse
+from kvcascade.model.sampling import GREEDY, Sampling
+from kvcascade.serve.device import Device
+from kvcascade.serve.engine import Engine, Request
+from kvcascade.serve.plan import Limits
+
+pytestmark = pytest.mark.slow
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_ten_thousand_requests() -> None:
+    draw, rng = random.Random(0), np.random.default_rng(0)
+    device = Device(CONFIG, params(), parse("full@int8 on blocks"), 16, Limits(32, 12, aside=6))
+    device.warm()
+    device._seconds = 0.0, 0.0, math.inf  # whatever is measured
+    engine, compiled = Engine(device), device.compiled()
+    common = [rng.integers(0, CONFIG.vocab, 20).tolist() for _ in range(40)]
+    wanted: dict[int, int] = {}
+    had: dict[int, int] = {}
+    submitted = cancelled = steps = 0
+    memory = []
+    while submitted < 10_000 or engine.busy:
+        while submitted < 10_000 and len(engine.live) < 24:
+            prompt = draw.choice(common)[: draw.randrange(1, 21)] + [draw.randrange(CONFIG.vocab)]
+            sampling = Sampling(1.0, seed=submitted) if submitted % 4 else GREEDY
+            more = 3 if submitted % 97 == 0 else 1
+            count = draw.choice([1, 2, 4, 25])
+            for number in engine.submit(Request(prompt, count, sampling, more, priority=draw.randrange(2))):
+                wanted[number] = count
+            submitted += 1
+            if submitted % 10 == 3:
+                live = draw.choice([number for number in engine.live])
+                gone = {*engine.live}
+                assert engine.cancel(live)
+                cancelled += 1
+                for number in gone - {*engine.live}:
+                    del wanted[number]
+                    had.pop(number, None)
+        for event in engine.run_step():
+            assert event.finished != "error"
+            had[event.id] = had.get(event.id, 0) + 1
+            if event.finished:
+                assert had.pop(event.id) == wanted.pop(event.id)
+        engine.check()
+        steps += 1
+        if steps % 200 == 0:
+            gc.collect()
+            memory.append(resident())
+    assert cancelled == 1000 and not wanted and not had and not device._aside and not engine.queue.aside
+    assert engine.blocks.states()["used"] == 0 and device.compiled() == compiled
+    assert engine.stats["stopped"] and engine.stats["put_aside"] and engine.stats["found"] and engine.blocks.evictions
+    assert max(memory[len(memory) // 2 :]) - memory[2] < 4 * 2**20, memory
