@@ -528,6 +528,7 @@ class Fit(FitTask):
 class Crash(Named):
     """The most users that lived and the fewest that did not, peaks of memory, and what the arithmetic said."""
 
+    same: ClassVar = ("model", "context", "limit", "trace")
     kind: Literal["crash"] = "crash"
     context: Count
     limit: Positive
@@ -541,6 +542,12 @@ class Crash(Named):
     user_bytes: Positive | None
     user_bytes_predicted: Size
     users_predicted: Size
+    trace: str = ""
+    """The requests whose lengths the users have; empty: the context each."""
+    tokens: Maybe[Count] = None
+    """All that users have in the layer that has room for most."""
+    room: Maybe[Count] = None
+    """Tokens that it has room for."""
     children: Some[Child]
 
     def _wrong(self) -> str | None:

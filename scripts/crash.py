@@ -10,6 +10,7 @@ from kvcascade.cache.spec import parse
 from kvcascade.eval.memory import crash, limits
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, CountOrNone, Recorded, Seconds, Share, arguments_of
+from kvcascade.serve import trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Args(Recorded):
     """A cache in one line, or a preset's name; give it several times: the first is what the others are compared with."""
     context: CountOrNone = 0
     """Tokens in each user's cache; 0: the model's context, at most 2,048."""
+    trace: str = ""
+    """A trace as `simulate` takes it: users have the tokens of its requests that fit into the context, and not the context's."""
     limit: str = "6GB"
     """Memory of a child, such as 6GB or 700MiB. On a GPU it is what JAX may take of the card's (XLA_PYTHON_CLIENT_MEM_FRACTION, by default 75 %)."""
     resolution: Share = 0.01
@@ -40,7 +43,8 @@ def main(arguments: list[str]) -> None:
     specs, limit = [parse(text) for text in args.cache or ("full",)], limits.parse_bytes(args.limit)
     # Of an open GPU's memory this process is to take nothing that the children could have.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    size = (args.context, limit, args.resolution, args.steps, args.weights, args.seconds)
+    requests = [each.prompt + each.output for each in trace.read(args.trace)] if args.trace else None
+    size = (args.context, limit, args.resolution, args.steps, args.weights, args.seconds, args.trace, requests)
     found = console.measured("crash", [crash.job(args.model, spec, *size) for spec in specs], args)
     console.show(crash.table(found))
     print("\n".join(crash.sentences(found)))

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import tiny_models
 
+from kvcascade.cache.block_cache import BlockCache
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.cache.whole import nbytes
 from kvcascade.eval import record_files
-from kvcascade.eval.memory import crash, crash_child, limits
+from kvcascade.eval.memory import crash, limits, occupied
 from kvcascade.eval.records import Crash, of
 from kvcascade.eval.report import page
 from kvcascade.scripts import cli, readme
@@ -71,7 +72,7 @@ USERS = """
     size = {name: 1024 * int(value.split()[0]) for name, value in status.items() if value.endswith("kB\\n")}
     peak, reserved = size["VmHWM"] - size["RssFile"], size["VmData"] - size["RssAnon"]
     more = {name: 10_000_000 * wanted["users"] for name in ("cache_bytes", "cache_bytes_predicted")}
-    worker.say(context=8, weights="float32", weight_bytes=0, workspace=0, step_seconds=0.0, peak_rss=peak, peak=peak, reserved=reserved, **more)
+    worker.say(context=8, tokens=8, room=8, weights="float32", weight_bytes=0, workspace=0, step_seconds=0.0, peak_rss=peak, peak=peak, reserved=reserved, **more)
 """
 
 
@@ -237,13 +238,40 @@ def test_no_amount_of_memory(text: str) -> None:
 def test_a_cache_is_full_of_distinct_positions(nano, spec: str, held: int) -> None:
     """As many as rows of 28 tokens can have left in it, the same in each row and head, and what a spec says it takes."""
     config = nano.config
-    cache = crash_child.occupied(parse(spec), config, 3, 32, 28)
+    cache = occupied.occupied(parse(spec), config, 32, [32] * 3, 4)
     assert nbytes(cache) == 3 * parse(spec).nbytes(config.layer_heads, 32)
     for layer in cache.layers:
         pos_BKS = np.concatenate([slots.pos_BKS for slots in layer.slots], -1)
         assert (pos_BKS == pos_BKS[:1, :1]).all()
         found = pos_BKS[0, 0][pos_BKS[0, 0] >= 0].tolist()
         assert len(found) == len({*found}) == held and max(found) < 28
+
+
+@pytest.mark.parametrize(
+    ("spec", "room"),
+    [
+        ("full", 4 * 48), ("full@int8", 4 * 48), ("full@int8 on blocks", 16 * (1 + 2 + 3 + 1)),
+        ("sink 20 on blocks | recent 6", 16 * (1 + 2 + 2 + 1) + 4 * 6), ("layers[0:1]: recent 8 ; layers[1:]: full on blocks", 16 * 7),
+    ],
+)  # fmt: skip
+def test_users_have_the_lengths_of_requests(nano, spec: str, room: int) -> None:
+    """Rows take what the longest could, blocks what each needs; bytes as predicted, and each token that a row could have in its place."""
+    config, requests = nano.config, [9, 100, 17, 48, 2]
+    lengths = occupied.lengths_of(requests, 4, 48, 3)
+    assert lengths == [9, 17, 48, 9]
+    cache = occupied.occupied(parse(spec), config, 48, lengths, 3)
+    assert nbytes(cache) == occupied.predicted(parse(spec), config, 48, lengths)
+    assert occupied.room(cache, 4) == room
+    if isinstance(cache, BlockCache):
+        needed = [[table >= 0 for table in row].count(True) for row in np.asarray(cache.table_RW)]
+        named = np.asarray(cache.table_RW)[np.asarray(cache.table_RW) >= 0]
+        most = 20 if "sink" in spec else 48
+        assert needed == [-(-min(length, most) // 16) for length in lengths] and sorted(named) == [*range(sum(needed))]
+    for layer in cache.layers:
+        pos_BKS = np.concatenate([slots.pos_BKS for slots in layer.slots], -1)
+        assert [row.max() < length - 3 for row, length in zip(pos_BKS, lengths, strict=True)] == [True] * 4
+    with pytest.raises(BadInput, match="no request of the trace has more than 3 and at most 8 tokens"):
+        occupied.lengths_of(requests, 4, 8, 3)
 
 
 @pytest.mark.parametrize("place", WAYS[:1])
@@ -255,6 +283,7 @@ def test_a_real_child_fills_its_cache_or_is_killed(tmp_path: Path, place: limits
         "context": 64,
         "cache": "full@int8",
         "steps": 2,
+        "lengths": None,
     }
     command = [sys.executable, "-m", "kvcascade.eval.memory.crash_child"]
     ended = limits.run(command, wanted | {"users": 50_000}, 900 * MB, place, 60.0)

@@ -35,15 +35,21 @@ def job(
     steps: int,
     weights: str | None,
     seconds: float,
+    trace: str = "",
+    requests: Sequence[int] | None = None,
 ) -> Job:
-    """The measurement of one cache; a model is known by its name, since only children load it. BadInput for a cache on blocks."""
-    spec.check_in_rows("the crash test")
+    """The measurement of one cache; a model is known by its name, since only children load it.
+
+    Users have the context's tokens each, or as many as the requests of a trace, where one is named.
+    """
     about = {
         "kind": "crash", "model": model, "cache": str(spec), "context": context, "limit": limit, "resolution": resolution, "steps": steps,
         "weights": weights, "seconds": seconds, "processor": processor.name(),
     }  # fmt: skip
-    run = lambda: [crash(model, spec, context, limit, resolution, steps, weights, seconds)]
-    return Job(about, "eval/memory", run, str(spec))
+    if requests is not None:
+        about |= {"trace": trace, "requests": requests}
+    run = lambda: [crash(model, spec, context, limit, resolution, steps, weights, seconds, trace, requests)]
+    return Job(about, "eval/memory", run, str(spec) + (f", {trace}" if trace else ""))
 
 
 def crash(
@@ -55,6 +61,8 @@ def crash(
     steps: int,
     weights: str | None,
     seconds: float,
+    trace: str = "",
+    requests: Sequence[int] | None = None,
     report: Callable[[str], None] = lambda words: None,
 ) -> Crash:
     """The record of one cache: the most users that lived, the fewest that did not, peaks of memory, and what the arithmetic said.
@@ -66,7 +74,14 @@ def crash(
     if on_cpu and sys.platform != "linux":
         raise BadInput("on a CPU the crash test needs Linux, whose kernel holds a process to its limit of memory")
     place = limits.cgroup()
-    wanted = {"model": model, "weights": weights, "context": context, "cache": str(spec), "steps": steps}
+    wanted = {
+        "model": model,
+        "weights": weights,
+        "context": context,
+        "cache": str(spec),
+        "steps": steps,
+        "lengths": requests,
+    }
     children: list[Any] = []
 
     def child(users: int) -> limits.Ended:
@@ -97,7 +112,7 @@ def crash(
         "kv_bytes_predicted": most["cache_bytes_predicted"] // users, "workspace_bytes": most["workspace"] // users,
         "user_bytes_predicted": user_bytes(most, users), "user_bytes": (most["peak"] - first["peak"]) / (users - 1) if users > 1 else None,
         "users_predicted": predicted(first, most, users, limit, way), "step_seconds": round(most["step_seconds"], 4), "steps": steps,
-        "children": children,
+        "trace": trace, "tokens": most["tokens"], "room": most["room"], "children": children,
     }  # fmt: skip
     return Crash(**found)
 
@@ -160,14 +175,15 @@ def _accelerated() -> bool:
 
 
 def _baseline(found: Sequence[Crash], record: Crash) -> Crash:
-    """The `full` cache of the same model, else its first."""
-    return baseline(record, found) or next(r for r in found if r.model == record.model)
+    """The `full` cache in the same case, else its first."""
+    return baseline(record, found) or next(r for r in found if r.case == record.case)
 
 
 def sentences(found: Sequence[Crash]) -> list[str]:
     """The baseline against each other cache of its model."""
+    each = lambda r: f"requests of {r.trace} up to {r.context:,} tokens" if r.trace else f"{r.context:,} tokens each"
     return [
-        f"{r.name}, {r.context:,} tokens each in {r.limit / 1e9:g} GB: `{full.cache}` {full.users:,} users, "
+        f"{r.name}, {each(r)} in {r.limit / 1e9:g} GB: `{full.cache}` {full.users:,} users, "
         f"`{r.cache}` {r.users:,} users, {r.users / full.users - 1:+.0%}."
         for r in found
         if (full := _baseline(found, r)) is not r
@@ -178,11 +194,12 @@ def table(found: Sequence[Crash]) -> Table:
     """Users that lived, their peak, and how far the arithmetic was off."""
     change = lambda r: None if (full := _baseline(found, r)) is r else r.users / full.users - 1
     columns = [
-        CACHE, Column("model", "name"), Column("tokens each", "context", "{:,}"), Column("users", "users", "{:,}"),
+        CACHE, Column("model", "name"), Column("tokens each, at most", "context", "{:,}"), Column("users", "users", "{:,}"),
         Column("died at", "died", "{:,}"), Column("change", change, "{:+.0%}"), Column("peak, GB", lambda r: r.peak / 1e9, "{:.2f}"),
         Column("MB a user", lambda r: r.user_bytes and r.user_bytes / 1e6, "{:.3f}"),
         Column("predicted", lambda r: r.user_bytes_predicted / 1e6, "{:.3f}"),
         Column("off", lambda r: r.user_bytes and r.user_bytes_predicted / r.user_bytes - 1, "{:+.1%}"),
         Column("users predicted", "users_predicted", "{:,}"), Column("off", lambda r: r.users_predicted / r.users - 1, "{:+.1%}"),
+        Column("room without a token", lambda r: r.room and 1 - r.tokens / r.room, "{:.0%}"),
     ]  # fmt: skip
     return Table.of(f"Users until memory broke under {found[0].limit / 1e9:g} GB ({found[0].way})", columns, found)

@@ -20,6 +20,7 @@ def main(wanted: dict) -> None:
 
     from kvcascade.cache.spec import parse
     from kvcascade.cache.whole import nbytes
+    from kvcascade.eval.memory.occupied import lengths_of, occupied, predicted, room
     from kvcascade.kernels.write import argmin
     from kvcascade.model import generate, sampling
 
@@ -31,11 +32,12 @@ def main(wanted: dict) -> None:
     generate.check_context(config, context)
     if steps >= context:
         raise BadInput(f"{steps} decode steps need a context longer than {context} tokens")
-    predicted = spec.nbytes(config.layer_heads, context)
+    lengths = lengths_of(wanted["lengths"], batch, context, steps)
+    wanted_bytes = predicted(spec, config, context, lengths)
 
     worker.say(stage="compiling")
     # A prefill of the context would take memory that a step does not: the slots are written where they are.
-    fill = jax.jit(lambda: occupied(spec, config, batch, context, context - steps))
+    fill = jax.jit(lambda: occupied(spec, config, context, lengths, steps))
     of_row = jax.ShapeDtypeStruct((batch,), jnp.int32)
     step = generate.decode_step.lower(config, params, jax.eval_shape(fill), of_row, of_row).compile()
     greedy, seen_BV = sampling.settings(sampling.GREEDY, batch), jnp.zeros((batch, config.vocab), bool)
@@ -49,12 +51,12 @@ def main(wanted: dict) -> None:
     if device.platform == "cpu":
         Path("/proc/self/clear_refs").write_text("5", "utf-8")  # VmHWM starts anew: loading and compiling are over
     cache = jax.block_until_ready(fill())
-    held = nbytes(cache)
+    held, most, has_room = nbytes(cache), cache.kept, room(cache, batch)
     worker.say(stage="decoding")
     token_B, times = jnp.zeros(batch, jnp.int32), []
-    for position in range(context - steps, context):
+    for left in range(steps, 0, -1):
         start = time.perf_counter()
-        logits_BV, cache = step(params, cache, token_B, jnp.full(batch, position, jnp.int32))
+        logits_BV, cache = step(params, cache, token_B, jnp.asarray(lengths) - left)
         token_B = jax.block_until_ready(sample(logits_BV, seen_BV))
         del logits_BV  # else they would be there during the next step too
         times.append(time.perf_counter() - start)
@@ -63,7 +65,9 @@ def main(wanted: dict) -> None:
         weights=config.weights,
         weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
         cache_bytes=held,
-        cache_bytes_predicted=predicted * batch,
+        cache_bytes_predicted=wanted_bytes,
+        tokens=sum(min(length, most) for length in lengths),
+        room=has_room,
         workspace=workspace(step, sample) + sum(leaf.nbytes for leaf in jax.tree.leaves((greedy, seen_BV))),
         step_seconds=min(times),
         **(on_device(device) if device.platform != "cpu" else in_memory()),
@@ -91,34 +95,6 @@ def load(name: str, weights: str | None, context: int):
         raise BadInput(f"{name} is a run, whose weights are float32; --weights {weights} is for pretrained models")
     trained = checkpoint.load_run(Path(name))
     return trained.config.model, jax.block_until_ready(jax.tree.map(jnp.asarray, trained.params))
-
-
-def occupied(spec, config, batch: int, context: int, tokens: int):
-    """A cache as if rows of so many tokens had gone through it: each byte of it written, each slot that they can fill with a position."""
-    import jax
-    import jax.numpy as jnp
-
-    from kvcascade.cache.layer import LayerCache
-    from kvcascade.cache.whole import Cache
-    from kvcascade.kernels.slots import Slots
-
-    layers = []
-    for cascade, heads in spec.layers(config.layer_heads):
-        held, first = [], 0
-        for index, tier in enumerate(cascade.tiers):
-            shape = (batch, heads.kv, tier.slots(context, heads.window))
-            pos_S = first + jnp.arange(shape[-1])
-            first += shape[-1]
-            # Encoding one vector and spreading its codes: encoding them all would need room for them in float32.
-            code = lambda codec, width: codec.encode(jnp.sin(jnp.arange(1.0, width + 1)))
-            spread = lambda x, shape=shape: jnp.broadcast_to(x, (*shape, x.shape[-1]))
-            k = jax.tree.map(spread, code(tier.codecs.k, heads.width))
-            v = jax.tree.map(spread, code(tier.codecs.v, heads.value_width))
-            pos_BKS = jnp.broadcast_to(jnp.where(pos_S < tokens, pos_S, -1), shape)
-            held.append(Slots(k, v, pos_BKS, tuple(jnp.ones(shape) for _ in cascade.numbers(index))))
-        memories = tuple(each.init(batch, heads, len(layers)) for each in cascade.memories)
-        layers.append(LayerCache(cascade, heads, context, tuple(held), memories))
-    return Cache(tuple(layers), tuple(range(config.layers)))
 
 
 def workspace(step, sample) -> int:

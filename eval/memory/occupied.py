@@ -1,0 +1,95 @@
+"""Caches as if rows of given lengths had gone through them, every byte written: what a crash test runs on."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvcascade.cache.block_cache import BlockCache, limit
+from kvcascade.cache.errors import BadInput
+from kvcascade.cache.layer import LayerCache
+from kvcascade.cache.spec import CacheSpec
+from kvcascade.cache.tier import BLOCK
+from kvcascade.cache.whole import Cache
+from kvcascade.kernels.pages import Pool
+from kvcascade.kernels.slots import Slots, payload
+from kvcascade.model.config import ModelConfig
+
+
+def lengths_of(requests: Sequence[int] | None, users: int, context: int, steps: int) -> list[int]:
+    """The tokens of each user: the context, or those of requests that fit into it, from the first on and again."""
+    if requests is None:
+        return [context] * users
+    found = [length for length in requests if steps < length <= context]
+    if not found:
+        raise BadInput(f"no request of the trace has more than {steps} and at most {context} tokens")
+    return list(itertools.islice(itertools.cycle(found), users))
+
+
+def predicted(spec: CacheSpec, config: ModelConfig, context: int, lengths: Sequence[int]) -> int:
+    """Bytes of a cache for rows of these lengths: all that `context` tokens take, but for blocks that they do not need."""
+    layers = spec.layers(config.layer_heads)
+    most = -(-limit(layers, context) // BLOCK)
+    on_blocks = sum(cascade.shared.nbytes(context, heads, 0) * heads.kv for cascade, heads in layers if cascade.shared)
+    spared = len(lengths) * most - sum(blocks(spec, config, length) for length in lengths)
+    return len(lengths) * spec.nbytes(config.layer_heads, context) - spared * on_blocks // max(1, most)
+
+
+def blocks(spec: CacheSpec, config: ModelConfig, tokens: int) -> int:
+    """Blocks of a row of so many tokens."""
+    return -(-min(tokens, limit(spec.layers(config.layer_heads), tokens)) // BLOCK)
+
+
+def room(cache: Cache, users: int) -> int:
+    """Tokens that there is room for, in the layer that has most."""
+    if not isinstance(cache, BlockCache):
+        return users * cache.kept
+    count, on_blocks = len(payload(cache.pools[0].k)), max(each.limit for each in cache.shared if each)
+    return count * BLOCK + users * (cache.kept - on_blocks)
+
+
+def occupied(spec: CacheSpec, config: ModelConfig, context: int, lengths: Sequence[int], steps: int) -> Cache:
+    """A cache that rows of these lengths have gone through, but for their last `steps` tokens; of blocks as many as they need."""
+    batch, tokens_B11 = len(lengths), jnp.asarray(lengths)[:, None, None] - steps
+
+    def spread(codec, width: int, shape: tuple[int, ...]):
+        # Encoding one vector and spreading its codes: encoding them all would need room for them in float32.
+        one = codec.encode(jnp.sin(jnp.arange(1.0, width + 1)))
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (*shape, x.shape[-1])), one)
+
+    def layer(cascade, heads, index: int, first: int) -> LayerCache:
+        held = []
+        for number, tier in enumerate(cascade.tiers):
+            shape = (batch, heads.kv, tier.slots(context, heads.window))
+            pos_S = first + jnp.arange(shape[-1])
+            first += shape[-1]
+            k, v = spread(tier.codecs.k, heads.width, shape), spread(tier.codecs.v, heads.value_width, shape)
+            pos_BKS = jnp.broadcast_to(jnp.where(pos_S < tokens_B11, pos_S, -1), shape)
+            held.append(Slots(k, v, pos_BKS, tuple(jnp.ones(shape) for _ in cascade.numbers(number))))
+        memories = tuple(each.init(batch, heads, index) for each in cascade.memories)
+        return LayerCache(cascade, heads, context, tuple(held), memories)
+
+    layers = spec.layers(config.layer_heads)
+    if not spec.on_blocks:
+        rows = tuple(layer(cascade, heads, index, 0) for index, (cascade, heads) in enumerate(layers))
+        return Cache(rows, tuple(range(config.layers)))
+    counts = [blocks(spec, config, length) for length in lengths]
+    cache = BlockCache.empty(layers, batch, context, sum(counts))
+    table, free = np.full(cache.table_RW.shape, -1, np.int32), itertools.count()
+    for row, count in enumerate(counts):
+        table[row, :count] = list(itertools.islice(free, count))
+    pools = list(cache.pools)
+    for each in filter(None, cache.shared):
+        shape = (*payload(pools[each.pool].k).shape[:2], each.heads.kv, BLOCK)
+        k, v = spread(each.codecs.k, each.heads.width, shape), spread(each.codecs.v, each.heads.value_width, shape)
+        pools[each.pool] = Pool(k, v)
+    first = limit(layers, context)
+    beside = tuple(
+        layer(cascade.own, heads, index, first if cascade.shared else 0)
+        for index, (cascade, heads) in enumerate(layers)
+        if cascade.own
+    )
+    return dataclasses.replace(cache, layers=beside, pools=tuple(pools), table_RW=jnp.asarray(table))
