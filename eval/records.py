@@ -432,7 +432,7 @@ class Stream(Named):
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Served(Named):
-    """A trace of requests, served in one way; times in milliseconds, the median and what 95 % stay below."""
+    """A trace of requests, served in one way; times in milliseconds, from the least to the most in steps of 5 % of their number."""
 
     same: ClassVar = ("model", "weights", "trace", "shorten", "seed", "clock", "processor")
     kind: Literal["simulate"] = "simulate"
@@ -446,9 +446,12 @@ class Served(Named):
     output_tokens: Count
     serving_seconds: Positive
     tokens_per_second: Positive
-    first_ms_50_95: tuple[Size, Size]
-    between_ms_50_95: tuple[Size, Size]
-    per_token_ms_50_95: tuple[Size, Size]
+    first_ms: Some[Size]
+    """From a request's arrival to its first token."""
+    between_ms: Some[Size]
+    """Between two tokens of a request."""
+    per_token_ms: Some[Size]
+    """From its arrival to its end, by its tokens."""
     useful: Share
     """Tokens of requests among all that steps had room for."""
     steps: Count

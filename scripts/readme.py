@@ -7,7 +7,7 @@ from kvcascade.eval import record_files, records
 from kvcascade.eval.kernels import tables
 from kvcascade.eval.memory import methods
 from kvcascade.eval.quality import parity, ranking
-from kvcascade.eval.records import Evaluation, Parity, Record
+from kvcascade.eval.records import Evaluation, Parity, Record, Served
 from kvcascade.eval.report import costs, figures
 from kvcascade.eval.report import readme as tables_of
 from kvcascade.kernels.files import write_whole
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "eval" / "results"
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("results", "speed", "memory", "kernels", "methods")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "speed", "serving", "memory", "kernels", "methods")),
 ]
 
 
@@ -28,7 +28,7 @@ def recorded[R: Record](name: str, kind: type[R] = Record) -> list[R]:
 def generated() -> dict[Path, str]:
     """The files that come from the records, with their content: pages and figures."""
     toy, pretrained = recorded("toy"), recorded("smollm2")
-    costly = {name: recorded(name) for name in ("speed", "stream", "fit", "crash", "weights", "prompt")}
+    costly = {name: recorded(name) for name in ("speed", "stream", "serving", "fit", "crash", "weights", "prompt")}
     kernels: list[Any] = record_files.read(RESULTS / "kernels.jsonl")
     parts = tables_of.readme_tables(toy) | tables_of.pretrained_tables(pretrained) | costs.readme_tables(costly)
     parts |= tables_of.methods_tables(recorded("methods", Evaluation)) | tables.readme_tables(kernels)
@@ -39,7 +39,9 @@ def generated() -> dict[Path, str]:
     }
     evaluations = {"toy": records.of(toy, Evaluation), "smollm2": records.of(pretrained, Evaluation)}
     drawn = {name: [r for r in mine if r.model in ("mha", "smollm2")] for name, mine in evaluations.items()}
+    served = records.grouped(records.of(costly["serving"], Served), lambda r: r.case)
     pages = {path: tables_of.fill(path.read_text("utf-8"), parts) for path in PAGES}
+    pages |= {ROOT / "docs" / "serving.svg": figures.first_tokens(served[0])}
     return pages | {ROOT / "docs" / f"{name}.svg": figures.quality_against_bytes(mine) for name, mine in drawn.items()}
 
 

@@ -303,8 +303,8 @@ def test_the_recorded_tests_agree_with_the_arithmetic(tmp_path: Path) -> None:
         assert one.user_bytes_predicted == pytest.approx(one.user_bytes, rel=0.05)
         assert one.users_predicted == pytest.approx(one.users, rel=0.05)
         assert one.given["kv_bytes"] == one.given["kv_bytes_predicted"] and one.peak <= one.limit
-    models = {one.model for one in found}
-    assert len(crash.sentences(found)) == len(found) - len(models) > 0
+    cases = {one.case for one in found}
+    assert len(crash.sentences(found)) == len(found) - len(cases) > 0
     assert all(", +" in line for line in crash.sentences(found))
     page.write(tmp_path / "report.html", found, "kvcascade report")
     html = (tmp_path / "report.html").read_text()

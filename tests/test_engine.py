@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import math
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.kernels import backend, native
+from kvcascade.kernels.traffic import counting
 from kvcascade.model import generate, gpt
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.sampling import GREEDY, Sampling, settings
@@ -113,6 +115,23 @@ def test_stored_in_fewer_bits_all_configurations_agree(codec: str) -> None:
 def test_through_xla(size: int) -> None:
     with backend.using("xla"):
         assert serve(engine("f32", 130 if size < 16 else 20, size), requests()) == alone()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no Triton")
+def test_through_triton() -> None:
+    """The GPU kernel, interpreted: three requests over a pool that is too small for them, and the tokens that XLA finds."""
+    config = dataclasses.replace(CONFIG, width=64)
+    weights = jax.tree.map(lambda x: x * 4 if x.ndim == 2 else x, gpt.init(config, 0))
+    common = list(range(1, 17))
+    wanted = [Request(common + [3, 5], 4), Request(common + [7], 5), Request([2, 4], 17)]
+    found = {}
+    for implementation in ("xla", "triton"):
+        with backend.using(implementation), counting() as traffic:
+            device = Device(config, weights, parse("full@int8 on blocks"), 5, Limits(8, 3), context=32)
+            ours = Engine(device)
+            found[implementation] = serve(ours, wanted)
+        assert ours.stats["found"] and (implementation == "xla" or "_attend" in {name for name, _ in traffic.read})
+    assert found["triton"] == found["xla"]
 
 
 @pytest.mark.skipif(not native.ready(), reason="no C++ compiler")

@@ -194,7 +194,7 @@ def table(found: Sequence[Crash]) -> Table:
     """Users that lived, their peak, and how far the arithmetic was off."""
     change = lambda r: None if (full := _baseline(found, r)) is r else r.users / full.users - 1
     columns = [
-        CACHE, Column("model", "name"), Column("tokens each, at most", "context", "{:,}"), Column("users", "users", "{:,}"),
+        CACHE, Column("model", "name"), Column("tokens each", lambda r: f"{'up to ' if r.trace else ''}{r.context:,}"), Column("users", "users", "{:,}"),
         Column("died at", "died", "{:,}"), Column("change", change, "{:+.0%}"), Column("peak, GB", lambda r: r.peak / 1e9, "{:.2f}"),
         Column("MB a user", lambda r: r.user_bytes and r.user_bytes / 1e6, "{:.3f}"),
         Column("predicted", lambda r: r.user_bytes_predicted / 1e6, "{:.3f}"),
@@ -202,4 +202,6 @@ def table(found: Sequence[Crash]) -> Table:
         Column("users predicted", "users_predicted", "{:,}"), Column("off", lambda r: r.users_predicted / r.users - 1, "{:+.1%}"),
         Column("room without a token", lambda r: r.room and 1 - r.tokens / r.room, "{:.0%}"),
     ]  # fmt: skip
-    return Table.of(f"Users until memory broke under {found[0].limit / 1e9:g} GB ({found[0].way})", columns, found)
+    traces = ", ".join(dict.fromkeys(r.trace for r in found if r.trace))
+    title = f"Users until memory broke under {found[0].limit / 1e9:g} GB ({found[0].way})"
+    return Table.of(title + (f"; up to so many tokens: the requests of {traces}" if traces else ""), columns, found)

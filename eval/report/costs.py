@@ -14,12 +14,13 @@ from kvcascade.eval.records import (
     Prompting,
     Quantization,
     Record,
+    Served,
     Stream,
     grouped,
     of,
 )
 from kvcascade.eval.report import figures
-from kvcascade.eval.speed import bench, profile_report, stream
+from kvcascade.eval.speed import bench, profile_report, serving, stream
 from kvcascade.eval.table import markdown
 
 _svg = markupsafe.Markup
@@ -31,6 +32,10 @@ def sections(found: list[Record]) -> dict:
     return {
         "speed": [_speed(mine) for mine in grouped(of(found, BenchRow), lambda r: r.model)],
         "streams": streams and {"figure": _svg(figures.stream(streams)), "table": stream.table(streams)},
+        "served": [
+            {"figure": _svg(figures.first_tokens(mine)), "table": serving.table(mine)}
+            for mine in grouped(of(found, Served), lambda r: r.case)
+        ],
         "fits": _fits(of(found, FitTask)),
         "crash": crashes
         and {
@@ -87,17 +92,27 @@ def readme_tables(found: dict[str, list[Record]]) -> dict[str, str]:
     protocol = (
         f"{users.title}. Each size is a process that holds a cache for so many users, every byte of it written, and decodes {first.steps} tokens of each: "
         f"*users* lived, *died at* was killed, at most {first.resolution:.1%} apart. *MB a user* is the slope between the peaks of one user and of all, "
-        f"*predicted* a row's cache by its spec and its share of a step's workspace by the compiled program. {_stamp(first)}."
+        f"*predicted* a row's cache by its spec and its share of a step's workspace by the compiled program. Commit {' and '.join(dict.fromkeys(r.commit for r in crashes))}; {first.device}."
     )
     return {
         "speed": f"{markdown(bench.headline(benches))}\n\n{markdown(speed.code)}\n\n{speed.title}; {_stamp(benches[0])}.",
         "stream": f"{markdown(decoded.code)}\n\n{decoded.title}; {_stamp(streams[0])}.",
+        "serving": _served_text(of(found["serving"], Served)),
         "fit": _fits_text(of(found["fit"], FitTask)),
         "crash": f"{markdown(users.code)}\n\n{protocol}",
         "peak": prompt.sentence(prompts, of(found["prompt"], Evaluation)),
         "prompt": _prompts_text(prompts, of(found["prompt"], Evaluation)),
         "weights": f"{markdown(weights.table(rounded))}\n\n{weights.protocol(rounded)}; {_stamp(rounded[0])}.",
     }
+
+
+def _served_text(found: list[Served]) -> str:
+    """A table for each trace."""
+    parts = []
+    for mine in grouped(found, lambda r: r.case):
+        made = serving.table(mine)
+        parts += [f"{made.title}:", markdown(made), f"{_stamp(mine[0])}, {mine[0].given['threads']} threads."]
+    return "\n\n".join(parts)
 
 
 def _prompts_text(prompts: list[Prompting], scored: list[Evaluation]) -> str:

@@ -25,6 +25,7 @@ from kvcascade.eval.records import (
     Layer,
     Profile,
     Retrieval,
+    Served,
     Stream,
     Training,
     baseline,
@@ -308,6 +309,22 @@ def stream(records: list[Stream]) -> str:
         axes.set_ylim(bottom=0)
         axes.set_xlabel("tokens generated")
         axes.set_ylabel("milliseconds per token")
+        axes.legend(fontsize=9)
+        return to_svg(figure)
+
+
+def first_tokens(records: list[Served]) -> str:
+    """How many of a trace's requests have their first token within how long, a line for each way to serve it."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = subplots(figsize=(SIZE[0], 0.8 * SIZE[1]))
+        for style, record in styled(records):
+            seconds = [ms / 1e3 for ms in record.first_ms]
+            shares = [100 * index / (len(seconds) - 1) for index in range(len(seconds))]
+            axes.plot(seconds, shares, **style, label=f"{record.way}: {record.cache}")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlabel("seconds from arrival to the first token")
+        axes.set_ylabel("% of requests")
         axes.legend(fontsize=9)
         return to_svg(figure)
 
