@@ -157,8 +157,12 @@ class Share {
     int64_t next = first + kAhead * kLanes;
     if (tier.table) next = std::min(next, Last(tier) - kLanes);
     next = Start(tier, next);
-    const char* ahead = static_cast<const char*>(stored.codes) + std::max<int64_t>(next, 0) * bytes;
+    next = std::max<int64_t>(next, 0);
+    const char* ahead = static_cast<const char*>(stored.codes) + next * bytes;
     for (int64_t i = 0; count > 0 && i < kLanes * bytes; i += 64) __builtin_prefetch(ahead + i);
+    // In blocks steps do not follow one another for long enough that the processor would see it.
+    if (tier.table && stored.scale) __builtin_prefetch(stored.scale + next);
+    if (tier.table && stored.low) __builtin_prefetch(stored.low + next);
     if (count == kLanes && stride_ == H_ && !stored.scale) {
       Read(stored, start, kLanes, H_, block_);
     } else if (count > 0) {
