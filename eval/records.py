@@ -434,10 +434,12 @@ class Stream(Named):
 class Served(Named):
     """A trace of requests, served in one way; times in milliseconds, from the least to the most in steps of 5 % of their number."""
 
-    same: ClassVar = ("model", "weights", "trace", "shorten", "seed", "clock", "processor")
+    same: ClassVar = ("model", "weights", "trace", "trace_key", "shorten", "seed", "clock", "processor", "costs")
     kind: Literal["simulate"] = "simulate"
     weights: Text
     trace: Text
+    trace_key: Text
+    """A hash of its requests."""
     shorten: Count
     clock: Text
     way: Text
@@ -453,7 +455,7 @@ class Served(Named):
     per_token_ms: Some[Size]
     """From its arrival to its end, by its tokens."""
     useful: Share
-    """Tokens of requests among all that steps had room for."""
+    """Tokens of requests, each counted once, among all that steps had room for."""
     steps: Count
     rows: Count
     kv_bytes: Size
@@ -465,6 +467,8 @@ class Served(Named):
     stopped: Maybe[Index] = None
     copied: Maybe[Index] = None
     evicted: Maybe[Index] = None
+    aside: Maybe[Index] = None
+    """Blocks that host memory had room for."""
     put_aside: Maybe[Index] = None
     """Rows that stopped and went to host memory, not to be computed again."""
     waste: Maybe[Share] = None
@@ -473,6 +477,15 @@ class Served(Named):
     """What steps took: the tokens of each program, and its seconds without what its tokens attended to."""
     attended: Maybe[Size] = None
     """Seconds for each token that a token attended to."""
+    costs: str = ""
+    """The machine whose steps' times these are, where nothing was computed."""
+
+    def _wrong(self) -> str | None:
+        for name in ("first_ms", "between_ms", "per_token_ms"):
+            values = getattr(self, name)
+            if len(values) != 21 or [*values] != sorted(values):
+                return f"{name} is not 21 times, the least first"
+        return None
 
 
 FILLED = ("weights", "cache", "temporaries and logits")
@@ -640,7 +653,7 @@ def _uneven(growth: Mapping[str, Any]) -> str | None:
 KINDS: dict[str, type[Record]] = {
     "train": Training, "evaluate": Evaluation, "quantize": Quantization, "rank": Ranking, "retrieve": Retrieval, "harness": TaskResult, "layer": Layer,
     "growth": Growth, "bench": Bench, "stream": Stream, "fit": Fit, "crash": Crash, "prompt": Prompting, "profile": Profile,
-    "parity": Parity,
+    "parity": Parity, "simulate": Served,
 }  # fmt: skip
 OTHERS = {("evaluate", "kl"): Compared, ("bench", "reason"): BenchFailed, ("fit", "failed"): FitFailed}
 """The classes of records that have a certain key."""

@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
     if args.costs:
         if args.batches or args.aside or args.weights or args.clock != "wall":
             raise BadInput("--batches, --aside, --weights and --clock are a model's, and --costs are what it took")
-        served = _recorded(args.costs, str(parse(args.cache)) if args.cache else None)
+        served = _recorded(args.costs, str(parse(args.cache)) if args.cache else None, args.tokens)
         longest = max(each.prompt + each.output for each in arrivals)
         mine = serving.Trace(args.trace, trace.shortened(arrivals, args.shorten, longest), args.shorten, 0)
         job = serving.replay_job(served, mine, args.blocks, limits)
@@ -72,11 +72,10 @@ def main(arguments: list[str]) -> None:
     console.show(serving.table(console.measured("simulate", [job], args)))
 
 
-def _recorded(file: Path, cache: str | None) -> Served:
-    """The last record of a file that says what steps take, of this cache if one is named."""
+def _recorded(file: Path, cache: str | None, tokens: int) -> Served:
+    """The last record of a file that says what steps of so many tokens take, of this cache if one is named."""
     found = [each for each in of(record_files.read(file), Served) if each.programs and cache in (None, each.cache)]
     if not found:
-        raise BadInput(
-            f"{file} has no record of a trace that was served by an engine" + (f" with {cache}" if cache else "")
-        )
-    return found[-1]
+        words = f" with {cache}" if cache else ""
+        raise BadInput(f"{file} has no record of a trace that was served by an engine{words}")
+    return next((each for each in reversed(found) if (each.step_tokens or 0) >= tokens), found[-1])

@@ -35,9 +35,9 @@ class Costs:
             attended,
         )
 
-    def seconds(self, size: int, attended: int) -> float:
-        """Of one step; a program that was never run is as slow as a line through the two next to it, or the one next to it, says."""
-        return float(np.interp(size, [*self.programs], [*self.programs.values()])) + self.attended * attended
+    def seconds(self, size: int) -> float:
+        """Of one program; one that was never run is as slow as a line through the two next to it, or the one next to it, says."""
+        return float(np.interp(size, [*self.programs], [*self.programs.values()]))
 
 
 def _slopes(steps: np.ndarray) -> np.ndarray:
@@ -61,7 +61,7 @@ class Replay:
     def __init__(self, costs: Costs, blocks: int, size: int, vocab: int, context: int, limits: Limits):
         self.blocks, self.size, self.vocab, self.context, self.limits = blocks, size, vocab, context, limits
         self.costs, self.now = costs, 0.0
-        self._seconds = {bucket: costs.seconds(bucket, 0) for bucket in limits.buckets}
+        self._seconds = {bucket: costs.seconds(bucket) for bucket in limits.buckets}
 
     def clock(self) -> float:
         """Seconds of all steps so far."""

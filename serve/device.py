@@ -130,7 +130,7 @@ class Device:
         self._compiled = compiled
         self._table = np.full(self.cache.table_RW.shape, -1, np.int32)
         self._seen = jnp.zeros((self.limits.rows, config.vocab), bool)
-        self._aside: dict[int, list] = {}
+        self._aside: dict[int, list[np.ndarray]] = {}
         self._seconds = 0.0, 0.0, math.inf
 
     def run(self, found: Plan, draws: Mapping[int, Sequence[Sampling]], likely: bool) -> Drawn:
@@ -143,7 +143,7 @@ class Device:
         total, count = sum(run.stop - run.start for run in found.runs), sum(map(len, draws.values()))
         size = self.limits.bucket(total, count)
         token, position, row = np.zeros(size, np.int32), np.full(size, -1, np.int32), np.full(size, -1, np.int32)
-        out, by, at = np.full(min(size, self.limits.rows), -1, np.int32), [], 0
+        out, by, at = np.full(self.limits.drawn(size), -1, np.int32), [], 0
         for run in found.runs:
             some, blocks = slice(at, at + run.stop - run.start), run.row.table.blocks
             token[some], position[some] = run.row.tokens[run.start : run.stop], range(run.start, run.stop)
@@ -184,14 +184,15 @@ class Device:
 
     def _put_aside(self, move: Move) -> None:
         taken = [take(self.cache, np.asarray(part, np.int32)) for part in _filled(move.blocks, 0)]
-        self._aside[move.row.id] = [[*map(np.asarray, part)] for part in taken]
+        self._aside[move.row.id] = [np.concatenate(each)[: len(move.blocks)] for each in zip(*taken, strict=True)]
 
     def _bring_back(self, move: Move) -> None:
         """The blocks of a row from its `first` on; those before it have been found in the pool."""
-        parts, first = self._aside.pop(move.row.id), move.first // MOVED
-        targets = [self.blocks] * (move.first % MOVED) + move.blocks if move.blocks else []
-        for part, content in zip(_filled(targets, self.blocks), parts[first:], strict=False):
-            self.cache = put(self.cache, np.asarray(part, np.int32), content)
+        content = self._aside.pop(move.row.id)
+        for start, part in enumerate(_filled(move.blocks, self.blocks)):
+            at = move.first + start * MOVED + np.arange(MOVED)
+            some = [each.take(at, 0, mode="clip") for each in content]
+            self.cache = put(self.cache, np.asarray(part, np.int32), some)
 
     def forget(self, row: Row) -> None:
         """Drop what is put aside of a row that is over."""
@@ -200,7 +201,7 @@ class Device:
     def quicker(self, blocks: int) -> bool:
         """Whether so many blocks are sooner moved to host memory and back than computed again, as `warm` has measured it."""
         start, each, token = self._seconds
-        return start + blocks * each < blocks * self.size * token
+        return start + -(-blocks // MOVED) * each < blocks * self.size * token
 
     def note(self, row: Row, sampling: Sampling) -> None:
         """Hear of a row that begins at a place: what it has had, if it is held against that."""
@@ -214,7 +215,7 @@ class Device:
         start = time.perf_counter()
         none = lambda count: np.full(count, -1, np.int32)
         steps = [
-            (np.zeros(size, np.int32), none(size), none(size), none(min(size, self.limits.rows)))
+            (np.zeros(size, np.int32), none(size), none(size), none(self.limits.drawn(size)))
             for size in self.limits.buckets
         ]
         for each in steps:  # all before one runs: XLA writes no program down whose functions have run in this process
@@ -224,7 +225,7 @@ class Device:
         self._copy({self.blocks: 0})
         self._seen = mark(self._seen, np.int32(0), np.zeros(self.vocab, bool))
         if self.limits.aside:
-            self._measure(lambda: self._step(*steps[-1], []))
+            self._measure()
         jax.block_until_ready((self.cache, self._seen))
         return time.perf_counter() - start
 
@@ -233,8 +234,8 @@ class Device:
         jitted = step, copy, take, put, mark, likeliest
         return len(self.programs) + sum(each._cache_size() for each in jitted)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _measure(self, largest: Callable) -> None:
-        """Seconds of moving no block and each block there and back, and of a token of the largest step."""
+    def _measure(self) -> None:
+        """Seconds of a move, of each of its programs there and back, and of a token of the largest step, in blocks that nobody has yet."""
 
         def took(work: Callable) -> float:
             start = time.perf_counter()
@@ -247,10 +248,20 @@ class Device:
             self._put_aside(Move(row, 0, [0] * MOVED * programs))
             self._bring_back(Move(row, 0, [self.blocks] * MOVED * programs))
 
+        def largest() -> None:
+            size = self.limits.tokens
+            count = min(size, self.context, (self.blocks - 1) * self.size)
+            position, row = np.full(size, -1, np.int32), np.full(size, -1, np.int32)
+            position[:count], row[:count] = range(count), 0
+            self._table[0, : -(-count // self.size)] = range(1, 1 + -(-count // self.size))
+            self._step(np.zeros(size, np.int32), position, row, np.full(self.limits.drawn(size), -1, np.int32), [])
+            self._table[0] = -1
+
         moved(1)
         one, four = (min(took(functools.partial(moved, count)) for _ in range(3)) for count in (1, 4))
-        each = max(four - one, 0.0) / 3 / MOVED
-        self._seconds = max(one - MOVED * each, 0.0), each, min(took(largest) for _ in range(2)) / self.limits.tokens
+        each = max(four - one, 0.0) / 3
+        count = min(self.limits.tokens, self.context, (self.blocks - 1) * self.size)
+        self._seconds = max(one - each, 0.0), each, min(took(largest) for _ in range(2)) / count
 
 
 def _filled(blocks: list[int], rest: int) -> list[list[int]]:

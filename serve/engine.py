@@ -99,7 +99,9 @@ class Live:
     row: Row
     sampling: Sampling
     stops: frozenset[int]
-    likely: int = 0
+    likely: int
+    reached: int = 0
+    """Tokens that have been computed for it, or found, at the most."""
 
 
 class Engine:
@@ -122,6 +124,8 @@ class Engine:
         sampling, prompt = request.sampling, list(request.prompt)
         space = namespace(**self.device.about, salt=request.salt)
         limit, forks = len(prompt) + request.count, request.continuations - 1
+        if forks < 0:
+            raise BadInput(f"a prompt has a continuation at least, not {request.continuations}")
         row = Row(next(self._ids), prompt, limit, self.clock(), request.priority, space, request.retention, forks)
         check(row, self.blocks, self.limits)
         if limit > self.device.context:
@@ -158,12 +162,16 @@ class Engine:
         """Plan a step, run it, and say what it brought."""
         found = plan(self.queue, self.blocks, self.limits, self.clock(), self.reuse, self.device.quicker)
         for row in found.begun:
-            self.device.note(row, self.live[row.id].sampling)
+            live = self.live[row.id]
+            self.device.note(row, live.sampling)
+            if not live.reached:  # else it has stopped, and finds its own
+                live.reached = row.table.computed
+                self.stats["found"] += live.reached
         self.stats.update(
-            begun=len(found.begun), stopped=len(found.stopped), copied=len(found.copies), put_aside=len(found.out),
-            found=sum(row.table.published for row in found.begun) * self.blocks.size,
-        )  # fmt: skip
+            begun=len(found.begun), stopped=len(found.stopped), copied=len(found.copies), put_aside=len(found.out)
+        )
         if not found.runs:
+            assert not (found.out or found.back or found.copies), "who makes room runs, or somebody else does"
             return []
         rows = {run.row.id: self._rows_of(run.row) for run in found.runs if run.stop == len(run.row.tokens)}
         lives = {number: [self.live[each] for each in mine] for number, mine in rows.items()}
@@ -173,12 +181,15 @@ class Engine:
         total = sum(run.stop - run.start for run in found.runs)
         self.stats.update(steps=1, tokens=total, padded=drawn.size - total, drawn=len(drawn.tokens))
         events, each_drawn = [], iter(zip(drawn.tokens, drawn.logprobs, drawn.likely, strict=True))
-        for row, _, stop in found.runs:
+        for row, start, stop in found.runs:
             row.table.computed = stop
+            live = self.live[row.id]
+            self.stats["again"] += max(0, min(stop, live.reached) - start)
+            live.reached = max(stop, live.reached)
             if row.id in rows:
                 more = fork(self.queue, self.blocks, row, rows[row.id][1:])
                 for each in more:
-                    self.live[each.id].row = each
+                    self.live[each.id].row, self.live[each.id].reached = each, stop
                     self.device.note(each, self.live[each.id].sampling)
                 events += [self._drawn(each, now, *next(each_drawn)) for each in (row, *more)]
         return events

@@ -36,9 +36,9 @@ class Limits:
     """Blocks of rows that have stopped that host memory has room for."""
 
     def __post_init__(self):
-        if self.tokens < 1 or self.rows < 1 or not self.patience >= 0:
+        if self.tokens < 1 or self.rows < 1 or not self.patience >= 0 or self.aside < 0:
             raise BadInput(
-                "a step has room for a token and a row at least, and nobody is patient for less than 0 seconds"
+                "a step has room for a token and a row at least, host memory for 0 blocks, and nobody is patient for less than 0 seconds"
             )
 
     @functools.cached_property
@@ -46,9 +46,13 @@ class Limits:
         """Tokens of each program."""
         return sorted({count for count in BUCKETS if count < self.tokens} | {self.tokens})
 
+    def drawn(self, bucket: int) -> int:
+        """The most tokens that a program draws; of a prompt's last token several rows may go on, so the largest has room for all."""
+        return self.rows if bucket == self.tokens else min(bucket, self.rows)
+
     def bucket(self, tokens: int, drawn: int) -> int:
-        """The smallest program for so many tokens, of which so many are followed by one that is drawn."""
-        return next(n for n in self.buckets if n >= tokens and min(n, self.rows) >= min(drawn, self.rows))
+        """The smallest program for so many tokens, and so many that are drawn."""
+        return next(n for n in self.buckets if n >= tokens and self.drawn(n) >= drawn)
 
 
 @dataclasses.dataclass(eq=False)

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -14,6 +15,9 @@ from kvcascade.cache.errors import BadInput
 
 PIECE = 512
 """Tokens of a piece of a prompt that another may have too (Mooncake's traces, Qin et al. 2025)."""
+
+LONGEST = 10**7
+"""The most tokens of a prompt or an answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +32,16 @@ class Arrival:
     """Tokens."""
     pieces: tuple[int, ...] = ()
     """What the prompt begins with: PIECE tokens of each number."""
+
+    def __post_init__(self):
+        if (
+            not math.isfinite(self.at)
+            or not 1 <= min(self.prompt, self.output)
+            or max(self.prompt, self.output) > LONGEST
+        ):
+            raise ValueError("a request comes at a time, and is of 1 token or more")
+        if min(self.pieces, default=0) < 0:
+            raise ValueError("pieces are numbers from 0 on")
 
 
 POISSON = {"rate": 4.0, "requests": 32.0, "prompt": 55.0, "output": 37.0, "spread": 0.8, "shared": 0.0}
@@ -46,7 +60,7 @@ def read(text: str, seed: int = 0) -> list[Arrival]:
     try:
         with path.open(encoding="utf-8") as file:
             found = list(_mooncake(file, path) if path.suffix == ".jsonl" else _azure(file, path))
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, csv.Error) as error:
         raise BadInput(f"no trace {text}: {error}") from None
     if not found:
         raise BadInput(f"{text} has no requests")
@@ -67,9 +81,11 @@ def poisson(settings: str, seed: int) -> list[Arrival]:
         raise BadInput(f"what prompts share is so many times {PIECE} tokens, not {shared}")
     if count < 1 or values["rate"] <= 0 or min(values["prompt"], values["output"]) < 1:
         raise BadInput("a trace has a request at least, a rate above 0, and lengths from 1 on")
+    if values["spread"] > 3 or max(values["prompt"], values["output"], shared) > LONGEST / 1000:
+        raise BadInput(f"lengths spread by 3 at most, around {LONGEST // 1000:,} at most")
     draw = np.random.default_rng(seed)
     at = np.cumsum(draw.exponential(1 / values["rate"], count))
-    lengths = lambda median: np.maximum(1, draw.lognormal(np.log(median), values["spread"], count)).astype(int)
+    lengths = lambda median: draw.lognormal(np.log(median), values["spread"], count).clip(1, LONGEST / 2).astype(int)
     prompts, outputs = lengths(values["prompt"]), lengths(values["output"])
     pieces = tuple(range(shared // PIECE))
     rows = zip((at - at[0]).tolist(), prompts.tolist(), outputs.tolist(), strict=True)
@@ -82,7 +98,7 @@ def _azure(file, path: Path):
         try:
             when = datetime.fromisoformat(line["TIMESTAMP"][:26].strip()).timestamp()
             yield Arrival(when, int(line["ContextTokens"]), int(line["GeneratedTokens"]))
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise BadInput(f"{path}, line {number}: no TIMESTAMP, ContextTokens, GeneratedTokens") from None
 
 
@@ -93,7 +109,7 @@ def _mooncake(file, path: Path):
             each = json.loads(line)
             pieces = tuple(map(int, each.get("hash_ids", ())))
             yield Arrival(each["timestamp"] / 1e3, int(each["input_length"]), int(each["output_length"]), pieces)
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
             raise BadInput(f"{path}, line {number}: no timestamp, input_length, output_length") from None
 
 

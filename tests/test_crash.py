@@ -72,7 +72,8 @@ USERS = """
     size = {name: 1024 * int(value.split()[0]) for name, value in status.items() if value.endswith("kB\\n")}
     peak, reserved = size["VmHWM"] - size["RssFile"], size["VmData"] - size["RssAnon"]
     more = {name: 10_000_000 * wanted["users"] for name in ("cache_bytes", "cache_bytes_predicted")}
-    worker.say(context=8, tokens=8, room=8, weights="float32", weight_bytes=0, workspace=0, step_seconds=0.0, peak_rss=peak, peak=peak, reserved=reserved, **more)
+    about = dict(context=8, tokens=8, room=8)
+    worker.say(**about, weights="float32", weight_bytes=0, workspace=0, step_seconds=0.0, peak_rss=peak, peak=peak, reserved=reserved, **more)
 """
 
 
@@ -251,7 +252,8 @@ def test_a_cache_is_full_of_distinct_positions(nano, spec: str, held: int) -> No
     ("spec", "room"),
     [
         ("full", 4 * 48), ("full@int8", 4 * 48), ("full@int8 on blocks", 16 * (1 + 2 + 3 + 1)),
-        ("sink 20 on blocks | recent 6", 16 * (1 + 2 + 2 + 1) + 4 * 6), ("layers[0:1]: recent 8 ; layers[1:]: full on blocks", 16 * 7),
+        ("sink 20 on blocks | recent 6", 16 * (1 + 2 + 2 + 1) + 4 * 6), ("sink 50% on blocks | recent 6", 16 * (1 + 2 + 2 + 1) + 4 * 6),
+        ("layers[0:1]: full ; layers[1:]: sink 20 on blocks | recent 2", 4 * 48), ("layers[0:1]: recent 8 ; layers[1:]: full on blocks", 16 * 7),
     ],
 )  # fmt: skip
 def test_users_have_the_lengths_of_requests(nano, spec: str, room: int) -> None:
@@ -265,11 +267,17 @@ def test_users_have_the_lengths_of_requests(nano, spec: str, room: int) -> None:
     if isinstance(cache, BlockCache):
         needed = [[table >= 0 for table in row].count(True) for row in np.asarray(cache.table_RW)]
         named = np.asarray(cache.table_RW)[np.asarray(cache.table_RW) >= 0]
-        most = 20 if "sink" in spec else 48
+        most = 24 if "50%" in spec else 20 if "sink" in spec else 48
         assert needed == [-(-min(length, most) // 16) for length in lengths] and sorted(named) == [*range(sum(needed))]
-    for layer in cache.layers:
+    for index, place in enumerate(cache.of):
+        if place < 0:
+            continue
+        layer, first = cache.layers[place], 0
+        if isinstance(cache, BlockCache) and (shared := cache.shared[index]):
+            first = shared.limit
         pos_BKS = np.concatenate([slots.pos_BKS for slots in layer.slots], -1)
-        assert [row.max() < length - 3 for row, length in zip(pos_BKS, lengths, strict=True)] == [True] * 4
+        held = [min(max(0, length - 3 - first), pos_BKS.shape[2]) for length in lengths]
+        assert [(row[0] >= 0).sum() for row in pos_BKS] == held and pos_BKS.max() < 48 - 3
     with pytest.raises(BadInput, match="no request of the trace has more than 3 and at most 8 tokens"):
         occupied.lengths_of(requests, 4, 8, 3)
 

@@ -182,8 +182,8 @@ def test_moving_is_weighed_against_computing() -> None:
     device.warm()
     start, each, token = device._seconds
     assert start >= 0 and each >= 0 and 0 < token < math.inf
-    device._seconds = 1.0, 0.1, 0.02  # a block comes to 0.32 s computed
-    assert [device.quicker(count) for count in (1, 4, 5)] == [False, False, True]
+    device._seconds = 1.0, 0.5, 0.02  # 16 blocks come to 0.5 s moved, a block to 0.32 s computed
+    assert [device.quicker(count) for count in (1, 4, 5, 17)] == [False, False, True, True]
 
 
 def test_salts_keep_prefixes_apart() -> None:
@@ -265,10 +265,28 @@ def test_requests_that_could_never_end_are_refused() -> None:
         (Request([1], 0), "leaves nothing to generate"),
         (Request([1] * 60, 10), "70 tokens take 5 blocks of 16, and the pool has 4"),
         (Request([97], 1), "numbers from 0 to 96"),
+        (Request([1], 1, continuations=0), "a continuation at least, not 0"),
     ):
         with pytest.raises(BadInput, match=reason):
             ours.submit(request)
     assert not ours.busy
+
+
+def test_more_rows_may_draw_than_a_step_has_tokens() -> None:
+    ours = engine("f32", 60, tokens=4, rows=8)
+    found = serve(ours, [Request([1, 2, 3], 3, Sampling(1.0), continuations=8)])
+    assert [len(row) for row in found] == [3] * 8
+    wide = engine("f32", 60, tokens=32, rows=8)
+    assert found == serve(wide, [Request([1, 2, 3], 3, Sampling(1.0), continuations=8)])
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_what_is_found_is_others(reuse: bool) -> None:
+    """A row that stopped and finds its own blocks has not found anything, and what it computes again is counted."""
+    ours = engine("f32", 9, tokens=16, reuse=reuse)
+    serve(ours, [Request([index] * 20, 16) for index in range(6)])
+    assert ours.stats["stopped"] and not ours.stats["found"] and (reuse or ours.stats["again"])
+    assert ours.stats["tokens"] - ours.stats["again"] == 6 * (20 + 16 - 1)
 
 
 def test_logits_that_are_not_numbers_end_their_row_alone() -> None:

@@ -1,5 +1,6 @@
 """Records of evaluations: what they hold, and how they are compared."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -108,3 +109,14 @@ def test_windows_that_an_earlier_record_has_are_not_scored_again(monkeypatch):
     assert [name for name, _ in scored] == ["random 4", "random[seed=1] 4", "random[seed=2] 4"]
     (once,) = evaluation.job(MODEL, spec, whole, protocol).run()
     assert added == once
+
+
+def test_every_kind_is_read() -> None:
+    """A class of records that no line becomes would be measured again and again, and shown nowhere."""
+    every = [records.Record]
+    for each in every:
+        every += each.__subclasses__()
+    kinds = {
+        each.__dataclass_fields__["kind"].default for each in every if "kind" in vars(each).get("__annotations__", {})
+    }
+    assert kinds - {dataclasses.MISSING} == {*records.KINDS}

@@ -1,5 +1,6 @@
 """Traces, and what serving one is recorded as."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from test_engine import CONFIG, params
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
-from kvcascade.eval.records import Served
+from kvcascade.eval import record_files
+from kvcascade.eval.measure import measure
+from kvcascade.eval.records import Served, of
 from kvcascade.eval.speed import serving
 from kvcascade.eval.speed.serving import Clock, batches, engine
 from kvcascade.model import programs, tokenizer
@@ -61,6 +64,7 @@ def test_published_traces_are_read(tmp_path: Path) -> None:
         ("poisson:rate=x", "a trace is written poisson:rate=4"),
         ("poisson:requests=0", "a request at least"),
         ("poisson:shared=100", "so many times 512"),
+        ("poisson:spread=1000", "spread by 3 at most"),
         ("nowhere.csv", "no trace nowhere.csv"),
     ],
 )
@@ -70,7 +74,18 @@ def test_wrong_traces_are_told(text: str, reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, line", [("a.csv", "a,b\n1,2"), ("a.jsonl", '{"timestamp": 1}'), ("b.jsonl", "[1]"), ("c.csv", "")]
+    "name, line",
+    [
+        ("a.csv", "a,b\n1,2"),
+        ("a.jsonl", '{"timestamp": 1}'),
+        ("b.jsonl", "[1]"),
+        ("c.csv", ""),
+        ("d.jsonl", '{"timestamp": 0, "input_length": 1e999, "output_length": 1}'),
+        ("e.jsonl", '{"timestamp": NaN, "input_length": 3, "output_length": 1}'),
+        ("f.jsonl", '{"timestamp": 0, "input_length": 0, "output_length": 1}'),
+        ("g.jsonl", '{"timestamp": 0, "input_length": 3, "output_length": 1, "hash_ids": [-1]}'),
+        ("h.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,-5,3"),
+    ],
 )
 def test_wrong_lines_are_told(tmp_path: Path, name: str, line: str) -> None:
     (tmp_path / name).write_text(line)
@@ -108,11 +123,11 @@ def test_costs_are_found_again() -> None:
     for _ in range(300):
         size, read = int(draw.choice([1, 8, 32])), int(draw.integers(1, 4000))
         slow = 5.0 if draw.random() < 0.02 else 1.0
-        steps.append((size, read, true.seconds(size, read) * slow * draw.uniform(0.98, 1.02)))
+        steps.append((size, read, (true.seconds(size) + true.attended * read) * slow * draw.uniform(0.98, 1.02)))
     found = Costs.of(steps)
     assert found.attended == pytest.approx(1e-5, rel=0.05)
     assert {size: pytest.approx(seconds, rel=0.05) for size, seconds in true.programs.items()} == dict(found.programs)
-    assert true.seconds(20, 0) == pytest.approx(0.035) and true.seconds(64, 0) == 0.05
+    assert true.seconds(20) == pytest.approx(0.035) and true.seconds(64) == 0.05
     assert Costs.of([(8, 100, 0.3)]) == Costs({8: 0.3}, 0.0)
 
 
@@ -126,7 +141,7 @@ def test_without_a_model_time_is_what_steps_take() -> None:
     """One request alone: its first token after the steps of its prompt, and each other after one more."""
     costs = Costs({1: 0.01, 128: 0.1}, 1e-6)
     found, (each,) = replayed("poisson:requests=1,prompt=200,output=9,spread=0", Limits(), 100, costs)
-    prompt = 2 * 0.1 + 1e-6 * sum(range(1, each.prompt + 1)) - (0.1 - costs.seconds(96, 0)) * (each.prompt - 128 <= 96)
+    prompt = 2 * 0.1 + 1e-6 * sum(range(1, each.prompt + 1)) - (0.1 - costs.seconds(96)) * (each.prompt - 128 <= 96)
     assert found["first_ms"][10] == pytest.approx(prompt * 1e3)
     assert found["steps"] == 2 + each.output - 1
     rest = (each.output - 1) * 0.01 + 1e-6 * sum(range(each.prompt + 1, each.prompt + each.output))
@@ -142,18 +157,28 @@ def test_hardly_a_slot_is_wasted() -> None:
 
 
 def test_a_record_says_what_steps_take(tmp_path: Path) -> None:
-    """What was recorded with a model serves other traces without it."""
+    """What was recorded with a model serves other traces without it, and both are measured once."""
     model = Model("toy", CONFIG, params(), tokenizer.bytes_encoding())
     arrivals = shortened(read("poisson:rate=200,requests=9,prompt=20,output=6,spread=0.4", 3), 1, 96)
     trace = serving.Trace("poisson:", arrivals, 1, 0)
-    first = serving.job(model, parse("full@int8 on blocks"), trace, 60, Limits(16, 8), 0, "wall")
-    (served,) = first.run()
+    job = serving.job(model, parse("full@int8 on blocks"), trace, 60, Limits(16, 8), 0, "wall")
+    (served,) = measure([job], tmp_path / "records.jsonl").records
+    assert measure([job], tmp_path / "records.jsonl").before == 1
     assert served.programs and {size for size, _ in served.programs} <= {*Limits(16, 8).buckets}
+    later = serving.Trace("poisson:", [dataclasses.replace(each, at=2 * each.at) for each in arrivals], 1, 0)
+    assert serving.job(model, parse("full@int8 on blocks"), later, 60, Limits(16, 8), 0, "wall").key != job.key
     (again,) = serving.replay_job(served, trace, 30, Limits(8, 4)).run()
-    assert again.way == "costs" and again.output_tokens == served.output_tokens and again.model == "toy"
-    assert again.kv_bytes * 2 == served.kv_bytes and again.serving_seconds > 0
+    assert again.output_tokens == served.output_tokens and again.kv_bytes * 2 == served.kv_bytes
     with pytest.raises(BadInput, match="up to 16 tokens take, not of 32"):
         serving.replay_job(served, trace, 30, Limits(32, 4)).run()
+    command = "--trace poisson:requests=20 --rows 4 --tokens 8 --blocks 40".split()
+    files = ["--costs", str(tmp_path / "records.jsonl"), "--out", str(tmp_path / "records.jsonl")]
+    simulate.main([*command, *files])
+    last = of(record_files.read(tmp_path / "records.jsonl"), Served)[-1]
+    assert (last.way, last.model, last.requests) == ("costs", "toy", 20) and "threads" in last.costs
+    assert last.case != served.case  # the machine is another's
+    with pytest.raises(BadInput, match="blocks, and the pool has 2"):
+        simulate.main([*command[:-1], "3", *files])
 
 
 @pytest.mark.parametrize(
@@ -171,22 +196,35 @@ def test_what_does_not_go_together(arguments: str, reason: str, tmp_path: Path) 
         simulate.main(arguments.format(tmp_path / "records.jsonl").split())
 
 
-@pytest.mark.parametrize("blocks", [13, 60])
-def test_both_ways_serve_every_token(blocks: int) -> None:
+def test_times_that_are_none_are_no_record() -> None:
+    found, arrivals = replayed("poisson:requests=3", Limits(), 100, Costs({1: 0.01}, 0.0))
+    about = serving.Trace("poisson:", arrivals, 1, 0).about | {
+        "model": "m",
+        "weights": "float32",
+        "cache": "full",
+        "clock": "wall",
+    }
+    whole = about | found | {"way": "engine", "kv_bytes": 1, "warm_seconds": 0.0}
+    assert Served(**whole).requests == 3
+    for wrong in (found["first_ms"][:5], found["first_ms"][::-1]):
+        with pytest.raises(ValueError, match="first_ms is not 21 times"):
+            Served(**whole | {"first_ms": wrong})
+
+
+def test_both_ways_serve_every_token() -> None:
     model = Model("toy", CONFIG, params(), tokenizer.bytes_encoding())
     arrivals = shortened(read("poisson:rate=200,requests=9,prompt=20,output=6,spread=0.4", 3), 1, 96)
     prompts = [*tokens(arrivals, 1, CONFIG.vocab, 0)]
     spec, made = parse("full@int8 on blocks"), sum(each.output for each in arrivals)
     about = {
-        "model": "toy", "weights": "float32", "cache": str(spec), "trace": "poisson", "shorten": 1, "clock": "wall", "requests": 9,
-        "prompt_tokens": sum(map(len, prompts)),
+        "model": "toy", "weights": "float32", "cache": str(spec), "clock": "wall", **serving.Trace("poisson:", arrivals, 1, 0).about,
     }  # fmt: skip
     ours = Served(
-        **about, way="engine", **engine(model, spec, arrivals, prompts, blocks, Limits(32, 8), serving.CLOCKS["wall"])
+        **about, way="engine", **engine(model, spec, arrivals, prompts, 60, Limits(32, 8), serving.CLOCKS["wall"])
     )
     theirs = Served(
         **about, way="batches", **batches(model, parse("full"), arrivals, prompts, 4, serving.CLOCKS["wall"])
     )
     assert ours.output_tokens == theirs.output_tokens == made
-    assert ours.compiles == 0 and (ours.stopped or 0) >= 0 and 0 < theirs.useful < ours.useful <= 1
+    assert ours.compiles == 0 and 0 < theirs.useful < ours.useful <= 1
     assert len(serving.table([ours, theirs]).rows) == 2

@@ -32,23 +32,25 @@ def lengths_of(requests: Sequence[int] | None, users: int, context: int, steps: 
 def predicted(spec: CacheSpec, config: ModelConfig, context: int, lengths: Sequence[int]) -> int:
     """Bytes of a cache for rows of these lengths: all that `context` tokens take, but for blocks that they do not need."""
     layers = spec.layers(config.layer_heads)
-    most = -(-limit(layers, context) // BLOCK)
     on_blocks = sum(cascade.shared.nbytes(context, heads, 0) * heads.kv for cascade, heads in layers if cascade.shared)
-    spared = len(lengths) * most - sum(blocks(spec, config, length) for length in lengths)
+    most, *counts = blocks(spec, config, context, [context, *lengths])
+    spared = len(lengths) * most - sum(counts)
     return len(lengths) * spec.nbytes(config.layer_heads, context) - spared * on_blocks // max(1, most)
 
 
-def blocks(spec: CacheSpec, config: ModelConfig, tokens: int) -> int:
-    """Blocks of a row of so many tokens."""
-    return -(-min(tokens, limit(spec.layers(config.layer_heads), tokens)) // BLOCK)
+def blocks(spec: CacheSpec, config: ModelConfig, context: int, lengths: Sequence[int]) -> list[int]:
+    """The blocks of rows of these lengths, in a cache for a context."""
+    most = limit(spec.layers(config.layer_heads), context)
+    return [-(-min(length, most) // BLOCK) for length in lengths]
 
 
 def room(cache: Cache, users: int) -> int:
     """Tokens that there is room for, in the layer that has most."""
+    own = [users * layer.kept for layer in cache.layers]
     if not isinstance(cache, BlockCache):
-        return users * cache.kept
-    count, on_blocks = len(payload(cache.pools[0].k)), max(each.limit for each in cache.shared if each)
-    return count * BLOCK + users * (cache.kept - on_blocks)
+        return max(own)
+    on_blocks = [len(payload(cache.pools[each.pool].k)) * BLOCK if each else 0 for each in cache.shared]
+    return max(count + (own[place] if place >= 0 else 0) for count, place in zip(on_blocks, cache.of, strict=True))
 
 
 def occupied(spec: CacheSpec, config: ModelConfig, context: int, lengths: Sequence[int], steps: int) -> Cache:
@@ -76,7 +78,7 @@ def occupied(spec: CacheSpec, config: ModelConfig, context: int, lengths: Sequen
     if not spec.on_blocks:
         rows = tuple(layer(cascade, heads, index, 0) for index, (cascade, heads) in enumerate(layers))
         return Cache(rows, tuple(range(config.layers)))
-    counts = [blocks(spec, config, length) for length in lengths]
+    counts = blocks(spec, config, context, lengths)
     cache = BlockCache.empty(layers, batch, context, sum(counts))
     table, free = np.full(cache.table_RW.shape, -1, np.int32), itertools.count()
     for row, count in enumerate(counts):

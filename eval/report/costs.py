@@ -16,6 +16,7 @@ from kvcascade.eval.records import (
     Record,
     Served,
     Stream,
+    commits,
     grouped,
     of,
 )
@@ -92,7 +93,8 @@ def readme_tables(found: dict[str, list[Record]]) -> dict[str, str]:
     protocol = (
         f"{users.title}. Each size is a process that holds a cache for so many users, every byte of it written, and decodes {first.steps} tokens of each: "
         f"*users* lived, *died at* was killed, at most {first.resolution:.1%} apart. *MB a user* is the slope between the peaks of one user and of all, "
-        f"*predicted* a row's cache by its spec and its share of a step's workspace by the compiled program. Commit {' and '.join(dict.fromkeys(r.commit for r in crashes))}; {first.device}."
+        f"*predicted* a row's cache by its spec and its share of a step's workspace by the compiled program. "
+        f"{first.device}, commit{'s' if len({r.commit for r in crashes}) > 1 else ''} {commits(crashes)}."
     )
     return {
         "speed": f"{markdown(bench.headline(benches))}\n\n{markdown(speed.code)}\n\n{speed.title}; {_stamp(benches[0])}.",

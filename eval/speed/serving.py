@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -54,7 +55,8 @@ class Times:
 def engine(
     model: Model, spec: CacheSpec, arrivals: Sequence[Arrival], prompts, blocks: int, limits: Limits, clock
 ) -> dict[str, Any]:
-    """Serve a trace by the engine; requests of which the pool cannot hold one are BadInput before anything runs."""
+    """Serve a trace by the engine; BadInput, before anything is compiled, for a request that the pool cannot hold."""
+    check_room(arrivals, blocks)
     steps: list[tuple[int, int, float]] = []
 
     class Timed(Device):
@@ -78,11 +80,21 @@ def engine(
     }  # fmt: skip
 
 
+def check_room(arrivals: Sequence[Arrival], blocks: int) -> None:
+    """BadInput for a request that a pool cannot hold."""
+    longest = max(each.prompt + each.output for each in arrivals)
+    if -(-longest // BLOCK) > blocks - 1:
+        raise BadInput(
+            f"a request of {longest:,} tokens takes {-(-longest // BLOCK)} blocks, and the pool has {blocks - 1}"
+        )
+
+
 def replay(served: Served, arrivals: Sequence[Arrival], prompts, blocks: int, limits: Limits) -> dict[str, Any]:
     """Serve a trace by what the steps of an engine took; BadInput for steps of more tokens than it had."""
     costs = Costs(dict(served.programs or ()), served.attended or 0.0)
     if not costs.programs or limits.tokens > (served.step_tokens or 0):
         raise BadInput(f"what is known is what steps of up to {served.step_tokens} tokens take, not of {limits.tokens}")
+    check_room(arrivals, blocks)
     context = max(each.prompt + each.output for each in arrivals)
     device = Replay(costs, blocks, BLOCK, VOCAB, context, limits)
     bytes_per_block = served.kv_bytes // (served.blocks or 1)
@@ -105,6 +117,10 @@ def serve(device: Runs, arrivals: Sequence[Arrival], prompts: Iterable[list[int]
             seen.append(rows[number])
         events, after = ours.run_step(), now()
         for event in events:
+            if event.finished == "error":
+                raise BadInput(
+                    "the logits of a request are not numbers: something is wrong with the model, or its cache"
+                )
             rows[event.id].tokens.append(after)
             if event.finished:
                 del rows[event.id]
@@ -113,8 +129,9 @@ def serve(device: Runs, arrivals: Sequence[Arrival], prompts: Iterable[list[int]
     stats = ours.stats
     return _summary(seen, now()) | {
         "blocks": device.blocks, "rows": device.limits.rows, "step_tokens": device.limits.tokens, "steps": stats["steps"],
-        "useful": stats["tokens"] / max(1, stats["tokens"] + stats["padded"]), "found": stats["found"], "stopped": stats["stopped"],
-        "put_aside": stats["put_aside"], "copied": stats["copied"], "evicted": ours.blocks.evictions, "waste": float(np.mean(wasted or [0.0])),
+        "useful": (stats["tokens"] - stats["again"]) / max(1, stats["tokens"] + stats["padded"]), "found": stats["found"],
+        "stopped": stats["stopped"], "aside": device.limits.aside, "put_aside": stats["put_aside"], "copied": stats["copied"],
+        "evicted": ours.blocks.evictions, "waste": float(np.mean(wasted or [0.0])),
     }  # fmt: skip
 
 
@@ -188,8 +205,10 @@ class Trace:
     def about(self) -> dict[str, Any]:
         """What a record says of it."""
         total = sum(each.prompt for each in self.arrivals)
+        key = hashlib.sha256(repr([dataclasses.astuple(each) for each in self.arrivals]).encode()).hexdigest()[:16]
         return {
             "trace": self.name,
+            "trace_key": key,
             "shorten": self.shorten,
             "requests": len(self.arrivals),
             "prompt_tokens": total,
@@ -203,7 +222,7 @@ def job(model: Model, spec: CacheSpec, trace: Trace, blocks: int, limits: Limits
         "kind": "simulate", "model": model.name, "weights": model.config.weights, "weights_key": model.fingerprint, "cache": str(spec),
         "clock": clock, "processor": processor.name(), "threads": processor.count(),
     }  # fmt: skip
-    plan = {"pool": blocks, "most": dataclasses.astuple(limits), "batch": size}
+    plan = {"pool": blocks, "most": [limits.tokens, limits.rows, limits.aside], "batch": size}
 
     def run() -> list[Served]:
         vocab = min(model.encoding.n_vocab, model.config.vocab)
@@ -220,9 +239,15 @@ def job(model: Model, spec: CacheSpec, trace: Trace, blocks: int, limits: Limits
 
 def replay_job(served: Served, trace: Trace, blocks: int, limits: Limits) -> Job:
     """What a trace would come to on the machine of a record, by the costs that it has."""
-    kept = ("model", "weights", "weights_key", "cache", "clock", "processor", "threads")
-    about = {"kind": "simulate", **{name: served.given[name] for name in kept if name in served.given}, **trace.about}
-    plan = {"pool": blocks, "most": dataclasses.astuple(limits), "costs": [served.programs, served.attended]}
+    kept = ("model", "weights", "weights_key", "cache", "clock")
+    costs = f"{served.given.get('processor')}, {served.given.get('threads')} threads"
+    about = trace.about | {"kind": "simulate", "costs": costs}
+    about |= {name: served.given[name] for name in kept if name in served.given}
+    plan = {
+        "pool": blocks,
+        "most": [limits.tokens, limits.rows],
+        "took": [served.programs, served.attended, served.kv_bytes],
+    }
 
     def run() -> list[Served]:
         made = replay(served, trace.arrivals, trace.prompts(VOCAB), blocks, limits)
@@ -238,8 +263,8 @@ def table(found: Sequence[Served]) -> Table:
         Column("way", "way"), CACHE, Column("tok/s", "tokens_per_second", "{:,.1f}"),
         Column("first token, ms (50, 95 %)", lambda r: pair(r.first_ms)), Column("between, ms", lambda r: pair(r.between_ms)),
         Column("ms per token", lambda r: pair(r.per_token_ms)), Column("useful", "useful", "{:.0%}"), Column("steps", "steps"),
-        Column("found", "found"), Column("stopped", "stopped"), Column("waste", "waste", "{:.1%}"), Column("compiles", "compiles"),
-        Column("KV, MB", lambda r: f"{r.kv_bytes / 1e6:,.1f}"),
+        Column("found", "found"), Column("stopped", "stopped"), Column("put aside", "put_aside"), Column("waste", "waste", "{:.1%}"),
+        Column("compiles", "compiles"), Column("rows", "rows"), Column("blocks", "blocks"), Column("KV, MB", lambda r: f"{r.kv_bytes / 1e6:,.1f}"),
     ]  # fmt: skip
     first = found[0]
     length = f"{first.prompt_tokens:,} tokens of prompts, {first.output_tokens:,} generated"
