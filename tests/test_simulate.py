@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -204,7 +205,7 @@ def test_times_that_are_none_are_no_record() -> None:
         "cache": "full",
         "clock": "wall",
     }
-    whole = about | found | {"way": "engine", "kv_bytes": 1, "warm_seconds": 0.0}
+    whole: dict[str, Any] = about | found | {"way": "engine", "kv_bytes": 1, "warm_seconds": 0.0}
     assert Served(**whole).requests == 3
     for wrong in (found["first_ms"][:5], found["first_ms"][::-1]):
         with pytest.raises(ValueError, match="first_ms is not 21 times"):
