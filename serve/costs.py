@@ -21,15 +21,18 @@ class Costs:
     def of(cls, steps: Sequence[tuple[int, int, float]]) -> "Costs":
         """From steps that were run: tokens of the program, tokens attended to, seconds.
 
-        A program's time is the median of its steps', less what its tokens attended to cost: one cost for all, by Theil and Sen's median
-        of slopes over the steps of each program, which a few slow steps do not move.
+        What a token attended to costs is one for all: the median of the slopes between steps of one program (Theil and Sen), each with the
+        weight of how far apart the two are, so that neither a few slow steps nor many alike ones move it. A program's time is the median
+        of its steps' without that.
         """
         found = {
             size: np.array([each[1:] for each in steps if each[0] == size], float)
             for size in sorted({each[0] for each in steps})
         }
-        slopes = [slope for each in found.values() for slope in _slopes(each)]
-        attended = max(0.0, float(np.median(slopes))) if slopes else 0.0
+        slopes = np.concatenate([_slopes(each) for each in found.values()])
+        slopes = slopes[np.argsort(slopes[:, 0])]
+        middle = np.searchsorted(np.cumsum(slopes[:, 1]), slopes[:, 1].sum() / 2)
+        attended = max(0.0, float(slopes[middle, 0])) if len(slopes) else 0.0
         return cls(
             {size: max(0.0, float(np.median(each[:, 1] - attended * each[:, 0]))) for size, each in found.items()},
             attended,
@@ -41,11 +44,12 @@ class Costs:
 
 
 def _slopes(steps: np.ndarray) -> np.ndarray:
-    """Between the first half of a program's steps by what they attend to and the second, pair by pair."""
+    """Slopes between the first half of a program's steps by what they attend to and the second, pair by pair, and how far apart they are."""
     ordered = steps[np.argsort(steps[:, 0], kind="stable")]
     half = len(ordered) // 2
-    apart = ordered[-half:] - ordered[:half] if half else ordered[:0]
-    return apart[apart[:, 0] > 0, 1] / apart[apart[:, 0] > 0, 0]
+    apart = ordered[len(ordered) - half :] - ordered[:half]
+    apart = apart[apart[:, 0] > 0]
+    return np.stack([apart[:, 1] / apart[:, 0], apart[:, 0]], 1)
 
 
 def attended(found: Plan) -> int:

@@ -130,6 +130,11 @@ def test_costs_are_found_again() -> None:
     assert {size: pytest.approx(seconds, rel=0.05) for size, seconds in true.programs.items()} == dict(found.programs)
     assert true.seconds(20) == pytest.approx(0.035) and true.seconds(64) == 0.05
     assert Costs.of([(8, 100, 0.3)]) == Costs({8: 0.3}, 0.0)
+    few = [
+        (1, 1000 + index % 3, 0.02 + 0.004 * draw.random()) for index in range(60)
+    ]  # a prompt, and many steps that are alike
+    few += [(128, 128 * start + 8256, 0.17 + 3e-6 * (128 * start + 8256)) for start in range(0, 1024, 128)]
+    assert Costs.of(few).attended == pytest.approx(3e-6, rel=0.01)
 
 
 def replayed(text: str, limits: Limits, blocks: int, costs: Costs) -> tuple[dict, list[Arrival]]:
