@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kvcascade.model.sampling import Sampling
-from kvcascade.serve.engine import Drawn
 from kvcascade.serve.plan import Limits, Plan, Row
+from kvcascade.serve.request import Drawn
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,8 @@ from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
 from kvcascade.model.programs import Compiled, traced
 from kvcascade.model.sampling import GREEDY, Sampling, Settings, sample, settings
-from kvcascade.serve.engine import TOP, Drawn, Likely
 from kvcascade.serve.plan import Limits, Move, Plan, Row
+from kvcascade.serve.request import TOP, Drawn, Likely
 
 MOVED = 16
 """Blocks that go to host memory, or come back, by one program."""

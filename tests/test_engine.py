@@ -17,8 +17,9 @@ from kvcascade.model import generate, gpt
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.sampling import GREEDY, Sampling, settings
 from kvcascade.serve.device import Device, step
-from kvcascade.serve.engine import Engine, Request
+from kvcascade.serve.engine import Engine
 from kvcascade.serve.plan import Limits
+from kvcascade.serve.request import Request
 
 CONFIG = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=64, vocab=97, context=96)
 

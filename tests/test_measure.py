@@ -1,5 +1,6 @@
 """Measurements that are stopped: what was done is there, only what is missing is done, and the end is the same."""
 
+import dataclasses
 import json
 import os
 import re
@@ -49,9 +50,11 @@ def test_what_is_there_is_skipped(tmp_path):
 def test_other_code_is_another_measurement(tmp_path, monkeypatch):
     done, out = [], tmp_path / "records.jsonl"
     run([job(0, done)], out)
-    monkeypatch.setattr(measure, "code", lambda room: "changed")
+    monkeypatch.setattr(measure, "source_key", lambda *folders: "changed" if "eval/quality" in folders else "")
     run([job(0, done)], out)
     assert done == [0, 0]
+    monkeypatch.setattr(measure, "source_key", lambda *folders: " ".join(folders))
+    assert job(0, done).key != dataclasses.replace(job(0, done), also=("serve",)).key
 
 
 def test_half_a_job_is_none(tmp_path):

@@ -13,8 +13,9 @@ from test_engine import CONFIG, params
 from kvcascade.cache.spec import parse
 from kvcascade.model.sampling import GREEDY, Sampling
 from kvcascade.serve.device import Device
-from kvcascade.serve.engine import Engine, Request
+from kvcascade.serve.engine import Engine
 from kvcascade.serve.plan import Limits
+from kvcascade.serve.request import Request
 
 pytestmark = pytest.mark.slow
 

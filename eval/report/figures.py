@@ -109,13 +109,13 @@ def loss_curves(trainings: list[Training]) -> str:
 def quality_against_bytes(evaluations: list[Evaluation]) -> str:
     """Perplexity against measured bytes of a row's cache; bars are 95 % intervals of the change against the full cache.
 
-    Colour is the group of caches that are compared, hollow is random eviction; caches that none of fewer bytes beats have their names.
+    Colour is the group of caches that are compared, hollow is random eviction; caches that none of fewer bytes beats are numbered and named.
     """
     groups = {r.cache: suite.group_of(r.cache, r.context) for r in evaluations}
     with matplotlib.rc_context(STYLE):
         figure, axes = subplots()
         colours = {name: style["color"] for style, name in styled(dict.fromkeys(groups[r.cache] for r in evaluations))}
-        front = math.inf
+        front, best = math.inf, []
         for record in sorted(evaluations, key=lambda r: (r.kv_bytes, r.ppl)):
             colour, full = colours[groups[record.cache]], baseline(record, evaluations)
             low, high = evaluation.paired(record, full) if full and full is not record else (math.nan, math.nan)
@@ -130,10 +130,7 @@ def quality_against_bytes(evaluations: list[Evaluation]) -> str:
             )  # fmt: skip
             if record.ppl < front and not lot:
                 front = record.ppl
-                axes.annotate(
-                    record.cache, (record.kv_bytes, record.ppl), (5, -11), textcoords="offset points", fontsize=7.5, color="#333",
-                    family="monospace",
-                )  # fmt: skip
+                best.append(record)
         for name, colour in colours.items():
             axes.plot([], [], color=colour, marker="o", linestyle="", label=name)
         axes.plot(
@@ -155,7 +152,20 @@ def quality_against_bytes(evaluations: list[Evaluation]) -> str:
         axes.set_xlabel("measured bytes of one row's cache")
         axes.set_ylabel("perplexity (lower is better)")
         axes.legend(fontsize=9)
+        _named(axes, [(record.kv_bytes, record.ppl, record.cache) for record in best])
         return to_svg(figure)
+
+
+def _named(axes, points: list[tuple[float | int, float, str]]) -> None:
+    """Number points, each beside it as far below as those before it leave room, and say below the axes, whose limits must be there, who they are."""
+    taken = []
+    for number, (x, y, name) in enumerate(points, 1):
+        text = axes.annotate(f"{number}", (x, y), (6, -11), textcoords="offset points", fontsize=8, color="#333")
+        while any(text.get_window_extent().overlaps(box) for box in taken):
+            text.xyann = text.xyann[0], text.xyann[1] - 3
+        taken.append(text.get_window_extent())
+        place = 0.0, -0.2 - 0.055 * number
+        axes.text(*place, f"{number}  {name}", transform=axes.transAxes, fontsize=8, color="#333", family="monospace")
 
 
 def bytes_by_kind(layers: list[Layer]) -> str:

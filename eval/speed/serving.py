@@ -21,8 +21,9 @@ from kvcascade.model.pretrained import Model
 from kvcascade.model.programs import kept
 from kvcascade.serve.costs import Costs, Replay, attended
 from kvcascade.serve.device import Device
-from kvcascade.serve.engine import Engine, Request, Runs
+from kvcascade.serve.engine import Engine
 from kvcascade.serve.plan import Limits
+from kvcascade.serve.request import Request, Runs
 from kvcascade.serve.trace import Arrival, tokens
 
 VOCAB = 2**15
