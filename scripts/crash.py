@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
     specs, limit = [parse(text) for text in args.cache or ("full",)], limits.parse_bytes(args.limit)
     # Of an open GPU's memory this process is to take nothing that the children could have.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    requests = [each.prompt + each.output for each in trace.read(args.trace)] if args.trace else None
+    requests = [each.tokens for each in trace.read(args.trace)] if args.trace else None
     size = (args.context, limit, args.resolution, args.steps, args.weights, args.seconds, args.trace, requests)
     found = console.measured("crash", [crash.job(args.model, spec, *size) for spec in specs], args)
     console.show(crash.table(found))

@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
         if args.batches or args.aside or args.weights or args.clock != "wall":
             raise BadInput("--batches, --aside, --weights and --clock are a model's, and --costs are what it took")
         served = _recorded(args.costs, str(parse(args.cache)) if args.cache else None, args.tokens)
-        longest = max(each.prompt + each.output for each in arrivals)
+        longest = max(each.tokens for each in arrivals)
         mine = serving.Trace(args.trace, trace.shortened(arrivals, args.shorten, longest), args.shorten, 0)
         job = serving.replay_job(served, mine, args.blocks, limits)
     else:

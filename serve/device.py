@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from kvcascade.cache.block_cache import BlockCache
+from kvcascade.cache.blocks import Table
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.cache.tier import BLOCK
@@ -22,7 +23,7 @@ from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
 from kvcascade.model.programs import Compiled, traced
 from kvcascade.model.sampling import GREEDY, Sampling, Settings, sample, settings
-from kvcascade.serve.plan import Limits, Move, Plan, Row
+from kvcascade.serve.plan import Limits, Move, Plan, Row, Run
 from kvcascade.serve.request import TOP, Drawn, Likely
 
 MOVED = 16
@@ -248,20 +249,17 @@ class Device:
             self._put_aside(Move(row, 0, [0] * MOVED * programs))
             self._bring_back(Move(row, 0, [self.blocks] * MOVED * programs))
 
-        def largest() -> None:
-            size = self.limits.tokens
-            count = min(size, self.context, (self.blocks - 1) * self.size)
-            position, row = np.full(size, -1, np.int32), np.full(size, -1, np.int32)
-            position[:count], row[:count] = range(count), 0
-            self._table[0, : -(-count // self.size)] = range(1, 1 + -(-count // self.size))
-            self._step(np.zeros(size, np.int32), position, row, np.full(self.limits.drawn(size), -1, np.int32), [])
-            self._table[0] = -1
-
-        moved(1)
-        one, four = (min(took(functools.partial(moved, count)) for _ in range(3)) for count in (1, 4))
-        each = max(four - one, 0.0) / 3
         count = min(self.limits.tokens, self.context, (self.blocks - 1) * self.size)
-        self._seconds = max(one - each, 0.0), each, min(took(largest) for _ in range(2)) / count
+        table = Table(b"", list(range(1, 1 + -(-count // self.size))))
+        largest = Plan([Run(Row(-1, [0] * count, count, place=0, held=table), 0, count)])
+        moved(1)
+        one, four = (min(took(functools.partial(moved, programs)) for _ in range(3)) for programs in (1, 4))
+        each = max(four - one, 0.0) / 3
+        self._seconds = (
+            max(one - each, 0.0),
+            each,
+            min(took(lambda: self.run(largest, {}, False)) for _ in range(2)) / count,
+        )
 
 
 def _filled(blocks: list[int], rest: int) -> list[list[int]]:

@@ -214,7 +214,6 @@ def end(queue: Queue, blocks: Blocks, row: Row, now: float) -> None:
         queue.aside -= blocks.needed(row.aside)
         row.aside = 0
         return
-    queue.running.remove(row)
     _give_back(queue, blocks, row, now)
 
 
@@ -267,7 +266,6 @@ def _stop(queue: Queue, blocks: Blocks, limits: Limits, found: Plan, row: Row, n
         row.aside = row.table.computed
         queue.aside += count
     blocks.publish(row.table, row.tokens, now)
-    queue.running.remove(row)
     _give_back(queue, blocks, row, now)
     queue.wait(row)
 
@@ -284,6 +282,8 @@ def _bring_back(queue: Queue, blocks: Blocks, found: Plan, row: Row) -> None:
 
 
 def _give_back(queue: Queue, blocks: Blocks, row: Row, now: float) -> None:
+    """Take a row out of those that run, its blocks and its place with it."""
+    queue.running.remove(row)
     blocks.release(row.table, now)
     queue.places.append(row.place)
     row.held, row.place = None, -1

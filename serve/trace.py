@@ -43,6 +43,11 @@ class Arrival:
         if min(self.pieces, default=0) < 0:
             raise ValueError("pieces are numbers from 0 on")
 
+    @property
+    def tokens(self) -> int:
+        """Of both together."""
+        return self.prompt + self.output
+
 
 POISSON = {"rate": 4.0, "requests": 32.0, "prompt": 55.0, "output": 37.0, "spread": 0.8, "shared": 0.0}
 """Requests a second, how many, the medians of their lengths, the spread of the lengths' logarithms, tokens that all begin with."""
@@ -117,9 +122,9 @@ def shortened(arrivals: Sequence[Arrival], by: int, context: int) -> list[Arriva
     """The same requests with all lengths divided; BadInput where one is still longer than a context."""
     short = lambda length: max(1, length // by)
     found = [dataclasses.replace(each, prompt=short(each.prompt), output=short(each.output)) for each in arrivals]
-    longest = max(each.prompt + each.output for each in found)
+    longest = max(each.tokens for each in found)
     if longest > context:
-        more = -(-max(each.prompt + each.output for each in arrivals) // context) + 1
+        more = -(-max(each.tokens for each in arrivals) // context) + 1
         raise BadInput(f"a request has {longest} tokens, and the context {context}: shorten them, --shorten {more}")
     return found
 

@@ -183,7 +183,7 @@ def test_a_record_says_what_steps_take(tmp_path: Path) -> None:
     last = of(record_files.read(tmp_path / "records.jsonl"), Served)[-1]
     assert (last.way, last.model, last.requests) == ("costs", "toy", 20) and "threads" in last.costs
     assert last.case != served.case  # the machine is another's
-    with pytest.raises(BadInput, match="blocks, and the pool has 2"):
+    with pytest.raises(BadInput, match="blocks of 16, and the pool has 2"):
         simulate.main([*command[:-1], "3", *files])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from kvcascade.cache.blocks import Blocks
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec, parse
 from kvcascade.cache.tier import BLOCK
@@ -22,7 +23,7 @@ from kvcascade.model.programs import kept
 from kvcascade.serve.costs import Costs, Replay, attended
 from kvcascade.serve.device import Device
 from kvcascade.serve.engine import Engine
-from kvcascade.serve.plan import Limits
+from kvcascade.serve.plan import Limits, Row, check
 from kvcascade.serve.request import Request, Runs
 from kvcascade.serve.trace import Arrival, tokens
 
@@ -57,7 +58,7 @@ def engine(
     model: Model, spec: CacheSpec, arrivals: Sequence[Arrival], prompts, blocks: int, limits: Limits, clock
 ) -> dict[str, Any]:
     """Serve a trace by the engine; BadInput, before anything is compiled, for a request that the pool cannot hold."""
-    check_room(arrivals, blocks)
+    check_longest(arrivals, blocks, limits)
     steps: list[tuple[int, int, float]] = []
 
     class Timed(Device):
@@ -67,7 +68,7 @@ def engine(
             steps.append((drawn.size, attended(found), clock() - start))
             return drawn
 
-    context = max(each.prompt + each.output for each in arrivals)
+    context = max(each.tokens for each in arrivals)
     device = Timed(
         model.config, model.params, spec, blocks, limits, context, fingerprint=model.fingerprint, compiled=kept
     )
@@ -81,13 +82,10 @@ def engine(
     }  # fmt: skip
 
 
-def check_room(arrivals: Sequence[Arrival], blocks: int) -> None:
-    """BadInput for a request that a pool cannot hold."""
-    longest = max(each.prompt + each.output for each in arrivals)
-    if -(-longest // BLOCK) > blocks - 1:
-        raise BadInput(
-            f"a request of {longest:,} tokens takes {-(-longest // BLOCK)} blocks, and the pool has {blocks - 1}"
-        )
+def check_longest(arrivals: Sequence[Arrival], blocks: int, limits: Limits) -> None:
+    """BadInput for a request that the engine would refuse in the middle of a trace."""
+    longest = max(arrivals, key=lambda each: each.tokens)
+    check(Row(0, [0] * longest.prompt, longest.tokens), Blocks(blocks, BLOCK), limits)
 
 
 def replay(served: Served, arrivals: Sequence[Arrival], prompts, blocks: int, limits: Limits) -> dict[str, Any]:
@@ -95,8 +93,8 @@ def replay(served: Served, arrivals: Sequence[Arrival], prompts, blocks: int, li
     costs = Costs(dict(served.programs or ()), served.attended or 0.0)
     if not costs.programs or limits.tokens > (served.step_tokens or 0):
         raise BadInput(f"what is known is what steps of up to {served.step_tokens} tokens take, not of {limits.tokens}")
-    check_room(arrivals, blocks)
-    context = max(each.prompt + each.output for each in arrivals)
+    check_longest(arrivals, blocks, limits)
+    context = max(each.tokens for each in arrivals)
     device = Replay(costs, blocks, BLOCK, VOCAB, context, limits)
     bytes_per_block = served.kv_bytes // (served.blocks or 1)
     return serve(device, arrivals, prompts, device.clock) | {"warm_seconds": 0.0, "kv_bytes": bytes_per_block * blocks}
@@ -138,7 +136,7 @@ def serve(device: Runs, arrivals: Sequence[Arrival], prompts: Iterable[list[int]
 
 def batches(model: Model, spec: CacheSpec, arrivals: Sequence[Arrival], prompts, size: int, clock) -> dict[str, Any]:
     """Serve a trace by `generate`: up to so many requests that have come, filled up with rows that mean nothing, and the next when the longest is over."""
-    context = min(max(each.prompt + each.output for each in arrivals) + generate.DISPATCH, model.config.context)
+    context = min(max(each.tokens for each in arrivals) + generate.DISPATCH, model.config.context)
     lengths = [1 << (each.prompt - 1).bit_length() for each in arrivals]  # as `generate` pads them
     config, params = model.config, model.params
 
@@ -167,7 +165,7 @@ def batches(model: Model, spec: CacheSpec, arrivals: Sequence[Arrival], prompts,
                 seen[index].tokens += [after] * min(left, len(new_nB))
         steps += count
         done += size * (max(lengths[index] for index in mine) + count)
-        useful += sum(arrivals[index].prompt + arrivals[index].output for index in mine)
+        useful += sum(arrivals[index].tokens for index in mine)
     return _summary(seen, now()) | {
         "rows": size, "warm_seconds": warm, "steps": steps, "useful": useful / done,
         "kv_bytes": size * spec.nbytes(config.layer_heads, context),
