@@ -454,12 +454,12 @@ class Served(Named):
     """Between two tokens of a request."""
     per_token_ms: Some[Size]
     """From its arrival to its end, by its tokens."""
-    useful: Share
+    useful: Maybe[Share] = None
     """Tokens of requests, each counted once, among all that steps had room for."""
-    steps: Count
-    rows: Count
-    kv_bytes: Size
-    warm_seconds: Size
+    steps: Maybe[Count] = None
+    rows: Maybe[Count] = None
+    kv_bytes: Maybe[Size] = None
+    warm_seconds: Maybe[Size] = None
     blocks: Maybe[Count] = None
     step_tokens: Maybe[Count] = None
     compiles: Maybe[Index] = None
@@ -485,6 +485,8 @@ class Served(Named):
             values = getattr(self, name)
             if len(values) != 21 or [*values] != sorted(values):
                 return f"{name} is not 21 times, the least first"
+        if self.way != "server" and None in (self.useful, self.steps, self.rows, self.kv_bytes, self.warm_seconds):
+            return "only another's server does not say what it did"
         return None
 
 

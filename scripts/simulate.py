@@ -5,13 +5,16 @@ Without a model: `kvcascade simulate --costs RECORDS.jsonl --trace poisson:rate=
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.eval import record_files
 from kvcascade.eval.records import Served, of
 from kvcascade.eval.speed import serving
+from kvcascade.eval.speed.server import Server
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, CountOrNone, Recorded, arguments_of
 from kvcascade.serve import trace
@@ -42,6 +45,8 @@ class Args(Recorded):
     """Divide all lengths of the trace by so much."""
     batches: CountOrNone = 0
     """Serve the trace also by `generate`, so many requests at a time, with a full cache in rows; 0: not."""
+    server: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Servers that serve the trace after that, NAME=URL up to /v1; each with the same model, by OpenAI's completions. By the wall's clock."""
     clock: Literal["wall", "cpu"] = "wall"
     """What time is: the wall's, or the processor's, all threads together."""
     weights: str | None = None
@@ -55,21 +60,26 @@ def main(arguments: list[str]) -> None:
     arrivals = trace.read(args.trace)
     if bool(args.model) == bool(args.costs):
         raise BadInput("a trace is served by a --model, or by the --costs that one was recorded with")
+    servers = [Server.of(text) for text in args.server]
+    if servers and args.clock != "wall":
+        raise BadInput("what a server takes is told by the wall's clock alone")
     if args.costs:
-        if args.batches or args.aside or args.weights or args.clock != "wall":
-            raise BadInput("--batches, --aside, --weights and --clock are a model's, and --costs are what it took")
+        if args.batches or args.aside or args.weights or args.server or args.clock != "wall":
+            raise BadInput(
+                "--batches, --aside, --server, --weights and --clock go with a model, and --costs are what one took"
+            )
         served = _recorded(args.costs, str(parse(args.cache)) if args.cache else None, args.tokens)
         longest = max(each.tokens for each in arrivals)
         mine = serving.Trace(args.trace, trace.shortened(arrivals, args.shorten, longest), args.shorten, 0)
-        job = serving.replay_job(served, mine, args.blocks, limits)
+        jobs = [serving.replay_job(served, mine, args.blocks, limits)]
     else:
         model = console.open_model(args.model, args.weights or "float32")
         short = trace.shortened(arrivals, args.shorten, model.config.context)
         mine = serving.Trace(args.trace, short, args.shorten, model.seed)
-        job = serving.job(
-            model, parse(args.cache or "full on blocks"), mine, args.blocks, limits, args.batches, args.clock
-        )
-    console.show(serving.table(console.measured("simulate", [job], args)))
+        spec = parse(args.cache or "full on blocks")
+        jobs = [serving.job(model, spec, mine, args.blocks, limits, args.batches, args.clock)]
+        jobs += [serving.server_job(model, each, mine) for each in servers]
+    console.show(serving.table(console.measured("simulate", jobs, args)))
 
 
 def _recorded(file: Path, cache: str | None, tokens: int) -> Served:

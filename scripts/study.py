@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> None:
 def _train(folder: Path, scale: Scale, data: str, seed: int) -> list[str]:
     """Train the three models from one seed, as far as they are not; return the names of their runs."""
     base = config.PRESETS[scale.preset]
-    train = dataclasses.replace(base.train, steps=scale.steps, evaluate_every=max(1, scale.steps // 18), seed=seed)
+    train = dataclasses.replace(base.train, steps=scale.steps, evaluate_every=max(1, scale.steps // 10), seed=seed)
     mha = dataclasses.replace(base, train=train, data=dataclasses.replace(base.data, source=data))
     gqa = dataclasses.replace(mha, model=dataclasses.replace(mha.model, kv_heads=mha.model.heads // 4))
     wanted = {

@@ -192,7 +192,9 @@ def test_a_record_says_what_steps_take(tmp_path: Path) -> None:
     [
         ("", "a --model, or by the --costs"),
         ("--model x --costs y", "a --model, or by the --costs"),
-        ("--costs y --batches 4", "are a model's"),
+        ("--costs y --batches 4", "go with a model"),
+        ("--model x --server y", "NAME=URL"),
+        ("--model x --server y=http://z --clock cpu", "by the wall's clock alone"),
         ("--costs {}", "has no record of a trace"),
     ],
 )
@@ -212,6 +214,8 @@ def test_times_that_are_none_are_no_record() -> None:
     }
     whole: dict[str, Any] = about | found | {"way": "engine", "kv_bytes": 1, "warm_seconds": 0.0}
     assert Served(**whole).requests == 3
+    with pytest.raises(ValueError, match="does not say what it did"):
+        Served(**{name: value for name, value in whole.items() if name != "rows"})
     for wrong in (found["first_ms"][:5], found["first_ms"][::-1]):
         with pytest.raises(ValueError, match="first_ms is not 21 times"):
             Served(**whole | {"first_ms": wrong})
@@ -232,5 +236,6 @@ def test_both_ways_serve_every_token() -> None:
         **about, way="batches", **batches(model, parse("full"), arrivals, prompts, 4, serving.CLOCKS["wall"])
     )
     assert ours.output_tokens == theirs.output_tokens == made
+    assert ours.useful and theirs.useful
     assert ours.compiles == 0 and 0 < theirs.useful < ours.useful <= 1
     assert len(serving.table([ours, theirs]).rows) == 2

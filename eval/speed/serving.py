@@ -15,6 +15,7 @@ from kvcascade.cache.spec import CacheSpec, parse
 from kvcascade.cache.tier import BLOCK
 from kvcascade.eval.measure import Job
 from kvcascade.eval.records import Served
+from kvcascade.eval.speed.server import Server
 from kvcascade.eval.table import CACHE, Column, Table
 from kvcascade.kernels import processor
 from kvcascade.model import generate
@@ -96,8 +97,8 @@ def replay(served: Served, arrivals: Sequence[Arrival], prompts, blocks: int, li
     check_longest(arrivals, blocks, limits)
     context = max(each.tokens for each in arrivals)
     device = Replay(costs, blocks, BLOCK, VOCAB, context, limits)
-    bytes_per_block = served.kv_bytes // (served.blocks or 1)
-    return serve(device, arrivals, prompts, device.clock) | {"warm_seconds": 0.0, "kv_bytes": bytes_per_block * blocks}
+    kv_bytes = (served.kv_bytes or 0) // (served.blocks or 1) * blocks
+    return serve(device, arrivals, prompts, device.clock) | {"warm_seconds": 0.0, "kv_bytes": kv_bytes}
 
 
 def serve(device: Runs, arrivals: Sequence[Arrival], prompts: Iterable[list[int]], clock) -> dict[str, Any]:
@@ -236,6 +237,22 @@ def job(model: Model, spec: CacheSpec, trace: Trace, blocks: int, limits: Limits
     return Job(about | plan, "eval/speed", run, f"{spec}, {trace.name}", also=("serve",))
 
 
+def server_job(model: Model, server: Server, trace: Trace) -> Job:
+    """The same trace, by a server that has the same model and is asked as requests come; it uses the processors of this machine, or its own."""
+    about = trace.about | {
+        "kind": "simulate", "model": model.name, "weights": model.config.weights, "weights_key": model.fingerprint, "cache": server.name,
+        "clock": "wall", "processor": processor.name(), "threads": processor.count(),
+    }  # fmt: skip
+
+    def run() -> list[Served]:
+        prompts = [*trace.prompts(min(model.encoding.n_vocab, model.config.vocab))]
+        times = server.times(trace.arrivals, prompts)
+        seen = [Times(each.at, mine) for each, mine in zip(trace.arrivals, times, strict=True)]
+        return [Served(**about, way="server", **_summary(seen, max(map(max, times))))]
+
+    return Job(about | {"url": server.url}, "eval/speed", run, f"{server.name}, {trace.name}")
+
+
 def replay_job(served: Served, trace: Trace, blocks: int, limits: Limits) -> Job:
     """What a trace would come to on the machine of a record, by the costs that it has."""
     kept = ("model", "weights", "weights_key", "cache", "clock")
@@ -263,7 +280,8 @@ def table(found: Sequence[Served]) -> Table:
         Column("first token, ms (50, 95 %)", lambda r: pair(r.first_ms)), Column("between, ms", lambda r: pair(r.between_ms)),
         Column("ms per token", lambda r: pair(r.per_token_ms)), Column("useful", "useful", "{:.0%}"), Column("steps", "steps"),
         Column("found", "found"), Column("stopped", "stopped"), Column("put aside", "put_aside"), Column("waste", "waste", "{:.1%}"),
-        Column("compiles", "compiles"), Column("rows", "rows"), Column("blocks", "blocks"), Column("KV, MB", lambda r: f"{r.kv_bytes / 1e6:,.1f}"),
+        Column("compiles", "compiles"), Column("rows", "rows"), Column("blocks", "blocks"),
+        Column("KV, MB", lambda r: r.kv_bytes and r.kv_bytes / 1e6, "{:,.1f}"),
     ]  # fmt: skip
     first = found[0]
     length = f"{first.prompt_tokens:,} tokens of prompts, {first.output_tokens:,} generated"

@@ -1,0 +1,94 @@
+"""A server that speaks OpenAI's completions, asked for each request of a trace when it comes."""
+
+import asyncio
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import aiohttp
+
+from kvcascade.cache.errors import BadInput
+from kvcascade.serve.trace import Arrival
+
+PATIENCE = 3600.0
+"""Seconds that a whole trace may take longer than its last arrival."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """What a server is called in tables, with its formats, and its address up to `/v1`."""
+
+    name: str
+    url: str
+
+    @classmethod
+    def of(cls, text: str) -> "Server":
+        """From `NAME=URL`; BadInput for anything else."""
+        name, equals, url = text.rpartition("=http")
+        if not equals or not name.strip():
+            raise BadInput(f"{text!r}: a server is written NAME=URL, such as llama.cpp=http://127.0.0.1:8080/v1")
+        return cls(name.strip(), "http" + url.rstrip("/"))
+
+    def times(self, arrivals: Sequence[Arrival], prompts: Sequence[list[int]]) -> list[list[float]]:
+        """Seconds from the trace's begin to each token of each request, which is sent when it comes, whoever is not answered yet.
+
+        Before that the longest prompt is sent once with other tokens, for what a server does only once. A server may hold back a token that
+        ends in the middle of a character: it counts with the one that brings the rest. BadInput for one that does not answer, or does not
+        give every token, which needs `ignore_eos`, that llama.cpp, vLLM and SGLang know.
+        """
+        return asyncio.run(self._times(arrivals, prompts))
+
+    async def _times(self, arrivals: Sequence[Arrival], prompts: Sequence[list[int]]) -> list[list[float]]:
+        limit = aiohttp.ClientTimeout(total=arrivals[-1].at + PATIENCE, sock_connect=10)
+        connector = aiohttp.TCPConnector(limit=0)
+        try:
+            async with aiohttp.ClientSession(timeout=limit, connector=connector) as session:
+                async with session.get(f"{self.url}/models") as answer:
+                    model = (await _read(answer))["data"][0]["id"]
+                ask = lambda prompt, count: self._ask(session, model, prompt, count)
+                await ask([*reversed(max(prompts, key=len))], 2)
+                start = time.perf_counter()
+
+                async def one(each: Arrival, prompt: list[int]) -> list[float]:
+                    await asyncio.sleep(start + each.at - time.perf_counter())
+                    return [when - start for when in await ask(prompt, each.output)]
+
+                return await asyncio.gather(*(one(*pair) for pair in zip(arrivals, prompts, strict=True)))
+        except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError) as error:
+            raise BadInput(f"{self.name} at {self.url}: {str(error) or type(error).__name__}") from None
+
+    async def _ask(self, session: aiohttp.ClientSession, model: str, prompt: list[int], count: int) -> list[float]:
+        """When each token of one answer came."""
+        body = {
+            "model": model, "prompt": prompt, "max_tokens": count, "ignore_eos": True, "temperature": 0, "stream": True,
+            "stream_options": {"include_usage": True},
+        }  # fmt: skip
+        when: list[float] = []
+        used: dict[str, Any] = {}
+        async with session.post(f"{self.url}/completions", json=body) as answer:
+            if answer.status != 200:
+                await _read(answer)
+            async for line in answer.content:
+                if line.startswith(b"data: {"):
+                    said = json.loads(line[6:])
+                    if "error" in said:
+                        raise BadInput(f"{self.name}: {said['error']}")
+                    used = said.get("usage") or used
+                    if any(choice.get("text") for choice in said.get("choices", ())):
+                        when.append(time.perf_counter())
+        made = used.get("completion_tokens", len(when))
+        if not when or made != count or used.get("prompt_tokens", len(prompt)) != len(prompt):
+            raise BadInput(
+                f"{self.name} answered {used.get('prompt_tokens', len(prompt))} tokens by {made}, and was asked {len(prompt)} tokens for {count}"
+            )
+        return when[:count] + [when[-1]] * (count - len(when))
+
+
+async def _read(answer: aiohttp.ClientResponse) -> Any:
+    """What it says, if it says that all is well."""
+    text = await answer.text()
+    if answer.status != 200:
+        raise BadInput(f"{answer.url} says {answer.status}: {' '.join(text.split())[:200]}")
+    return json.loads(text)
