@@ -24,8 +24,11 @@ PAUSE = 0.05
 class Answers:
     """A server of completions on a port of its own: a token every PAUSE seconds, and `changed` turns each body into what is answered."""
 
-    def __init__(self, changed: Callable[[dict], dict] = lambda body: body, silent: tuple[int, ...] = ()):
+    def __init__(
+        self, changed: Callable[[dict], dict] = lambda body: body, silent: tuple[int, ...] = (), closed: int = 0
+    ):
         self.changed, self.silent, self.bodies, self.most, self.now = changed, silent, [], 0, 0
+        self.closed = closed
         self.url = ""
         self.loop, up = asyncio.new_event_loop(), threading.Event()
         app = web.Application()
@@ -60,6 +63,10 @@ class Answers:
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = self.changed(await request.json())
         self.bodies.append(body)
+        if self.closed:
+            self.closed -= 1
+            assert request.transport
+            request.transport.abort()
         if "status" in body:
             return web.json_response({"error": {"message": "no\nroom"}}, status=body["status"])
         self.now += 1
@@ -70,7 +77,8 @@ class Answers:
             await asyncio.sleep(PAUSE)
             said: dict[str, Any] = {"choices": [{"text": "" if index in self.silent else "a"}]}
             await answer.write(f"data: {json.dumps(said)}\n\n".encode())
-        usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": body["max_tokens"]}
+        usage: dict[str, Any] = {"prompt_tokens": len(body["prompt"]), "completion_tokens": body["max_tokens"]}
+        usage["prompt_tokens_details"] = {"cached_tokens": 2}
         await answer.write(f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n".encode())
         self.now -= 1
         return answer
@@ -95,15 +103,15 @@ PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9, 10]]
 
 def test_requests_come_when_they_come_and_tokens_count_when_they_came(answering: Callable[..., Answers]) -> None:
     server = answering()
-    found = Server("s", server.url).times(ARRIVALS, PROMPTS)
-    assert [len(times) for times in found] == [4, 2, 1]
+    found = Server("s", server.url).serve(ARRIVALS, PROMPTS)
+    assert [(len(got.tokens), got.found) for got in found] == [(4, 2), (2, 2), (1, 2)]
     warm, *asked = server.bodies
     assert warm["prompt"] == PROMPTS[1][::-1] and [body["prompt"] for body in asked] == PROMPTS
     assert {(body["model"], body["ignore_eos"], body["stream"], body["temperature"]) for body in asked} == {
         ("toy", True, True, 0)
     }
     assert server.most == 2  # the second does not wait for the first, the third comes when both are over
-    for each, times in zip(ARRIVALS, found, strict=True):
+    for each, (times, _) in zip(ARRIVALS, found, strict=True):
         for index, when in enumerate(times):
             assert when >= each.at + (index + 1) * PAUSE - 1e-3
         assert times == sorted(times)
@@ -111,8 +119,14 @@ def test_requests_come_when_they_come_and_tokens_count_when_they_came(answering:
 
 def test_tokens_that_are_held_back_count_with_the_last(answering: Callable[..., Answers]) -> None:
     server = answering(silent=(1, 3))
-    (times,) = Server("s", server.url).times(ARRIVALS[:1], PROMPTS[:1])
+    ((times, _),) = Server("s", server.url).serve(ARRIVALS[:1], PROMPTS[:1])
     assert len(times) == 4 and times[1] == times[2] == times[3]
+
+
+def test_whoever_is_not_let_in_tries_again(answering: Callable[..., Answers]) -> None:
+    server = answering(closed=3)
+    ((times, _),) = Server("s", server.url).serve(ARRIVALS[:1], PROMPTS[:1])
+    assert len(times) == 4 and len(server.bodies) == 5
 
 
 @pytest.mark.parametrize(
@@ -130,18 +144,18 @@ def test_what_a_server_does_not_do_is_said(
     answering: Callable[..., Answers], changed: Callable[[dict], dict], reason: str
 ) -> None:
     with pytest.raises(BadInput, match=reason):
-        Server("s", answering(changed).url).times(ARRIVALS, PROMPTS)
+        Server("s", answering(changed).url).serve(ARRIVALS, PROMPTS)
 
 
 def test_one_request_that_fails_ends_the_trace(answering: Callable[..., Answers]) -> None:
     server = answering(lambda body: body | ({"status": 500} if body["prompt"] == PROMPTS[2] else {}))
     with pytest.raises(BadInput, match="says 500"):
-        Server("s", server.url).times(ARRIVALS, PROMPTS)
+        Server("s", server.url).serve(ARRIVALS, PROMPTS)
 
 
 def test_nobody_there_is_said() -> None:
     with pytest.raises(BadInput, match="^nobody at http://127.0.0.1:9/v1: "):
-        Server("nobody", "http://127.0.0.1:9/v1").times(ARRIVALS, PROMPTS)
+        Server("nobody", "http://127.0.0.1:9/v1").serve(ARRIVALS, PROMPTS)
 
 
 @pytest.mark.parametrize("text", ["", "x", "http://a", " =http://a", "a=ftp://b"])
@@ -156,5 +170,5 @@ def test_a_trace_is_recorded(answering: Callable[..., Answers]) -> None:
     job = serving.server_job(model, Server("s", answering().url), serving.Trace("t", ARRIVALS, 1, 0))
     (found,) = job.run()
     assert isinstance(found, Served) and (found.way, found.cache, found.output_tokens) == ("server", "s", 7)
-    assert found.useful is None and found.first_ms[0] >= PAUSE * 1e3 - 1
+    assert found.useful is None and found.found == 6 and found.first_ms[0] >= PAUSE * 1e3 - 1
     assert serving.table([found]).rows[0][:2] == ["server", "s"]

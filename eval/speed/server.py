@@ -5,7 +5,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 
@@ -14,6 +14,8 @@ from kvcascade.serve.trace import Arrival
 
 PATIENCE = 3600.0
 """Seconds that a whole trace may take longer than its last arrival."""
+TRIES, AGAIN = 100, 0.05
+"""How often a request whose connection was cut is sent, and after how many seconds again: a server lets few in at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,62 +33,81 @@ class Server:
             raise BadInput(f"{text!r}: a server is written NAME=URL, such as llama.cpp=http://127.0.0.1:8080/v1")
         return cls(name.strip(), "http" + url.rstrip("/"))
 
-    def times(self, arrivals: Sequence[Arrival], prompts: Sequence[list[int]]) -> list[list[float]]:
-        """Seconds from the trace's begin to each token of each request, which is sent when it comes, whoever is not answered yet.
+    def serve(self, arrivals: Sequence[Arrival], prompts: Sequence[list[int]]) -> "list[Answer]":
+        """What each request got, which is sent when it comes, whoever is not answered yet; seconds are from the trace's begin.
 
         Before that the longest prompt is sent once with other tokens, for what a server does only once. A server may hold back a token that
         ends in the middle of a character: it counts with the one that brings the rest. BadInput for one that does not answer, or does not
         give every token, which needs `ignore_eos`, that llama.cpp, vLLM and SGLang know.
         """
-        return asyncio.run(self._times(arrivals, prompts))
+        return asyncio.run(self._serve(arrivals, prompts))
 
-    async def _times(self, arrivals: Sequence[Arrival], prompts: Sequence[list[int]]) -> list[list[float]]:
+    async def _serve(self, arrivals: Sequence[Arrival], prompts: Sequence[list[int]]) -> "list[Answer]":
         limit = aiohttp.ClientTimeout(total=arrivals[-1].at + PATIENCE, sock_connect=10)
-        connector = aiohttp.TCPConnector(limit=0)
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
         try:
             async with aiohttp.ClientSession(timeout=limit, connector=connector) as session:
                 async with session.get(f"{self.url}/models") as answer:
-                    model = (await _read(answer))["data"][0]["id"]
+                    model = (await _said(answer))["data"][0]["id"]
                 ask = lambda prompt, count: self._ask(session, model, prompt, count)
                 await ask([*reversed(max(prompts, key=len))], 2)
                 start = time.perf_counter()
 
-                async def one(each: Arrival, prompt: list[int]) -> list[float]:
+                async def one(each: Arrival, prompt: list[int]) -> Answer:
                     await asyncio.sleep(start + each.at - time.perf_counter())
-                    return [when - start for when in await ask(prompt, each.output)]
+                    got = await ask(prompt, each.output)
+                    return got._replace(tokens=[when - start for when in got.tokens])
 
                 return await asyncio.gather(*(one(*pair) for pair in zip(arrivals, prompts, strict=True)))
         except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError) as error:
             raise BadInput(f"{self.name} at {self.url}: {str(error) or type(error).__name__}") from None
 
-    async def _ask(self, session: aiohttp.ClientSession, model: str, prompt: list[int], count: int) -> list[float]:
-        """When each token of one answer came."""
+    async def _ask(self, session: aiohttp.ClientSession, model: str, prompt: list[int], count: int) -> "Answer":
+        """One answer; whoever is not let in tries again, as clients do."""
         body = {
             "model": model, "prompt": prompt, "max_tokens": count, "ignore_eos": True, "temperature": 0, "stream": True,
             "stream_options": {"include_usage": True},
         }  # fmt: skip
+        for left in reversed(range(TRIES)):
+            try:
+                async with session.post(f"{self.url}/completions", json=body) as answer:
+                    return await self._answer(answer, prompt, count)
+            except (aiohttp.ServerDisconnectedError, ConnectionResetError):
+                if not left:
+                    raise
+            await asyncio.sleep(AGAIN)
+        raise AssertionError("tried to the end")
+
+    async def _answer(self, answer: aiohttp.ClientResponse, prompt: list[int], count: int) -> "Answer":
         when: list[float] = []
         used: dict[str, Any] = {}
-        async with session.post(f"{self.url}/completions", json=body) as answer:
-            if answer.status != 200:
-                await _read(answer)
-            async for line in answer.content:
-                if line.startswith(b"data: {"):
-                    said = json.loads(line[6:])
-                    if "error" in said:
-                        raise BadInput(f"{self.name}: {said['error']}")
-                    used = said.get("usage") or used
-                    if any(choice.get("text") for choice in said.get("choices", ())):
-                        when.append(time.perf_counter())
+        if answer.status != 200:
+            await _said(answer)
+        async for line in answer.content:
+            if line.startswith(b"data: {"):
+                said = json.loads(line[6:])
+                if "error" in said:
+                    raise BadInput(f"{self.name}: {said['error']}")
+                used = said.get("usage") or used
+                if any(choice.get("text") for choice in said.get("choices", ())):
+                    when.append(time.perf_counter())
         made = used.get("completion_tokens", len(when))
         if not when or made != count or used.get("prompt_tokens", len(prompt)) != len(prompt):
             raise BadInput(
                 f"{self.name} answered {used.get('prompt_tokens', len(prompt))} tokens by {made}, and was asked {len(prompt)} tokens for {count}"
             )
-        return when[:count] + [when[-1]] * (count - len(when))
+        found = (used.get("prompt_tokens_details") or {}).get("cached_tokens")
+        return Answer(when[:count] + [when[-1]] * (count - len(when)), found)
 
 
-async def _read(answer: aiohttp.ClientResponse) -> Any:
+class Answer(NamedTuple):
+    """When each token came, and how many of the prompt's the server had already, where it says so."""
+
+    tokens: list[float]
+    found: int | None
+
+
+async def _said(answer: aiohttp.ClientResponse) -> Any:
     """What it says, if it says that all is well."""
     text = await answer.text()
     if answer.status != 200:

@@ -246,9 +246,11 @@ def server_job(model: Model, server: Server, trace: Trace) -> Job:
 
     def run() -> list[Served]:
         prompts = [*trace.prompts(min(model.encoding.n_vocab, model.config.vocab))]
-        times = server.times(trace.arrivals, prompts)
-        seen = [Times(each.at, mine) for each, mine in zip(trace.arrivals, times, strict=True)]
-        return [Served(**about, way="server", **_summary(seen, max(map(max, times))))]
+        answers = server.serve(trace.arrivals, prompts)
+        seen = [Times(each.at, got.tokens) for each, got in zip(trace.arrivals, answers, strict=True)]
+        made = _summary(seen, max(got.tokens[-1] for got in answers))
+        known = [got.found for got in answers if got.found is not None]
+        return [Served(**about, way="server", **made | ({"found": sum(known)} if known else {}))]
 
     return Job(about | {"url": server.url}, "eval/speed", run, f"{server.name}, {trace.name}")
 
