@@ -268,7 +268,8 @@ class LayerCache:
         """Reckon a statistic's numbers anew where it is time, from all that a head holds and is offered."""
         kept = [self.cascade.numbers(index) for index in range(len(self.slots))]
         single, place = entry.pos_BKT.shape[2] == 1, self.cascade.statistics.index(statistic)
-        due_B11 = (now_B11 >= 0) & ((now_B11 % statistic.every == 0) | (not single))
+        period = statistic.period(sum(slots.pos_BKS.shape[2] for slots in self.slots))
+        due_B11 = (now_B11 >= 0) & ((now_B11 % period == 0) | (not single))
         numbers = [
             slots.numbers[names.index(statistic)]
             if statistic in names
@@ -308,7 +309,7 @@ class LayerCache:
             promise(lambda: (now_B11 < self.context).all(), f"a full cache for {self.context} tokens is given another")
         cache = self._remember(q_BTNH, positions_BT)
         for statistic in self.cascade.statistics:
-            if statistic.every:
+            if statistic.reviews:
                 cache, entry = cache._review(statistic, entry, now_B11)
         return cache._sink(entry, now_B11, self.cascade.front if self.prompting and positions_BT.shape[1] > 1 else 0)
 

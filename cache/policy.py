@@ -17,6 +17,8 @@ PINNED = 1e30  # above every priority, below that of the token being decoded
 
 Positive = Annotated[int, "from 1 on"]
 """An argument that is a whole number from 1 on."""
+Whole = Annotated[int, "from 0 on"]
+"""An argument that is a whole number from 0 on."""
 Place = Annotated[str, "of a folder"]
 """An argument that is a folder's path, empty where none is named."""
 
@@ -96,14 +98,18 @@ def _finite(value: str) -> float:
     return number
 
 
-def _positive(value: str) -> int:
-    if (number := int(value)) < 1:
-        raise ValueError
-    return number
+def _from(least: int) -> Callable[[str], int]:
+    def read(value: str) -> int:
+        if (number := int(value)) < least:
+            raise ValueError
+        return number
+
+    return read
 
 
 ARGUMENTS = {
-    Positive: Argument("a whole number from 1 on", _positive, repr),
+    Positive: Argument("a whole number from 1 on", _from(1), repr),
+    Whole: Argument("a whole number from 0 on", _from(0), repr),
     int: Argument("a whole number", int, repr),
     float: Argument("a finite number", _finite, repr),
     bool: Argument(

@@ -8,7 +8,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from kvcascade.cache.hints import Hints
-from kvcascade.cache.policy import PINNED, Policy, Positive, standardised
+from kvcascade.cache.policy import PINNED, Policy, Positive, Whole, standardised
 from kvcascade.cache.retention import USUAL
 from kvcascade.cache.reviews import (
     Capacity,
@@ -137,7 +137,7 @@ class Critical(Policy):
     `window`, what `snap` of that window and kernel goes by: `snap 32 | critical[window=32] 32`.
     """
 
-    window: int = 0
+    window: Whole = 0
     kernel: Positive = 5
 
     def reads(self):
@@ -157,14 +157,14 @@ class Chunks(Policy):
     """
 
     size: Positive = 20
-    every: Positive = 32
-    window: int = 0
+    every: Whole = 0
+    window: Whole = 0
 
     def alike(self):
         return True
 
     def reads(self):
-        return (ChunkMass(last=max(0, self.window), every=self.every, size=self.size),)
+        return (ChunkMass(last=self.window, every=self.every, size=self.size),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +176,7 @@ class Trigonometric(Policy):
     """
 
     future: Positive = 1024
-    every: Positive = 128
+    every: Whole = 0
 
     def reads(self):
         return (PairMass(every=self.every, future=self.future),)
@@ -197,7 +197,7 @@ class LowKeyNorm(Policy):
 class KeyDiff(Policy):
     """Keep the keys least like the mean key (KeyDiff, Park et al. 2025, arXiv 2504.15364), compared every so many positions."""
 
-    every: Positive = 32
+    every: Whole = 0
 
     def reads(self):
         return (KeyDifference(every=self.every),)
@@ -208,11 +208,11 @@ class Lag(Policy):
     """Keep what is spread most on the scale of the `size` tokens after its segment, besides `sinks` and the last segments (LagKV, arXiv 2504.04704)."""
 
     size: Positive = 128
-    sinks: int = 4
-    every: Positive = 128
+    sinks: Whole = 4
+    every: Whole = 0
 
     def reads(self):
-        return (LagDeviation(every=self.every, size=self.size, sinks=max(0, self.sinks)),)
+        return (LagDeviation(every=self.every, size=self.size, sinks=self.sinks),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +220,7 @@ class CurDkv(Policy):
     """Keep keys and values of large norms among their neighbours (CurDKV, arXiv 2509.15038, by kvpress' local approximation of leverage)."""
 
     size: Positive = 16
-    every: Positive = 32
+    every: Whole = 0
 
     def reads(self):
         return (LocalLeverage(every=self.every, size=self.size),)
@@ -231,7 +231,7 @@ class HighLeverage(Policy):
     """Keep the keys that others cannot stand in for: high statistical leverage (Compactor, arXiv 2507.08143)."""
 
     sketch: Positive = 48
-    every: Positive = 128
+    every: Whole = 0
 
     def reads(self):
         return (Leverage(every=self.every, sketch=self.sketch),)
@@ -261,12 +261,12 @@ class Compactor(Policy):
     blending: float = 0.35
     size: Positive = 256
     sketch: Positive = 48
-    every: Positive = 128
-    sinks: int = 8
+    every: Whole = 0
+    sinks: Whole = 8
 
     def reads(self):
-        sinks = max(0, self.sinks)
-        return Leverage(every=self.every, sketch=self.sketch, sinks=sinks), NonCausalMass(size=self.size, sinks=sinks)
+        leverage = Leverage(every=self.every, sketch=self.sketch, sinks=self.sinks)
+        return leverage, NonCausalMass(size=self.size, sinks=self.sinks)
 
     def priority(self, pos_BKS, read, now_B11):
         known = (pos_BKS >= 0) & (read[0] < GRACE)
@@ -282,15 +282,13 @@ class Expected(Policy):
     `sinks` tokens stay, and neither they nor their queries count.
     """
 
-    every: Positive = 32
+    every: Whole = 0
     future: Positive = 512
     covariance: bool = False
-    sinks: int = 4
+    sinks: Whole = 4
 
     def reads(self):
-        return (
-            ExpectedMass(every=self.every, future=self.future, covariance=self.covariance, sinks=max(0, self.sinks)),
-        )
+        return (ExpectedMass(every=self.every, future=self.future, covariance=self.covariance, sinks=self.sinks),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,11 +300,11 @@ class Volume(Policy):
 
     future: Positive = 512
     sharpness: float = 5.0
-    every: Positive = 128
-    sinks: int = 4
+    every: Whole = 0
+    sinks: Whole = 4
 
     def reads(self):
-        return (Capacity(every=self.every, future=self.future, sharpness=self.sharpness, sinks=max(0, self.sinks)),)
+        return (Capacity(every=self.every, future=self.future, sharpness=self.sharpness, sinks=self.sinks),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,7 +312,7 @@ class Drop(Policy):
     """Keep what the outputs of the last `window` queries would miss most (DropKV, OpenReview MqfNzH3TVH)."""
 
     window: Positive = 32
-    every: Positive = 128
+    every: Whole = 0
 
     def reads(self):
         return (OutputChange(every=self.every, window=self.window),)
@@ -329,7 +327,7 @@ class Reasoning(Policy):
 
     window: Positive = 8
     importance: float = 0.07
-    every: Positive = 128
+    every: Whole = 0
 
     def reads(self):
         return (Redundancy(every=self.every, window=self.window, importance=self.importance),)

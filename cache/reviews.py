@@ -31,8 +31,6 @@ KEYS = 128
 class Reviewed(Statistic):
     """A number that is reckoned anew every so many positions; a token stays until its first review."""
 
-    every: int = 128
-
     def enter(self, new):
         return jnp.full(new.pos_BKS.shape, GRACE, new.k_BKSH.dtype)
 
@@ -115,7 +113,6 @@ class ExpectedMass(Reviewed):
     The first tokens are out of question, and take no part: they would get most of a head's attention, and heads be weighed by what they leave.
     """
 
-    every: int = 32
     future: int = 512
     covariance: bool = False
     sinks: int = 0
@@ -168,7 +165,6 @@ class PairMass(Reviewed):
 class ChunkMass(Reviewed):
     """The attention that all heads gave the token's chunk of `size` positions, shared by those of the chunk that are held in this tier or above."""
 
-    every: int = 32
     size: int = 20
 
     def enter(self, new):
@@ -212,8 +208,13 @@ class Capacity(Reviewed):
         near = jnp.where((held.pos_BKS >= self.sinks)[:, :, None] & _there(held)[:, :, None, :, 0], near, -jnp.inf)
         most = jnp.maximum(near.max(-1, keepdims=True), -1e30)
         weights, v = jnp.exp(near - most), held.v_BKSW
-        spanned = jnp.einsum("BKGS,BKSW,BKSX->BKGWX", weights, v, v) + jnp.eye(v.shape[-1], dtype=v.dtype)
-        added = (weights * _against(spanned, v[:, :, None])).sum(2)
+        (B, K, G, S), W = weights.shape, v.shape[-1]
+        # One product of matrices for all heads of a group, in both places.
+        weighed = weights.swapaxes(2, 3)[..., None] * v[:, :, :, None]
+        spanned = jnp.einsum("BKSGW,BKSX->BKGWX", weighed, v) + jnp.eye(W, dtype=v.dtype)
+        inverse = _inverse_root(spanned).reshape(B, K, G * W, W)
+        away = jnp.einsum("BKZX,BKSX->BKZS", inverse, v).reshape(B, K, G, W, S)
+        added = (weights * (away**2).sum(3)).sum(2)
         return jnp.where(held.pos_BKS < self.sinks, FIRST, added)
 
 
@@ -229,8 +230,13 @@ class OutputChange(Reviewed):
     def review(self, number_BKS, held):
         p_BKGQS, v = _seen(held), held.v_BKSW
         out = jnp.einsum("BKGQS,BKSW->BKGQW", p_BKGQS, v)
-        # Not by |v|² - 2 v·o + |o|², in which a difference near 0 is lost.
-        apart = ((v[:, :, None, None] - out[..., None, :]) ** 2).sum(-1)
+        apart = (v**2).sum(-1)[:, :, None, None] - 2 * jnp.einsum("BKGQW,BKSW->BKGQS", out, v)
+        apart = jnp.maximum(apart + (out**2).sum(-1, keepdims=True), 0)
+        # A difference near 0 is lost in that; the token that gets most is where it would count, divided by (1 - p)².
+        most_BKGQ = p_BKGQS.argmax(-1)
+        own = jnp.take_along_axis(v[:, :, None, None], most_BKGQ[..., None, None], 4)[..., 0, :]
+        nearest = ((own - out) ** 2).sum(-1, keepdims=True)
+        apart = jnp.where(most_BKGQ[..., None] == jnp.arange(v.shape[2]), nearest, apart)
         moved = (p_BKGQS / jnp.maximum(1 - p_BKGQS, 0.01)) ** 2
         return (moved * apart).sum((2, 3))
 
@@ -247,39 +253,56 @@ class Redundancy(Reviewed):
         return (LastQueries(self.window),)
 
     def review(self, number_BKS, held):
-        segments = Segments.of(held.pos_BKS, 1)
-        there_BKS, (B, K, S) = held.pos_BKS >= 0, held.pos_BKS.shape
+        segments, there_BKS = Segments.of(held.pos_BKS, 1), held.pos_BKS >= 0
         unit = held.k_BKSH / jnp.maximum(jnp.linalg.norm(held.k_BKSH, axis=-1, keepdims=True), 1e-12)
-        unit = jnp.where(there_BKS[..., None], unit, 0)
-
-        def more(total_BKS, part):
-            """What some keys are like, which are so many that all with all do not go into memory."""
-            some_BKQH, index_Q = part
-            cosine = jnp.einsum("BKQH,BKSH->BKQS", some_BKQH, unit) * (index_Q[:, None] != jnp.arange(S))
-            # Of those that a key is like, the latest is not held against it.
-            pos = jnp.where(cosine > self.alike, held.pos_BKS[:, :, None], -1)
-            latest = (pos == pos.max(-1, keepdims=True)) & (pos >= 0)
-            return total_BKS + jnp.where(latest, 0, cosine).sum(2), None
-
-        size = min(KEYS, S)
-        blocks = jnp.pad(unit, ((0, 0), (0, 0), (0, -S % size), (0, 0))).reshape(B, K, -1, size, unit.shape[-1])
-        index = jnp.arange(blocks.shape[2] * size).reshape(-1, size)
-        alike, _ = lax.scan(more, jnp.zeros((B, K, S), unit.dtype), (jnp.moveaxis(blocks, 2, 0), index))
+        unit = segments.sorted(jnp.where(there_BKS[..., None], unit, 0))
+        alike = (unit * (unit.sum(2, keepdims=True) - unit)).sum(-1)
+        # Of the keys that a key is like, the latest is spared what this one would hold against it.
+        latest = _latest(unit, segments.there[..., 0], self.alike)
+        spared = (unit * jnp.take_along_axis(unit, jnp.maximum(latest, 0)[..., None], 2)).sum(-1)
+        index = *np.ix_(*map(range, latest.shape[:2]), [0])[:2], latest
+        alike = alike.at[index].add(jnp.where(latest < 0, 0, -spared))
         count = jnp.maximum(there_BKS.sum(-1, keepdims=True), 1)
-        like = _softmax((alike / count)[:, :, None], held.pos_BKS)[:, :, 0]
+        like = _softmax(segments.unsorted(alike / count)[:, :, None], held.pos_BKS)[:, :, 0]
         mass = jnp.where(there_BKS, _seen(held, pooled=True).mean((2, 3)), 0)
         wide = jnp.pad(segments.sorted(mass), ((0, 0), (0, 0), (3, 3)))
         mass = segments.unsorted(jnp.stack([wide[..., i : i + mass.shape[-1]] for i in range(7)]).max(0))
         return self.importance * mass - (1 - self.importance) * like
 
 
+def _latest(unit_BKSH: Float[Array, "B K S H"], there_BKS: Bool[Array, "B K S"], alike: float) -> Int[Array, "B K S"]:
+    """Of the vectors with which one's product is above `alike`, itself not among them, the place of the last; -1 where there is none.
+
+    From the last KEYS of them on towards the first, until each has one: keys of a head are much alike, and most find theirs at once.
+    """
+    S = unit_BKSH.shape[2]
+    size = min(KEYS, S)
+    number = -(-S // size)
+    place_RQ = jnp.arange(number * size).reshape(number, size)
+    parts_BKRQH = jnp.pad(unit_BKSH, ((0, 0), (0, 0), (0, number * size - S), (0, 0))).reshape(
+        *unit_BKSH.shape[:2], number, size, -1
+    )
+
+    def before(state):
+        part, found_BKS = state
+        cosine_BKQS = jnp.einsum("BKQH,BKSH->BKQS", parts_BKRQH[:, :, part], unit_BKSH)
+        place_Q1 = place_RQ[part][:, None]
+        like = (cosine_BKQS > alike) & (place_Q1 != jnp.arange(S)) & (place_Q1 < there_BKS.sum(-1)[..., None, None])
+        return part - 1, jnp.maximum(found_BKS, jnp.where(like, place_Q1, -1).max(2))
+
+    more = lambda state: (state[0] >= 0) & (there_BKS & (state[1] < 0)).any()
+    return lax.while_loop(more, before, (number - 1, jnp.full(there_BKS.shape, -1)))[1]
+
+
 def _against(gram: Float[Array, "... R R"], x: Float[Array, "... S R"]) -> Float[Array, "... S"]:
     """x·G⁻¹·x of each x, by the inverse of G's root, which takes less time than a solution for each x."""
+    return ((x @ _inverse_root(gram).swapaxes(-1, -2)) ** 2).sum(-1)
+
+
+def _inverse_root(gram: Float[Array, "... R R"]) -> Float[Array, "... R R"]:
+    """L⁻¹ of G = L·Lᵀ."""
     root = jnp.linalg.cholesky(gram)
-    inverse = solve_triangular(
-        root, jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape), lower=True
-    )
-    return ((x @ inverse.swapaxes(-1, -2)) ** 2).sum(-1)
+    return solve_triangular(root, jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape), lower=True)
 
 
 def _there(held: Tokens) -> Bool[Array, "B K S 1"]:

@@ -59,6 +59,10 @@ class Memory:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
+LEAST = 32
+"""Positions between two reviews, at least."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Statistic:
     """A number that every token carries through the tiers, float32 per KV head; equal statistics are stored once.
@@ -69,7 +73,7 @@ class Statistic:
     last: int = 0
     """Of a call's queries only the mass of the last so many is watched; 0: of all."""
     every: int = 0
-    """A row's numbers are reviewed when it has a position that is a multiple of this, and in each call of many tokens; 0: never."""
+    """A row's numbers are reviewed when it has a position that is a multiple of this, and in each call of many tokens; 0: of `period`."""
 
     def reads(self) -> tuple[Memory, ...]:
         """The memories that a review looks at."""
@@ -114,6 +118,18 @@ class Statistic:
     def watches(self) -> bool:
         """Whether attention changes the numbers, so that its mass is collected."""
         return type(self).watch is not Statistic.watch
+
+    @property
+    def reviews(self) -> bool:
+        """Whether the numbers are reviewed."""
+        return type(self).review is not Statistic.review
+
+    def period(self, slots: int) -> int:
+        """Positions from one review to the next in a layer of so many slots: unless `every` says, an eighth of them, at least LEAST.
+
+        A review looks at all slots, so that a position's share of it stays the same however many there are.
+        """
+        return self.every or max(LEAST, slots // 8)
 
     @property
     def rereads(self) -> bool:

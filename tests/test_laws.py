@@ -28,7 +28,7 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.cache.layer import LayerCache
 from kvcascade.cache.learned import Learned
 from kvcascade.cache.policies import POLICIES, Full, Random, Recent, Sink
-from kvcascade.cache.policy import Place, Policy, Positive
+from kvcascade.cache.policy import Place, Policy, Positive, Whole
 from kvcascade.cache.spec import PRESETS, CacheSpec, everywhere, parse
 from kvcascade.cache.statistic import Memory, Statistic, Tokens
 from kvcascade.cache.tier import Tier, full, recent
@@ -53,7 +53,7 @@ def few(*values) -> st.SearchStrategy:
 
 
 # Hypothesis begins with what stands first, so the plainest of all, f32 and full, stand last.
-ARGUMENTS = {int: st.integers(0, 3), Positive: st.integers(1, 3), bool: st.booleans()}
+ARGUMENTS = {int: st.integers(0, 3), Whole: few(1, 2, 3, 0), Positive: st.integers(1, 3), bool: st.booleans()}
 ARGUMENTS |= {float: st.integers(1, 64).map(lambda n: n / 64)}  # weights of 0 make ties
 ARGUMENTS |= {Place: st.builds(planted)}
 COUNT = few(3, "25%", 1, 2, 4, 5, "10%")
@@ -258,8 +258,8 @@ class Replay:
         now_B11, single = positions_BT.max(1)[:, None, None], positions_BT.shape[1] == 1
         k, v, pos_BKS = everything
         for each in self.numbers:
-            if each.every:
-                due = (now_B11 >= 0) & ((now_B11 % each.every == 0) | (not single))
+            if each.reviews:
+                due = (now_B11 >= 0) & ((now_B11 % each.period(sum(sizes)) == 0) | (not single))
                 held = self.tokens(each, pos_BKS, k, v, positions_BT)
                 known = [each in self.history.cascade.numbers(tier) for tier in range(len(sizes))]
                 known = np.append(np.repeat(known, sizes), np.ones(pos_BKS.shape[2] - sum(sizes), bool))
@@ -879,7 +879,12 @@ def test_the_gradient_of_an_evicted_entry_is_zero(cascade: Cascade, number: int)
 
 # Law 7: round trips
 
-ANY = {int: st.integers(), Positive: st.integers(1), float: st.floats(allow_nan=False, allow_infinity=False)}
+ANY = {
+    int: st.integers(),
+    Whole: st.integers(0),
+    Positive: st.integers(1),
+    float: st.floats(allow_nan=False, allow_infinity=False),
+}
 ANY |= {bool: st.booleans(), str: st.from_regex(r"[\w.+-]+", fullmatch=True)}
 ANY |= {Place: st.from_regex(r"[^\s|,;@\[\]]*", fullmatch=True)}
 shares = st.floats(0.01, 100).map(lambda share: f"{share:.2f}%")

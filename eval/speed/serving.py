@@ -248,9 +248,10 @@ def server_job(model: Model, server: Server, trace: Trace) -> Job:
         prompts = [*trace.prompts(min(model.encoding.n_vocab, model.config.vocab))]
         answers = server.serve(trace.arrivals, prompts)
         seen = [Times(each.at, got.tokens) for each, got in zip(trace.arrivals, answers, strict=True)]
-        made = _summary(seen, max(got.tokens[-1] for got in answers))
-        known = [got.found for got in answers if got.found is not None]
-        return [Served(**about, way="server", **made | ({"found": sum(known)} if known else {}))]
+        made = about | _summary(seen, max(got.tokens[-1] for got in answers))
+        if known := [got.found for got in answers if got.found is not None]:
+            made |= {"found": sum(known)}
+        return [Served(way="server", **made)]
 
     return Job(about | {"url": server.url}, "eval/speed", run, f"{server.name}, {trace.name}")
 
