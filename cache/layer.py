@@ -268,8 +268,7 @@ class LayerCache:
         """Reckon a statistic's numbers anew where it is time, from all that a head holds and is offered."""
         kept = [self.cascade.numbers(index) for index in range(len(self.slots))]
         single, place = entry.pos_BKT.shape[2] == 1, self.cascade.statistics.index(statistic)
-        period = statistic.period(sum(slots.pos_BKS.shape[2] for slots in self.slots))
-        due_B11 = (now_B11 >= 0) & ((now_B11 % period == 0) | (not single))
+        due_B11 = (now_B11 >= 0) & ((now_B11 % statistic.period(self.kept) == 0) | (not single))
         numbers = [
             slots.numbers[names.index(statistic)]
             if statistic in names
@@ -278,18 +277,29 @@ class LayerCache:
         ]
         numbers.append(entry.numbers[place])
 
-        def anew(numbers, cache, entry):
+        def anew(numbers, cache, entry, now_B11):
             join = lambda parts: jnp.concatenate(parts, 2)
             k = join([*(codecs.k.decode(slots.k) for slots, codecs in cache.held), entry.k])
             v = join([*(codecs.v.decode(slots.v) for slots, codecs in cache.held), entry.v])
             pos = join([*(slots.pos_BKS for slots in cache.slots), entry.pos_BKT])
             tokens = Tokens(pos, k, v, now_B11, cache._memories(statistic), cache._here)
-            new = jnp.where(due_B11, statistic.review(join(numbers), tokens), join(numbers))
+            new = statistic.review(join(numbers), tokens)
             return jnp.split(new, [sum(x.shape[2] for x in numbers[: i + 1]) for i in range(len(numbers) - 1)], 2)
 
-        arguments = lax.stop_gradient((numbers, self, entry))
-        # A call of one token reviews only when some row is due: the others pay nothing.
-        new = lax.cond(due_B11.any(), anew, lambda numbers, *_: numbers, *arguments) if single else anew(*arguments)
+        arguments = lax.stop_gradient((numbers, self, entry, now_B11))
+
+        def row(index, numbers):
+            one = lambda tree: jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, index, 1), tree)
+            put = lambda numbers: jax.tree.map(
+                lambda x, new: lax.dynamic_update_slice_in_dim(x, new, index, 0), numbers, anew(*one(arguments))
+            )
+            return lax.cond(due_B11[index, 0, 0], put, lambda numbers: numbers, numbers)
+
+        # A call of one token reviews the rows that are due, one after the other: the others pay nothing, and what is reckoned with is small.
+        if single:
+            new = lax.fori_loop(0, len(now_B11), row, arguments[0])
+        else:
+            new = [jnp.where(due_B11, *each) for each in zip(anew(*arguments), arguments[0], strict=True)]
         put = lambda held, names, x: tuple(x if each == statistic else y for each, y in zip(names, held, strict=True))
         slots = (
             dataclasses.replace(slots, numbers=put(slots.numbers, names, x))

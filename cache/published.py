@@ -270,8 +270,8 @@ class Compactor(Policy):
 
     def priority(self, pos_BKS, read, now_B11):
         known = (pos_BKS >= 0) & (read[0] < GRACE)
-        rank = sum(weight * standardised(x, known) for weight, x in zip((self.blending, 1.0), read, strict=True))
-        return jnp.where(known, rank, read[0])
+        leverage, mass = standardised(jnp.stack(read), known)
+        return jnp.where(known, self.blending * leverage + mass, read[0])
 
 
 @dataclasses.dataclass(frozen=True)

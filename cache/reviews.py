@@ -5,7 +5,6 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, Int
 
 from kvcascade.cache.queries import (
@@ -273,25 +272,28 @@ class Redundancy(Reviewed):
 def _latest(unit_BKSH: Float[Array, "B K S H"], there_BKS: Bool[Array, "B K S"], alike: float) -> Int[Array, "B K S"]:
     """Of the vectors with which one's product is above `alike`, itself not among them, the place of the last; -1 where there is none.
 
-    From the last KEYS of them on towards the first, until each has one: keys of a head are much alike, and most find theirs at once.
+    All are compared with the last KEYS of them, where most find theirs, as keys of a head are much alike; the others with all, KEYS at a time.
     """
-    S = unit_BKSH.shape[2]
-    size = min(KEYS, S)
-    number = -(-S // size)
-    place_RQ = jnp.arange(number * size).reshape(number, size)
-    parts_BKRQH = jnp.pad(unit_BKSH, ((0, 0), (0, 0), (0, number * size - S), (0, 0))).reshape(
-        *unit_BKSH.shape[:2], number, size, -1
-    )
+    S, index_S = unit_BKSH.shape[2], jnp.arange(unit_BKSH.shape[2])
+    row, head = np.ix_(*map(range, there_BKS.shape[:2]), [0])[:2]
 
-    def before(state):
-        part, found_BKS = state
-        cosine_BKQS = jnp.einsum("BKQH,BKSH->BKQS", parts_BKRQH[:, :, part], unit_BKSH)
-        place_Q1 = place_RQ[part][:, None]
-        like = (cosine_BKQS > alike) & (place_Q1 != jnp.arange(S)) & (place_Q1 < there_BKS.sum(-1)[..., None, None])
-        return part - 1, jnp.maximum(found_BKS, jnp.where(like, place_Q1, -1).max(2))
+    def like(index_BKQ):
+        """Which of all are like some of them."""
+        cosine_BKQS = jnp.einsum("BKQH,BKSH->BKQS", unit_BKSH[row, head, index_BKQ], unit_BKSH)
+        return (cosine_BKQS > alike) & (index_BKQ[..., None] != index_S) & there_BKS[:, :, None]
 
-    more = lambda state: (state[0] >= 0) & (there_BKS & (state[1] < 0)).any()
-    return lax.while_loop(more, before, (number - 1, jnp.full(there_BKS.shape, -1)))[1]
+    def others(state):
+        found_BKS, left_BKS = state
+        place_BKS = jnp.where(left_BKS, left_BKS.cumsum(-1) - 1, S)
+        some_BKQ = jnp.full((*left_BKS.shape[:2], min(KEYS, S)), S).at[row, head, place_BKS].set(index_S, mode="drop")
+        last_BKQ = jnp.where(like(jnp.minimum(some_BKQ, S - 1)), index_S, -1).max(-1)
+        put = lambda x, value: x.at[row, head, some_BKQ].set(value, mode="drop")
+        return put(found_BKS, last_BKQ), put(left_BKS, False)
+
+    latest_BKQ = jnp.maximum(there_BKS.sum(-1, keepdims=True) - 1 - jnp.arange(min(KEYS, S)), 0)
+    found_BKS = jnp.where(like(latest_BKQ), latest_BKQ[..., None], -1).max(2)
+    found_BKS, _ = lax.while_loop(lambda state: state[1].any(), others, (found_BKS, there_BKS & (found_BKS < 0)))
+    return found_BKS
 
 
 def _against(gram: Float[Array, "... R R"], x: Float[Array, "... S R"]) -> Float[Array, "... S"]:
@@ -300,9 +302,20 @@ def _against(gram: Float[Array, "... R R"], x: Float[Array, "... S R"]) -> Float
 
 
 def _inverse_root(gram: Float[Array, "... R R"]) -> Float[Array, "... R R"]:
-    """L⁻¹ of G = L·Lᵀ."""
-    root = jnp.linalg.cholesky(gram)
-    return solve_triangular(root, jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape), lower=True)
+    """L⁻¹ of G = L·Lᵀ, by eliminating below the diagonal of G beside 1.
+
+    Not by LAPACK: its threads go on turning for a tenth of a second, in which a step takes half as long again.
+    """
+    R = gram.shape[-1]
+
+    def eliminate(index, rows):
+        row = lax.dynamic_slice_in_dim(rows, index, 1, -2)
+        row = row * lax.rsqrt(lax.dynamic_slice_in_dim(row, index, 1, -1))
+        factor = jnp.where(jnp.arange(R)[:, None] > index, row[..., :R].swapaxes(-1, -2), 0)
+        return jnp.where(jnp.arange(R)[:, None] == index, row, rows - factor * row)
+
+    beside = jnp.concatenate([gram, jnp.broadcast_to(jnp.eye(R, dtype=gram.dtype), gram.shape)], -1)
+    return lax.fori_loop(0, R, eliminate, beside)[..., R:]
 
 
 def _there(held: Tokens) -> Bool[Array, "B K S 1"]:
