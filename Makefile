@@ -67,7 +67,7 @@ test: setup
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv/bin/pytest -q -n 2 --dist loadfile -m "not slow"
 
 proofs: setup
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv/bin/pytest -q -n 2 -m slow
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv/bin/pytest -q -n 2 --dist loadfile -m slow
 
 lint: setup
 	.venv/bin/ruff format --check .

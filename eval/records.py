@@ -584,8 +584,9 @@ class Prompting(Named):
     chunk: Index
     batch: Count
     kv_bytes: Positive
-    kv_bytes_predicted: Size
-    temporaries: Size
+    kv_bytes_predicted: Maybe[Size] = None
+    temporaries: Maybe[Size] = None
+    """None of another library, which does not say."""
     peak: Size
     grown: Size
     prefill_seconds: Positive
@@ -596,9 +597,9 @@ class Prompting(Named):
         return self.model, self.weights, self.tokens, self.batch
 
     @property
-    def working(self) -> int | float:
-        """Bytes of the cache and of the temporaries."""
-        return self.kv_bytes * self.batch + self.temporaries
+    def working(self) -> int | float | None:
+        """Bytes of the cache and of the temporaries, where these are known."""
+        return None if self.temporaries is None else self.kv_bytes * self.batch + self.temporaries
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

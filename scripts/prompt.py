@@ -1,12 +1,16 @@
 """Memory that a prompt takes: `kvcascade prompt --model smollm2 --cache full --cache "sink 4 | recent 508" --tokens 8000 --chunk 0 256`; a minute per case."""
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.eval.memory import prompt
+from kvcascade.eval.speed import peers
+from kvcascade.model import pretrained
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, CountOrNone, Recorded, arguments_of
 
@@ -25,6 +29,8 @@ class Args(Recorded):
     """Tokens that enter at once; 0: all."""
     batch: Count = 1
     """Rows at once."""
+    peer: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    """A Python that has kvpress: its presses prune the same prompt to as many tokens as the smallest cache keeps."""
     weights: str | None = None
     """What matrices are kept in: float32, bfloat16, int8 or int4; by default float32, and bfloat16 for a model known by its shape."""
 
@@ -38,4 +44,11 @@ def main(arguments: list[str]) -> None:
         for spec in specs
         for chunk in args.chunk
     ]
+    if args.peer and not pretrained.is_pretrained(args.model):
+        raise BadInput(f"{args.model} is a run, which no peer can load; --peer is for pretrained models")
+    if args.peer:
+        config = console.open_model(args.model).config
+        kept = min(cascade.slots(args.tokens) for spec in specs for _, _, cascade in spec.parts)
+        others = peers.find(args.peer, pretrained.locate(args.model), ("kvpress",))
+        jobs += [prompt.peer_job(other, args.model, config.vocab, kept, args.tokens) for other in others]
     console.show(prompt.table(console.measured("prompt", jobs, args)))

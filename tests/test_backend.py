@@ -52,6 +52,7 @@ def flat(step, cache):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_step_is_mapped(implementation):
     """Once, twice, along the last axis, and over queries of one cache."""
@@ -87,6 +88,7 @@ def test_a_model_is_mapped(nano, implementation):
         all_close(jax.jit(jax.vmap(step))(stack(params), caches, tokens, positions), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_step_is_differentiated(implementation):
     """Forward mode is the difference quotient; reverse mode, columns at once, the derivative's derivative and rows are forward mode's."""
@@ -108,6 +110,7 @@ def test_a_step_is_differentiated(implementation):
         all_close(jax.jit(jax.grad(lambda q: jax.vmap(out)(q).sum()))(queries), want)
 
 
+@pytest.mark.slow
 def test_a_step_outside_jit():
     """What runs is compiled by itself, and the numbers are the same: as it is, mapped, in forward mode and in reverse."""
     cache, (q, k, v, pos) = layer(0, EXACT)

@@ -110,6 +110,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(tiny_models.write("llama", tmp_path / "model"))
 
 
+@pytest.mark.slow
 def test_peers_are_timed_in_turns(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Warm steps are dropped, both ways of decoding are there; one that cannot do a case or takes for ever says why; prompts are the same."""
     monkeypatch.setattr(bench, "bandwidth", lambda: 1e9)
@@ -222,6 +223,7 @@ def test_older_records_are_shown() -> None:
         record_files.record_of(older)
 
 
+@pytest.mark.slow
 def test_steps_go_on_where_they_ended(tmp_path: Path) -> None:
     """What is timed is greedy decoding: the same tokens as generated, in one stretch or two, and again after a new prefill."""
     loaded = pretrained.load(str(tiny_models.write("llama", tmp_path)))
@@ -239,6 +241,7 @@ def test_steps_go_on_where_they_ended(tmp_path: Path) -> None:
         assert len(ours.decode(5, False)) == 5 and newest() == expected[9]
 
 
+@pytest.mark.slow
 def test_the_command_records_each_row(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without `--peer` the libraries of the Python that runs; `--variant` keeps some; a record for each."""
     out = tmp_path / "records.jsonl"

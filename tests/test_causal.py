@@ -136,6 +136,7 @@ def compiled(T: int, N: int, window: int = 0) -> jax.stages.Compiled:
     return forward_and_backward.lower(*shapes, window=window).compile()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 512])
 def test_memory_is_linear_in_the_length(window: int) -> None:
     """Four times the tokens take four times the memory, and at 8,192 that is a twentieth of what all logits would take."""

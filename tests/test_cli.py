@@ -305,6 +305,7 @@ cli.main(["train"])
 """
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_whatever_runs(here: Path) -> None:
     """Also within native code, where Python learns of no signal: status 130, in about a second."""
     child = subprocess.Popen([sys.executable, "-c", STUCK], stdout=-1, stderr=-1, text=True)
@@ -353,6 +354,7 @@ def test_converting_makes_a_run_that_trains(here: Path, capfd: pytest.CaptureFix
     assert record["model"] == "new" and record["tokens"] == 30
 
 
+@pytest.mark.slow
 def test_as_a_program_it_says_one_line(here: Path) -> None:
     """The installed command: imports are quiet, bad input is one line, and a divergence has a status of its own."""
     program = [sys.executable, "-W", "error", "-c", "from kvcascade.scripts.cli import main; main()"]
@@ -401,6 +403,7 @@ def test_only_late_writes_of_a_failed_checkpoint_are_silent(monkeypatch, capfd: 
     assert "ValueError: lost" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept_for_the_next_time(here: Path, cache_with_kernels) -> None:
     """The second run finds what the first one compiled, and keeps nothing new; nothing is kept where compiling is timed."""
     cache = cache_with_kernels(here / "kept")

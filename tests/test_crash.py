@@ -282,6 +282,7 @@ def test_users_have_the_lengths_of_requests(nano, spec: str, room: int) -> None:
         occupied.lengths_of(requests, 4, 8, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", WAYS[:1])
 def test_a_real_child_fills_its_cache_or_is_killed(tmp_path: Path, place: limits.Cgroup) -> None:
     """Every byte of the cache is in memory where it lives; more than the limit is memory's end, and told with where it was."""

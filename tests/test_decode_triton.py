@@ -29,6 +29,7 @@ def check(q, now, slots, **sight):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), results, dense(q, now, slots, **sight))
 
 
+@pytest.mark.slow
 @given(
     tiers=st.lists(
         st.tuples(st.sampled_from([*FORMATS, "int8/int4", "bf16/nvfp4"]), st.sampled_from([1, 63, 130])),

@@ -66,6 +66,7 @@ def test_the_look_at_calls_sees_what_is_missing() -> None:
     assert [look(text) for text in bad + good] == [True] * len(bad) + [False] * len(good)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "locale",
     [{"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii"}],

@@ -93,6 +93,7 @@ CONFIGURATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_tokens_are_those_of_each_request_alone(name: str) -> None:
     ours = engine("f32", **CONFIGURATIONS[name])
@@ -105,6 +106,7 @@ def test_tokens_are_those_of_each_request_alone(name: str) -> None:
         assert ours.stats["found"] and ours.stats["copied"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["bf16", "int4h", "int8/int4"])
 def test_stored_in_fewer_bits_all_configurations_agree(codec: str) -> None:
     names = "few tokens a step", "hardly any blocks", "put aside"
@@ -112,12 +114,14 @@ def test_stored_in_fewer_bits_all_configurations_agree(codec: str) -> None:
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 5, 16])
 def test_through_xla(size: int) -> None:
     with backend.using("xla"):
         assert serve(engine("f32", 130 if size < 16 else 20, size), requests()) == alone()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no Triton")
 def test_through_triton() -> None:
     """The GPU kernel, interpreted: three requests over a pool that is too small for them, and the tokens that XLA finds."""
@@ -151,6 +155,7 @@ def shared_engine() -> Engine:
     return engine("int8", 40)
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_warming_up() -> None:
     ours = engine("int8", 9, tokens=24, aside=20)
     device = ours.device

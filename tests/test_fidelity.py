@@ -12,6 +12,7 @@ from kvcascade.eval.quality import perplexity
 from kvcascade.model import gpt
 
 
+@pytest.mark.slow
 def test_divergence_equals_that_of_a_model_with_a_window(nano):
     """`recent 5` against `full` is the windowed model against the unwindowed, by its formula in float64."""
     rows = np.random.default_rng(0).integers(0, 61, (3, 20)).astype(np.int32)

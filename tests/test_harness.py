@@ -71,6 +71,7 @@ class Watched(harness.CachedModel):
         return self.keep(requests, super().generate_until(requests))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
 @pytest.mark.parametrize("name", harness_cases.MODELS)
 def test_every_request_and_metric_equals_the_backend_for_transformers(models, known, name, chat):
@@ -92,6 +93,7 @@ def test_every_request_and_metric_equals_the_backend_for_transformers(models, kn
             assert each["stderr"] == (None if error == "N/A" else pytest.approx(error, rel=1e-3))
 
 
+@pytest.mark.slow
 def test_a_full_cache_scores_as_one_forward_pass(models):
     """A text of one window, and contexts of unequal lengths in one batch."""
     model = models["bos"]
@@ -108,6 +110,7 @@ def test_a_full_cache_scores_as_one_forward_pass(models):
         assert found == pytest.approx(-float(nll_T[first - 1 :].sum()), abs=1e-3) and not greedy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["sink 4@f32 | recent 12@f32", "sink 2@f32 | recent 6@f32 | heavy 8@f32"])
 def test_a_window_is_scored_as_perplexity_scores_it(models, cache):
     """Token by token from the first on, and after a context that entered in one prefill; rows of a batch do not mix."""
@@ -129,6 +132,7 @@ def test_a_window_is_scored_as_perplexity_scores_it(models, cache):
     np.testing.assert_allclose([value for value, _ in found], -expected.sum(1), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_an_answer_depends_on_no_other_row(models):
     """Greedy or drawn; requests that draw draw apart."""
     model, cache = models["plain"], "sink 4 | recent 12"
@@ -192,6 +196,7 @@ def run(*arguments: str) -> int | str | None:
     return 0
 
 
+@pytest.mark.slow
 def test_the_command_records_each_cache_and_task(models, known, tmp_path, monkeypatch, capsys):
     """A group comes to its tasks and itself; full and random eviction stand beside; bytes are of the longest row."""
     monkeypatch.setattr(harness, "TaskManager", lambda include_path: known)

@@ -103,6 +103,7 @@ def test_4_what_is_decoded_is_compressed_too() -> None:
     assert nbytes(cache) == before and len(held(cache)) == 16 and max(held(cache)) == 139
 
 
+@pytest.mark.slow
 def test_5_layers_of_unequal_lengths_take_a_question_of_many_tokens() -> None:
     """And answer as if it had come token by token, where nothing of it pushes anything out."""
     spec = "layers[0:1]: recent 64@f32 ; layers[1:]: sink 2@f32 | recent 98@f32"
@@ -115,6 +116,7 @@ def test_5_layers_of_unequal_lengths_take_a_question_of_many_tokens() -> None:
     np.testing.assert_allclose(at_once[:, -1], one_by_one, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_6_every_part_of_a_prompt_is_compressed_and_every_turn() -> None:
     """Not the first alone: after each of four parts, and of three turns more, the cache holds its sixteen."""
     _, cache = prefilled("sink 2 | heavy 14", text(1, 64), chunk=16)
@@ -134,6 +136,7 @@ def test_7_one_program_for_all_steps() -> None:
     assert generate.decode_step._cache_size() == programs  # pyright: ignore
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["sink 2 | snap[window=4] 14", "sink 2 | chunks[size=4] 14", "sink 2 | keydiff 14"])
 def test_8_a_row_is_its_own_in_a_batch(spec: str) -> None:
     """Padding is nobody's token, and each row keeps what it would alone."""

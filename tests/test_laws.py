@@ -396,6 +396,7 @@ def test_output_is_dense_attention_over_what_is_held(history: History) -> None:
         np.testing.assert_allclose(moment.out_BTNH, moment.want_BTNH, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 def test_at_the_optimisation_that_users_have_it_is_the_same_attention() -> None:
     """Law 2: one history through the program that XLA makes by default."""
@@ -575,6 +576,7 @@ TIMELESS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(cascades(st.builds(recent, st.integers(1, 4), codec=st.just(f32)), tier=tiers(TIMELESS, st.just(f32))))
 def test_prefill_at_once_holds_what_token_by_token_holds(cascade: Cascade) -> None:
@@ -634,6 +636,7 @@ def test_what_was_rejected_leaves_no_trace(history: History) -> None:
         seen_B1 += accepted_BT.sum(1, keepdims=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(histories(cascades(tier=tiers(policies(), st.just(f32)))))
 def test_looking_twice_is_looking_once(history: History) -> None:
@@ -813,6 +816,7 @@ def test_the_order_of_slots_does_not_matter(history: History) -> None:
             np.testing.assert_array_equal(np.sort(slots.pos_BKS), np.sort(tier["pos"]))
 
 
+@pytest.mark.slow
 @settings(max_examples=3)
 @given(cascades())
 def test_the_amount_of_padding_does_not_matter(cascade: Cascade) -> None:
@@ -853,6 +857,7 @@ def test_an_evicted_entry_leaves_no_trace(history: History) -> None:
             np.testing.assert_array_equal(out, moments[-1].out_BTNH)
 
 
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(cascades(tier=tiers(policies(), st.just(f32)), sizes=(2, 1)), st.integers(0, 2**16))
 def test_the_gradient_of_an_evicted_entry_is_zero(cascade: Cascade, number: int) -> None:
@@ -949,6 +954,7 @@ def test_what_is_decoded_is_within_the_bound(codec: Codec, compiled: bool) -> No
         np.testing.assert_array_equal(back, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 def test_turning_keeps_dot_products_and_turns_back(codec: Codec) -> None:
     """Law 7: a codec may turn vectors, never their dot products, and turning twice is the identity."""

@@ -18,6 +18,7 @@ forward, nll = (jax.jit(each, static_argnums=0) for each in (gpt.forward, gpt.nl
 IMPLEMENTATIONS = ("xla", "native", None) if native.ready() else ("xla", None)
 
 
+@pytest.mark.slow
 @given(
     rows=st.integers(1, 70),
     inputs=st.integers(1, 200),
@@ -86,6 +87,7 @@ def _grouped(rng, outputs, inputs, group, low):
     return matrix, codes, wide(scale) * codes + wide(least)
 
 
+@pytest.mark.slow
 @given(
     rows=st.sampled_from([1, 2, 5, 16, 17, 40]),
     inputs=st.sampled_from([1, 31, 64, 96, 200, 576]),
@@ -177,6 +179,7 @@ def test_storing_rounds_to_the_nearest(weights, bound):
     np.testing.assert_array_equal(linear.rows(stored, jnp.asarray([4, 1])), linear.rows(stored)[jnp.asarray([4, 1])])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "mistral"])
 def test_a_model_keeps_its_matrices_in_few_bits(name, weights, tmp_path):

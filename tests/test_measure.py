@@ -146,6 +146,7 @@ def trained(tmp_path_factory) -> Path:
 CACHES = ["full", "recent 4", "sink 1 | recent 5", "random 6", "recent 8@int8", "recent 4 | heavy 4"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_evaluate_goes_on_where_it_was_stopped(trained: Path, tmp_path: Path, capfd, number) -> None:
     """Killed after some of six caches: the second start does the others alone, and all records are those of an undisturbed run but for times."""

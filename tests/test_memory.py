@@ -48,6 +48,7 @@ def test_a_window_bounds_a_full_cache_and_what_savings_are_measured_by():
     assert parse("heavy 50%").slots(config.layer_heads, 32_768) == 4096
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "context"), [("gpt2", 200), ("smollm2-135m", 130), ("qwen3-0.6b", 101)])
 def test_bytes_are_those_of_caches_that_are_really_allocated(name, context):
     """Three models by ten specs, every codec, shares of the context and ranges of layers, to the byte."""

@@ -288,6 +288,7 @@ def test_a_caller_that_does_not_wait_is_a_race(stress):
     assert found.returncode and "ThreadSanitizer: data race" in found.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "fault", "flags"),
     [

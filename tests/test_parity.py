@@ -76,6 +76,7 @@ COMMAND = ["parity", "--model", "model", "--data", "file:text.txt", "--peer", sy
 SMALL = ["--kept", "90", "--prefix", "100", "--context", "104", "--sequences", "2"]
 
 
+@pytest.mark.slow
 def test_both_are_scored_on_the_same_windows(here: Path, capfd: pytest.CaptureFixture) -> None:
     """A record for each method, unpruned ones once; the table has both, the difference and the reason."""
     methods = ["--method", "full", "--method", "SnapKV"]

@@ -147,6 +147,7 @@ def asking(hub: Hub, home: Path) -> Iterator[Callable[[str, str], tuple[str, lis
         yield asked
 
 
+@pytest.mark.slow
 def test_of_a_repository_only_what_is_needed_is_fetched(hub: Hub, tmp_path: Path) -> None:
     """config.json for a shape; then one copy of the weights: the shards that the index names, or the one file."""
     with asking(hub, tmp_path) as asked:

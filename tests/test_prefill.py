@@ -72,6 +72,7 @@ def test_observed_attention_equals_float64(B, T, K, G, H, window, last, seed):
     check(np.random.default_rng(seed), B, T, K, G, H, window, last, "xla")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(launch.refuses()), reason="no Triton")
 @settings(max_examples=settings().max_examples // 2)
 @given(

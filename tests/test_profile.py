@@ -25,6 +25,8 @@ from kvcascade.model import generate, gpt, pretrained
 from kvcascade.model.config import ModelConfig
 from kvcascade.scripts import readme
 
+pytestmark = pytest.mark.slow
+
 CASCADE = "sink 4 | recent 12 | heavy 16@int8 | heavy 32@int4h"
 CONFIG = ModelConfig(layers=1, width=64, heads=4, kv_heads=2, mlp=128, vocab=257, context=256, activation="swiglu")
 

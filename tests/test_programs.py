@@ -42,6 +42,7 @@ def traces():
     return [step._cache_size() for step in (generate.begin_step, generate.decode_steps)]  # pyright: ignore[reportAttributeAccessIssue]
 
 
+@pytest.mark.slow
 def test_the_second_start_traces_nothing(nano, folder, monkeypatch):
     wanted, before = tokens(nano), traces()
     np.testing.assert_array_equal(tokens(nano, programs.kept), wanted)
@@ -60,6 +61,7 @@ def test_the_second_start_traces_nothing(nano, folder, monkeypatch):
     assert (tokens(nano, programs.kept, params=other) != wanted).any()
 
 
+@pytest.mark.slow
 def test_what_jax_keeps_itself_is_not_kept_again(nano, folder, tmp_path):
     """XLA's executable that comes out of JAX's cache would lack its functions when it is kept once more."""
     names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
@@ -81,6 +83,7 @@ def test_what_jax_keeps_itself_is_not_kept_again(nano, folder, tmp_path):
         compilation_cache.reset_cache()
 
 
+@pytest.mark.slow
 def test_another_program_has_another_name(nano, folder, monkeypatch):
     there = lambda: set(folder.iterdir())
     tokens(nano, programs.kept)
@@ -97,6 +100,7 @@ def test_another_program_has_another_name(nano, folder, monkeypatch):
     assert len(there()) == 8 and first < second < third < there()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"no pickle", b"half"])
 def test_a_damaged_file_is_made_again(nano, folder, content):
     wanted = tokens(nano, programs.kept)

@@ -43,6 +43,7 @@ def test_parts_into_a_full_cache_are_the_whole(chunk: int) -> None:
     np.testing.assert_array_equal(held(parts, 0), held(cache, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec", ["sink 2 | recent 14", "sink 2 | snap[window=4] 14", "recent 4 | heavy 12@int8", "tova 12 then recent 8"]
 )
@@ -75,6 +76,7 @@ def test_a_long_prompt_and_a_small_cache_go_in_parts_by_default() -> None:
     assert generate.chunk_for(config, empty("full"), 8000) == 0
 
 
+@pytest.mark.slow
 def test_memory_of_a_prompt_in_parts_does_not_grow_with_it() -> None:
     """XLA's temporaries of a prompt four times as long are the same, but for the tokens themselves; at once they are not."""
     config = dataclasses.replace(CONFIG, context=8192)

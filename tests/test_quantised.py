@@ -47,6 +47,7 @@ def _check(folder, dense, four_bits=True):
     return small
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("group", "symmetric", "more"),
     [

@@ -101,6 +101,7 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 COMMON = "rank --model plain --data file:text.txt --context 48 --windows 8 --skip 4 --horizon 24 --steps 60 --hidden 4"
 
 
+@pytest.mark.slow
 def test_command(there: Path, capsys: pytest.CaptureFixture) -> None:
     """It makes a folder that a spec names, says how well it ranks in each layer, and appends a record that reads back; the ranker's
     fingerprint stands in the records of what was measured with it."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from kvcascade.cache import policies, policy
 from kvcascade.cache.cascade import Cascade
@@ -45,6 +46,7 @@ def test_the_policy_of_the_readme_works(monkeypatch):
     assert sorted(cache.slots[0].pos_BKS[0, 0].tolist()) == [0, 8, 16, 24, 32, 39]
 
 
+@pytest.mark.slow
 def test_the_draft_of_the_readme_is_committed_in_part():
     """Of four drafted tokens two are accepted: the cache then holds the prompt and these two, and each layer as if no others had been."""
     names: dict = {"gpt": gpt, "jnp": jnp}
@@ -74,6 +76,7 @@ def test_the_engine_of_the_pages_runs(capsys):
     assert len(said) == 8 and said[-1].endswith(" length")
 
 
+@pytest.mark.slow
 def test_generated_parts_are_fresh():
     """README.md, the pages of docs/ and their figures are what the records make; `make readme` renews them."""
     for path, content in readme.generated().items():

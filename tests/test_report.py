@@ -23,6 +23,7 @@ def recorded():
     return record_files.read(readme.RESULTS / "toy.jsonl")
 
 
+@pytest.mark.slow
 def test_the_page_is_self_contained_and_complete(recorded, tmp_path):
     """The page loads nothing, shows every cache and every figure, and its figures are well-formed SVG."""
     page.write(tmp_path / "report.html", recorded, "kvcascade study")
@@ -37,6 +38,7 @@ def test_the_page_is_self_contained_and_complete(recorded, tmp_path):
         assert f"<td>{one.cache}</td>" in html and f"<td>{one.kv_bytes:,}</td>" in html
 
 
+@pytest.mark.slow
 def test_the_page_of_a_pretrained_model(tmp_path):
     """Without a training the page shows what there is: quality, fidelity, retrieval with its heat map, each cache by name."""
     recorded = record_files.read(readme.RESULTS / "smollm2.jsonl")

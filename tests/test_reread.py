@@ -46,6 +46,7 @@ def wanted(tokens: list[int], part: int) -> np.ndarray:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [64, 16])
 def test_the_largest_share_that_a_second_reading_gives(part: int, monkeypatch) -> None:
     """Rows of unequal lengths, each part by itself, in blocks of queries; the cache keeps what has the largest shares."""
@@ -73,6 +74,7 @@ def test_the_largest_share_that_a_second_reading_gives(part: int, monkeypatch) -
                 assert {*zipped[head].tolist()} == {*ranked[:8], length - 1}
 
 
+@pytest.mark.slow
 def test_a_cache_from_the_whole_prompt_is_the_one_from_the_prompt_that_several_share() -> None:
     spec = parse("kvzip 9 | heavy 4@int8 then recent 8")
     tokens, positions = jnp.asarray(TEXT), jnp.asarray(POSITIONS)

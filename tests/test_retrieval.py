@@ -108,6 +108,7 @@ CONFIG = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=64, vocab=256,
 PARAMS = jax.tree.map(lambda x: x * 6 if x.ndim == 2 else x, gpt.init(CONFIG, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["full", "sink 2 | recent 30", "recent 16 | heavy 16"])
 def test_an_answer_counts_if_greedy_decoding_gives_it(cache):
     """The answer that greedy decoding gives after the question counts; with its last token changed it does not. Rows do not mix."""

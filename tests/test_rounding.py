@@ -136,6 +136,7 @@ def test_scales_of_awq_cancel(folder, monkeypatch):
     np.testing.assert_allclose(got, want, atol=0.01 * float(jnp.std(want)))  # scales of 16 bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("folder", "method"),
     [*zip(KINDS, ["awq", "gptq", "awq", "gptq"], strict=True), ("llama", "rtn")],
@@ -189,6 +190,7 @@ def test_later_matrices_see_what_earlier_ones_lost(folder, monkeypatch):
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3 * np.abs(want).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["llama"], indirect=True)
 def test_command(folder, tmp_path, monkeypatch, capsys):
     """It writes a directory that `evaluate` reads, and a record with the perplexity that `evaluate` gives."""

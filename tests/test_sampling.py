@@ -87,6 +87,7 @@ def continued(nano, prompts, sampling, count: int = 12) -> list[list[int]]:
     return np.concatenate([tokens_nB for tokens_nB, _ in steps]).T.tolist()
 
 
+@pytest.mark.slow
 def test_a_row_draws_the_same_alone_and_in_any_place(nano) -> None:
     """Of a batch of three in this and in the reverse order, each row is what it is by itself."""
     together = continued(nano, PROMPTS, MIXED)

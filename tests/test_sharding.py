@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["c++", "/bin/false"])
 def test_two_devices(compiler):
     """Decode over rows and over heads, and products; a process has as many devices as it started with."""

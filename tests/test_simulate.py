@@ -162,6 +162,7 @@ def test_hardly_a_slot_is_wasted() -> None:
     assert 0 < found["waste"] < 0.04 and found["output_tokens"] == sum(each.output for each in arrivals)
 
 
+@pytest.mark.slow
 def test_a_record_says_what_steps_take(tmp_path: Path) -> None:
     """What was recorded with a model serves other traces without it, and both are measured once."""
     model = Model("toy", CONFIG, params(), tokenizer.bytes_encoding())
@@ -221,6 +222,7 @@ def test_times_that_are_none_are_no_record() -> None:
             Served(**whole | {"first_ms": wrong})
 
 
+@pytest.mark.slow
 def test_both_ways_serve_every_token() -> None:
     model = Model("toy", CONFIG, params(), tokenizer.bytes_encoding())
     arrivals = shortened(read("poisson:rate=200,requests=9,prompt=20,output=6,spread=0.4", 3), 1, 96)

@@ -40,6 +40,7 @@ def test_bits_of_jax(seed: int, size: int) -> None:
     np.testing.assert_array_equal((np.asarray(high, np.uint64) << np.uint64(32)) | np.asarray(low), wide)
 
 
+@pytest.mark.slow
 @given(rows=st.integers(1, 9), columns=st.integers(1, 70), rate=st.floats(0, 0.99), seed=st.integers(0, 99))
 def test_mask_is_16_bits_of_jax_an_element(rows: int, columns: int, rate: float, seed: int) -> None:
     """Quarter d of the columns has bits 16 d and up of the 64-bit draws; the last quarter may be short."""

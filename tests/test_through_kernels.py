@@ -22,6 +22,7 @@ KERNELS = ["mosaic", pytest.param("triton", marks=needs_triton)]
 MODEL = ModelConfig(layers=2, width=128, heads=4, kv_heads=2, mlp=256, vocab=61, context=32, activation="swiglu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_generation(implementation):
     """Prompts of two lengths, then steps in which every tier evicts into the next."""
@@ -51,6 +52,7 @@ def test_generation(implementation):
     assert names == {"mosaic"} if implementation == "mosaic" else {"_attend", "_exchange"} <= names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_training(implementation):
     """Two steps with dropout: the masks are the same, and so are the losses and the parameters to rounding."""

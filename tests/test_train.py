@@ -264,6 +264,7 @@ def test_a_step_is_looked_at_while_the_next_one_runs(tmp_path: Path, monkeypatch
     )
 
 
+@pytest.mark.slow
 def test_checkpoints_are_written_by_the_clock_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of 20 seconds and a minute between checkpoints: at the first step after a minute, and again a minute after that."""
     clock = [0.0]
@@ -302,6 +303,7 @@ def test_a_second_interrupt_is_one(tmp_path: Path) -> None:
     assert 3 <= step <= 4
 
 
+@pytest.mark.slow
 def test_a_run_is_extended_from_its_checkpoint(tmp_path: Path) -> None:
     """More steps: from where it was, with the same moments and the next batches, by the schedule of the new length; two ways to get there agree."""
     fit(tmp_path / "run", tiny(steps=4))

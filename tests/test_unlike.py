@@ -66,6 +66,7 @@ def decoded(config: ModelConfig, params: gpt.Params, chunk: int, prefill: int = 
     return np.concatenate(found, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [LAYERS, WIDE], ids=["heads", "values"])
 @pytest.mark.parametrize("implementation", [None, "xla"])
 def test_decoding_through_a_cache_equals_forward(config, implementation) -> None:
@@ -160,6 +161,7 @@ def gemma(tmp_path_factory) -> str:
     return str(tiny_models.write("gemma2", tmp_path_factory.mktemp("gemma") / "gemma2"))
 
 
+@pytest.mark.slow
 def test_layers_have_the_cache_that_suits_them(gemma, tmp_path, capfd) -> None:
     """`evaluate`: layers that see a window full, those that see everything a cascade: bytes as predicted, by hand too; a full cache scores as
     no cache."""
@@ -194,6 +196,7 @@ def test_layers_have_the_cache_that_suits_them(gemma, tmp_path, capfd) -> None:
     assert "layers[1:2]" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_it_generates(gemma, capfd) -> None:
     """`generate` through the mixed cache prints the prompt and what the same cache gives token by token."""

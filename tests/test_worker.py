@@ -55,6 +55,7 @@ def test_what_a_worker_started_ends_with_it() -> None:
             parent.hear(0.1)
 
 
+@pytest.mark.slow
 def test_a_case_that_ends_or_hangs_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those after it are asked of a new worker; each is told of once."""
     body = """

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from kvcascade.kernels.traffic import counting  # noqa: E402
 
 
+@pytest.mark.slow
 @given(
     names=st.sampled_from([*sorted(CODECS), "int8/int4", "bf16/int4h"]),
     batch=st.integers(1, 2),

@@ -7,11 +7,14 @@ import math
 import sys
 from collections.abc import Sequence
 
+import numpy as np
+
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.eval.measure import Job
 from kvcascade.eval.memory import limits
 from kvcascade.eval.records import Evaluation, Prompting
+from kvcascade.eval.speed.peers import Peer, PeerFailed
 from kvcascade.eval.table import CACHE, Column, Table
 from kvcascade.kernels import processor
 
@@ -39,18 +42,46 @@ def job(model: str, spec: CacheSpec, tokens: int, chunk: int, batch: int, weight
     return Job(about, "eval/memory", run, f"{spec} in parts of {chunk or tokens:,}")
 
 
+def peer_job(peer: Peer, model: str, vocab: int, kept: int, tokens: int) -> Job:
+    """The same of another library, which prunes to so many tokens a head, in its own process."""
+    press = peer.name.split()[1]
+    about = {
+        "kind": "prompt",
+        "model": model,
+        "cache": f"kvpress {press} to {kept}",
+        "tokens": tokens,
+        "chunk": 0,
+        "batch": 1,
+        "processor": processor.name(),
+    }
+
+    def run() -> list[Prompting]:
+        row = np.random.default_rng(0).integers(0, vocab, tokens).tolist()
+        try:
+            found = peer.grown(kept, row)
+            return [Prompting(**about, **found, weights=peer.about()["weights"])]
+        except PeerFailed as failed:
+            raise BadInput(f"{peer.name}: {failed}") from None
+        finally:
+            peer.close()
+
+    return Job(about, "eval/memory", run, f"kvpress {press} to {kept}")
+
+
 def sentence(found: Sequence[Prompting], scored: Sequence[Evaluation]) -> str:
     """What parts save of the cache that keeps a part of the prompt and predicts best what follows; nothing where it was not measured so."""
     ppl = perplexities(scored)
     same = lambda r: (r.cache, r.same_prompt)
     pairs = [(r, one) for r in found for one in found if same(r) == same(one) and r.chunk and not one.chunk]
-    pairs = [(parts, whole) for parts, whole in pairs if parts.cache != "full"]
+    pairs = [(parts, whole) for parts, whole in pairs if parts.cache != "full" and parts.working and whole.working]
     if not pairs:
         return ""
     parts, whole = min(pairs, key=lambda pair: ppl.get((pair[0].model, pair[0].cache, pair[0].chunk), math.inf))
+    working = lambda r: r.working or math.nan
     told = lambda r: (
-        f"{r.working / 1e6:,.0f} MB of cache and temporaries, and a process that grew by {r.grown / 1e6:,.0f} MB"
+        f"{working(r) / 1e6:,.0f} MB of cache and temporaries, and a process that grew by {r.grown / 1e6:,.0f} MB"
     )
+    theirs = [each for each in found if each.temporaries is None and each.same_prompt == whole.same_prompt]
     followed = [ppl.get((r.model, r.cache, r.chunk)) for r in (whole, parts)]
     others = {
         each.cache: each
@@ -67,7 +98,8 @@ def sentence(found: Sequence[Prompting], scored: Sequence[Evaluation]) -> str:
         )
     return (
         f"A prompt of {whole.tokens:,} tokens on its way into `{whole.cache}` takes {told(whole)}; in parts of {parts.chunk} that each enter before the next "
-        f"is read, {told(parts)}: {parts.working / whole.working:.0%} and {parts.grown / whole.grown:.0%}{after}."
+        f"is read, {told(parts)}: {working(parts) / working(whole):.0%} and {parts.grown / whole.grown:.0%}{after}."
+        + "".join(f" `{r.cache}`: a process that grew by {r.grown / 1e6:,.0f} MB." for r in theirs)
     )
 
 
@@ -87,9 +119,10 @@ def table(found: Sequence[Prompting], scored: Sequence[Evaluation] = ()) -> Tabl
     ppl = perplexities(scored)
     columns = [
         CACHE, Column("model", "model"), Column("tokens", "tokens", "{:,}"), Column("at once", lambda r: r.chunk or r.tokens, "{:,}"),
-        Column("KV, MB", lambda r: r.kv_bytes * r.batch / 1e6, "{:.2f}"), Column("temporaries, MB", lambda r: r.temporaries / 1e6, "{:.1f}"),
-        Column("of the first", lambda r: r.temporaries / first(r).temporaries, "{:.1%}"),
-        Column("both, MB", lambda r: r.working / 1e6, "{:.1f}"), Column("of the first", lambda r: r.working / first(r).working, "{:.1%}"),
+        Column("KV, MB", lambda r: r.kv_bytes * r.batch / 1e6, "{:.2f}"), Column("temporaries, MB", lambda r: r.temporaries and r.temporaries / 1e6, "{:.1f}"),
+        Column("of the first", lambda r: r.temporaries and r.temporaries / first(r).temporaries, "{:.1%}"),
+        Column("both, MB", lambda r: r.working and r.working / 1e6, "{:.1f}"),
+        Column("of the first", lambda r: r.working and r.working / first(r).working, "{:.1%}"),
         Column("process grew by, MB", lambda r: r.grown / 1e6, "{:.1f}"), Column("of the first", lambda r: r.grown / max(1, first(r).grown), "{:.1%}"),
     ]  # fmt: skip
     if ppl:

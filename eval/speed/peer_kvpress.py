@@ -1,6 +1,10 @@
-"""kvpress as a peer of `bench.py` and of `parity.py`: transformers' cache, pruned after the prompt to as many tokens as a press is to keep."""
+"""kvpress as a peer of `bench.py`, of `parity.py` and of `prompt.py`: transformers' cache, pruned after the prompt to as many tokens as a press is to keep."""
 
 import contextlib
+import gc
+import re
+import time
+from pathlib import Path
 
 import peer_transformers
 
@@ -14,14 +18,32 @@ class Variant(peer_transformers.Variant):
 
     libraries, loop = NEEDS, f"transformers' {peer_transformers.Variant.loop}"
 
-    def read(self) -> None:
+    def read(self, kept: int = KEPT) -> None:
         """Put the prompts into the empty cache, each layer pruned as soon as it is there."""
         import kvpress  # pyright: ignore
 
         context = self.prompts.shape[1]
-        press = getattr(kvpress, self.variant.split()[0])(compression_ratio=max(0, 1 - KEPT / context))
+        press = getattr(kvpress, self.variant.split()[0])(compression_ratio=max(0, 1 - kept / context))
         with press(self.model):
             super().read()
+
+    def grown(self, kept: int, prompt: list[int]) -> dict[str, float | None]:
+        """Bytes by which this process' peak grew over a prompt that the press prunes to so many tokens a head, those of its cache then, and seconds."""
+        status = lambda: Path("/proc/self/status").read_text("utf-8")
+        bytes_of = lambda name: 1024 * int(re.findall(rf"^{name}:\s+(\d+) kB", status(), re.MULTILINE)[0])
+        self.prepare([prompt[:64]], 64)  # what happens only once is over
+        self.cache, self.prompts = self.empty(), self.torch.tensor([prompt])
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5", "utf-8")  # VmHWM starts anew
+        before, start = bytes_of("VmHWM"), time.perf_counter()
+        self.read(kept)
+        seconds = time.perf_counter() - start
+        return {
+            "kv_bytes": self.kv_bytes(),
+            "grown": bytes_of("VmHWM") - before,
+            "peak": bytes_of("VmHWM"),
+            "prefill_seconds": seconds,
+        }
 
     def scored(self, cases: list[tuple[str, int]], row: list[int], prefix: int, seed: int) -> list[tuple[float, int]]:
         """Mean nats per token after a row's first `prefix`, and tokens that a head holds of those: for each press and number of tokens that it keeps.

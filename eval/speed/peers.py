@@ -54,6 +54,11 @@ class Peer:
         self.start()
         return self._ask("scored", cases, row, prefix, seed)
 
+    def grown(self, kept: int, prompt: list[int]) -> dict:
+        """Of kvpress: bytes by which its process' peak grew over a prompt pruned to so many tokens, of its cache then, and seconds."""
+        self.start()
+        return self._ask("grown", kept, prompt)
+
     def about(self) -> dict:
         """What it said of itself: library, versions, its loop, formats and bytes of its weights and of its cache as it is now."""
         with contextlib.suppress(PeerFailed):
