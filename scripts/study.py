@@ -46,7 +46,7 @@ class Scale:
 
 SCALES = {
     "smoke": Scale("nano", steps=60, share=0.3, windows=4, caches=suite.TELLING[:4]),
-    "quick": Scale("toy", steps=100, share=0.25, windows=8, caches=suite.TELLING, pretrained=16),
+    "quick": Scale("toy", steps=80, share=0.25, windows=8, caches=suite.TELLING, pretrained=16),
     "full": Scale("toy", steps=600, share=0.1, windows=64, seeds=3, pretrained=64),
 }
 

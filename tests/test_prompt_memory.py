@@ -71,7 +71,9 @@ def test_a_press_stands_beside_parts() -> None:
         and "900.0" in rows[2]
         and "kvpress SnapKVPress to 512" in rows[2]
     )
-    assert "`kvpress SnapKVPress to 512`: a process that grew by 900 MB." in prompt.sentence([*ours, theirs], [])
+    assert "At once by `kvpress SnapKVPress to 512`: a process that grew by 900 to 900 MB." in prompt.sentence(
+        [*ours, theirs], []
+    )
     peer = Press("no memory")
     with pytest.raises(BadInput, match="no memory"):
         prompt.peer_job(peer, "m", 100, 512, 8000).run()

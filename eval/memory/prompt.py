@@ -82,6 +82,11 @@ def sentence(found: Sequence[Prompting], scored: Sequence[Evaluation]) -> str:
         f"{working(r) / 1e6:,.0f} MB of cache and temporaries, and a process that grew by {r.grown / 1e6:,.0f} MB"
     )
     theirs = [each for each in found if each.temporaries is None and each.same_prompt == whole.same_prompt]
+    by_kvpress = ""
+    if theirs:
+        low, high = min(r.grown for r in theirs), max(r.grown for r in theirs)
+        names = ", ".join(f"`{r.cache}`" for r in theirs)
+        by_kvpress = f" At once by {names}: a process that grew by {low / 1e6:,.0f} to {high / 1e6:,.0f} MB."
     followed = [ppl.get((r.model, r.cache, r.chunk)) for r in (whole, parts)]
     others = {
         each.cache: each
@@ -99,7 +104,7 @@ def sentence(found: Sequence[Prompting], scored: Sequence[Evaluation]) -> str:
     return (
         f"A prompt of {whole.tokens:,} tokens on its way into `{whole.cache}` takes {told(whole)}; in parts of {parts.chunk} that each enter before the next "
         f"is read, {told(parts)}: {working(parts) / working(whole):.0%} and {parts.grown / whole.grown:.0%}{after}."
-        + "".join(f" `{r.cache}`: a process that grew by {r.grown / 1e6:,.0f} MB." for r in theirs)
+        + by_kvpress
     )
 
 

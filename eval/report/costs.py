@@ -1,5 +1,7 @@
 """What caches cost, on the page and in the README: users that fit, memory until it broke, milliseconds and where they go."""
 
+from collections.abc import Sequence
+
 import markupsafe
 
 from kvcascade.eval.memory import crash, fit, prompt
@@ -94,17 +96,17 @@ def readme_tables(found: dict[str, list[Record]]) -> dict[str, str]:
         f"{users.title}. Each size is a process that holds a cache for so many users, every byte of it written, and decodes {first.steps} tokens of each: "
         f"*users* lived, *died at* was killed, at most {first.resolution:.1%} apart. *MB a user* is the slope between the peaks of one user and of all, "
         f"*predicted* a row's cache by its spec and its share of a step's workspace by the compiled program. "
-        f"{first.device}, commit{'s' if len({r.commit for r in crashes}) > 1 else ''} {commits(crashes)}."
+        f"{_stamp(crashes)}."
     )
     return {
-        "speed": f"{markdown(bench.headline(benches))}\n\n{markdown(speed.code)}\n\n{speed.title}; {_stamp(benches[0])}.",
-        "stream": f"{markdown(decoded.code)}\n\n{decoded.title}; {_stamp(streams[0])}.",
+        "speed": f"{markdown(bench.headline(benches))}\n\n{markdown(speed.code)}\n\n{speed.title}; {_stamp(benches)}.",
+        "stream": f"{markdown(decoded.code)}\n\n{decoded.title}; {_stamp(streams)}.",
         "serving": _served_text(of(found["serving"], Served)),
         "fit": _fits_text(of(found["fit"], FitTask)),
         "crash": f"{markdown(users.code)}\n\n{protocol}",
         "peak": prompt.sentence(prompts, of(found["prompt"], Evaluation)),
         "prompt": _prompts_text(prompts, of(found["prompt"], Evaluation)),
-        "weights": f"{markdown(weights.table(rounded))}\n\n{weights.protocol(rounded)}; {_stamp(rounded[0])}.",
+        "weights": f"{markdown(weights.table(rounded))}\n\n{weights.protocol(rounded)}; {_stamp(rounded)}.",
     }
 
 
@@ -113,7 +115,7 @@ def _served_text(found: list[Served]) -> str:
     parts = []
     for mine in grouped(found, lambda r: r.case):
         made = serving.table(mine)
-        parts += [f"{made.title}:", markdown(made), f"{_stamp(mine[0])}, {mine[0].given['threads']} threads."]
+        parts += [f"{made.title}:", markdown(made), f"{_stamp(mine)}, {mine[0].given['threads']} threads."]
     return "\n\n".join(parts)
 
 
@@ -137,7 +139,7 @@ def _prompts_text(prompts: list[Prompting], scored: list[Evaluation]) -> str:
             )
             + "."
         )
-    return f"{markdown(taken.code)}\n\n{taken.title}. {about} {_stamp(prompts[0])}."
+    return f"{markdown(taken.code)}\n\n{taken.title}. {about} {_stamp(prompts)}."
 
 
 def _fits_text(fits: list[FitTask]) -> str:
@@ -150,5 +152,7 @@ def _fits_text(fits: list[FitTask]) -> str:
     return "\n\n".join([*parts, f"Commit {fits[0].commit}; {versions}."])
 
 
-def _stamp(first: Record) -> str:
-    return f"{first.device}, commit {first.commit}"
+def _stamp(found: Sequence[Record]) -> str:
+    """The device and the commits of records."""
+    several = "s" if len({each.commit for each in found}) > 1 else ""
+    return f"{found[0].device}, commit{several} {commits(found)}"
