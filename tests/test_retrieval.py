@@ -77,6 +77,7 @@ def test_tasks_weigh_alike_and_one_at_chance_is_left_out():
         ["chance", "100"],
         ["full", "100"],
     ]
+    assert retrieval.protocol(found).endswith("no better than the best constant answer: b (65%)")
     assert "not measurable" in rows[0][5] and rows[0][4] == "2%" and rows[3][5] == ""
     assert np.isnan(retrieval.at(found, "recent 4", 200, 0.25))
     one, two = retrieval.Share(0.5, 0.4, 0.6), retrieval.Share(1.0, 0.9, 1.0)

@@ -282,7 +282,13 @@ def protocol(found: list[Retrieval]) -> str:
     """In a sentence what was asked how often."""
     depths = len({r.depth for r in found})
     puzzles = sum(r.samples for r in found if (r.cache, r.task) == (found[0].cache, found[0].task))
+    out = {
+        r.task: chance([each for each in found if (each.task, each.length) == (r.task, r.length)])
+        for r in found
+        if r.task not in measurable(found, r.length)
+    }
+    told = ", ".join(f"{task} ({guess:.0%})" for task, guess in out.items()) or "none here"
     return (
         f"share of turns answered, 95 % Wilson intervals; {puzzles} puzzles a task, no two alike, at {depths} depths; "
-        "tasks that the full cache does no better than the best constant answer are not in the mean"
+        f"not in the mean are tasks that the full cache does no better than the best constant answer: {told}"
     )
