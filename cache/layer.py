@@ -297,7 +297,8 @@ class LayerCache:
 
         # A call of one token reviews the rows that are due, one after the other: the others pay nothing, and what is reckoned with is small.
         if single:
-            new = lax.fori_loop(0, len(now_B11), row, arguments[0])
+            rows = lambda numbers: lax.fori_loop(0, len(now_B11), row, numbers)
+            new = lax.cond(due_B11.any(), rows, lambda numbers: numbers, arguments[0])
         else:
             new = [jnp.where(due_B11, *each) for each in zip(anew(*arguments), arguments[0], strict=True)]
         put = lambda held, names, x: tuple(x if each == statistic else y for each, y in zip(names, held, strict=True))

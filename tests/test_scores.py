@@ -393,3 +393,10 @@ def test_compactor_adds_standard_deviations_and_lets_newcomers_stay() -> None:
     want = 0.5 * z(np.array([1.0, 2.0, 6.0])) + z(np.array([5.0, 3.0, 1.0]))
     np.testing.assert_allclose(got[:3], want, rtol=1e-5)
     assert got[4] == GRACE and got[5] == FIRST
+
+
+def test_a_positions_share_of_reviews_does_not_grow_with_the_slots() -> None:
+    """Unless `every` says when, one comes after an eighth of them; a number that is not reviewed says so."""
+    assert [reviews.KeyDifference().period(slots) for slots in (1, 256, 2048)] == [32, 32, 256]
+    assert reviews.KeyDifference(every=5).period(2048) == 5
+    assert reviews.KeyDifference().reviews and not Mass().reviews

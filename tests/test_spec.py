@@ -37,6 +37,7 @@ def told(text: str) -> str:
         ("sink", "sink needs a number of slots, such as 'sink 64'", "→sink←"),
         ("sink 0", "at least 1 slot, not 0", "sink →0←"),
         ("sink 4.5", "'4.5' is not a share of the context", "sink →4.5←"),
+        ("lag[sinks=-1] 4", "must be a whole number from 0 on", "lag[→sinks=-1←] 4"),
         ("sink 0%", "'0%' is not a share of the context", "sink →0%←"),
         ("sink 100.1%", "'100.1%' is not a share of the context", "sink →100.1%←"),
         ("sink -1", FORM, "→sink -1←"),
