@@ -106,6 +106,7 @@ def test_a_window_is_one_wherever_a_row_stands(start: int) -> None:
     assert held.slots[1].pos_BKS.min() >= start
 
 
+@pytest.mark.slow
 def test_with_64_bits_a_model_generates_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     """JAX_ENABLE_X64 changes what arrays are made of that nobody gave a type."""
     program = (

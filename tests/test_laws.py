@@ -60,6 +60,8 @@ COUNT = few(3, "25%", 1, 2, 4, 5, "10%")
 ONE = few(*reversed(CODECS.values()))
 CODEC = st.one_of(ONE, ONE, st.builds(Codecs, ONE, ONE))
 DRAWN = POLICIES | PLANTED
+SLOW = {"r-kv", "capkv", "compactor", "leverage"}
+"""Policies whose programs take a quarter of a minute to compile."""
 OF_ANY_HEADS = [name for name, cls in DRAWN.items() if cls is not Learned]
 
 
@@ -148,7 +150,10 @@ def ranked(history: History) -> History:
 def replayed(test, fewer: int = 1):
     """Give a test histories of cascades with each policy, two at a time; every such test gets the same, so that each is compiled once."""
 
-    @pytest.mark.parametrize("names", [*itertools.batched(DRAWN, 2)], ids=" ".join)
+    marked = lambda names: [pytest.mark.slow] if SLOW & {*names} else []
+    pairs = [pytest.param(names, marks=marked(names)) for names in itertools.batched(DRAWN, 2)]
+
+    @pytest.mark.parametrize("names", pairs, ids=" ".join)
     @functools.wraps(test, assigned=("__name__", "__qualname__", "__module__", "__doc__"), updated=())
     def each(names: tuple[str, ...]) -> None:
         few_examples = settings(max_examples=max(1, settings().max_examples // 5 // fewer))
@@ -954,7 +959,6 @@ def test_what_is_decoded_is_within_the_bound(codec: Codec, compiled: bool) -> No
         np.testing.assert_array_equal(back, x)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 def test_turning_keeps_dot_products_and_turns_back(codec: Codec) -> None:
     """Law 7: a codec may turn vectors, never their dot products, and turning twice is the identity."""

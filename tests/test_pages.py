@@ -78,6 +78,7 @@ def flat(rng, rows: int, most: int) -> list[tuple[int, int]]:
     return [*found, *[(-1, -1)] * int(rng.integers(0, 4))]
 
 
+@pytest.mark.slow
 @needs_compiler
 @given(
     names=st.sampled_from(["f32", "bf16", "int8", "int4", "int4h", "int8/int4", "bf16/int4h"]),

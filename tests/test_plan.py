@@ -140,6 +140,7 @@ def serve(seed: int) -> collections.Counter:
     return service.counts
 
 
+@pytest.mark.slow
 def test_everybody_gets_what_they_would_get_alone() -> None:
     counts = sum(map(serve, range(150)), collections.Counter())
     assert min(counts[each] for each in ("stopped", "forks", "found", "cancelled", "back")) > 30, counts
