@@ -332,10 +332,12 @@ def first_tokens(records: list[Served]) -> str:
             shares = [100 * index / (len(seconds) - 1) for index in range(len(seconds))]
             axes.plot(seconds, shares, **style, label=f"{record.way}: {record.cache}")
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())  # within a decade the usual one writes on all of them
         axes.set_xlabel("seconds from arrival to the first token")
         axes.set_ylabel("% of requests")
-        axes.legend(fontsize=9)
+        axes.legend(fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0))
         return to_svg(figure)
 
 
