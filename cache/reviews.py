@@ -179,8 +179,7 @@ class ChunkMass(Reviewed):
         there = (pos >= 0) & ~jnp.isnan(number)
         begins = jnp.diff(pos // self.size, axis=-1, prepend=-2) != 0
         index = begins.cumsum(-1) - 1  # which of the chunks that are held
-        into = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None], index
-        total = lambda x: jnp.zeros((B, K, S), number_BKS.dtype).at[into].add(jnp.where(there, x, 0))
+        total = lambda x: jnp.zeros((B, K, S), number_BKS.dtype).at[_at(index)].add(jnp.where(there, x, 0))
         number = number.mean(1, keepdims=True)  # sorted, a token is at the same place in all heads
         mean = total(number) / jnp.maximum(total(1.0), 1)
         return segments.unsorted(jnp.take_along_axis(mean, index, -1))
@@ -259,8 +258,7 @@ class Redundancy(Reviewed):
         # Of the keys that a key is like, the latest is spared what this one would hold against it.
         latest = _latest(unit, segments.there[..., 0], self.alike)
         spared = (unit * jnp.take_along_axis(unit, jnp.maximum(latest, 0)[..., None], 2)).sum(-1)
-        index = *np.ix_(*map(range, latest.shape[:2]), [0])[:2], latest
-        alike = alike.at[index].add(jnp.where(latest < 0, 0, -spared))
+        alike = alike.at[_at(latest)].add(jnp.where(latest < 0, 0, -spared))
         count = jnp.maximum(there_BKS.sum(-1, keepdims=True), 1)
         like = _softmax(segments.unsorted(alike / count)[:, :, None], held.pos_BKS)[:, :, 0]
         mass = jnp.where(there_BKS, _seen(held, pooled=True).mean((2, 3)), 0)
@@ -275,25 +273,30 @@ def _latest(unit_BKSH: Float[Array, "B K S H"], there_BKS: Bool[Array, "B K S"],
     All are compared with the last KEYS of them, where most find theirs, as keys of a head are much alike; the others with all, KEYS at a time.
     """
     S, index_S = unit_BKSH.shape[2], jnp.arange(unit_BKSH.shape[2])
-    row, head = np.ix_(*map(range, there_BKS.shape[:2]), [0])[:2]
 
     def like(index_BKQ):
         """Which of all are like some of them."""
-        cosine_BKQS = jnp.einsum("BKQH,BKSH->BKQS", unit_BKSH[row, head, index_BKQ], unit_BKSH)
+        cosine_BKQS = jnp.einsum("BKQH,BKSH->BKQS", unit_BKSH[_at(index_BKQ)], unit_BKSH)
         return (cosine_BKQS > alike) & (index_BKQ[..., None] != index_S) & there_BKS[:, :, None]
 
     def others(state):
         found_BKS, left_BKS = state
         place_BKS = jnp.where(left_BKS, left_BKS.cumsum(-1) - 1, S)
-        some_BKQ = jnp.full((*left_BKS.shape[:2], min(KEYS, S)), S).at[row, head, place_BKS].set(index_S, mode="drop")
+        some_BKQ = jnp.full((*left_BKS.shape[:2], min(KEYS, S)), S).at[_at(place_BKS)].set(index_S, mode="drop")
         last_BKQ = jnp.where(like(jnp.minimum(some_BKQ, S - 1)), index_S, -1).max(-1)
-        put = lambda x, value: x.at[row, head, some_BKQ].set(value, mode="drop")
+        put = lambda x, value: x.at[_at(some_BKQ)].set(value, mode="drop")
         return put(found_BKS, last_BKQ), put(left_BKS, False)
 
     latest_BKQ = jnp.maximum(there_BKS.sum(-1, keepdims=True) - 1 - jnp.arange(min(KEYS, S)), 0)
     found_BKS = jnp.where(like(latest_BKQ), latest_BKQ[..., None], -1).max(2)
     found_BKS, _ = lax.while_loop(lambda state: state[1].any(), others, (found_BKS, there_BKS & (found_BKS < 0)))
     return found_BKS
+
+
+def _at(place_BKQ: Int[Array, "B K Q"]) -> tuple[Int[Array, "B 1 1"], Int[Array, "K 1"], Int[Array, "B K Q"]]:
+    """The index of places of each head of each row."""
+    B, K, _ = place_BKQ.shape
+    return jnp.arange(B)[:, None, None], jnp.arange(K)[:, None], place_BKQ
 
 
 def _against(gram: Float[Array, "... R R"], x: Float[Array, "... S R"]) -> Float[Array, "... S"]:

@@ -74,6 +74,8 @@ def test_a_press_stands_beside_parts() -> None:
     assert "At once by `kvpress SnapKVPress to 512`: a process that grew by 900 to 900 MB." in prompt.sentence(
         [*ours, theirs], []
     )
+    _, _, rows = prompt.table([theirs, *ours])  # in whatever order records are read
+    assert [row[6] for row in rows] == ["", "100.0%", "10.0%"] and len(prompt.table([theirs]).rows) == 1
     peer = Press("no memory")
     with pytest.raises(BadInput, match="no memory"):
         prompt.peer_job(peer, "m", 100, 512, 8000).run()

@@ -116,11 +116,11 @@ def perplexities(scored: Sequence[Evaluation]) -> dict[tuple[str, str, int], flo
 
 
 def table(found: Sequence[Prompting], scored: Sequence[Evaluation] = ()) -> Table:
-    """A row for each cache and chunk; shares are of the first one of the same model and prompt.
+    """A row for each cache and chunk; shares are of the first one of the same model and prompt whose temporaries are known.
 
     Where such a cache was evaluated behind a prefix in such parts, the perplexity of what follows stands beside it.
     """
-    first = lambda r: next(each for each in found if each.same_prompt == r.same_prompt)
+    first = lambda r: next((each for each in found if each.same_prompt == r.same_prompt and each.temporaries), r)
     ppl = perplexities(scored)
     columns = [
         CACHE, Column("model", "model"), Column("tokens", "tokens", "{:,}"), Column("at once", lambda r: r.chunk or r.tokens, "{:,}"),

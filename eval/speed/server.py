@@ -68,15 +68,16 @@ class Server:
             "model": model, "prompt": prompt, "max_tokens": count, "ignore_eos": True, "temperature": 0, "stream": True,
             "stream_options": {"include_usage": True},
         }  # fmt: skip
-        for left in reversed(range(TRIES)):
+        tries = 1
+        while True:
             try:
                 async with session.post(f"{self.url}/completions", json=body) as answer:
                     return await self._answer(answer, prompt, count)
             except (aiohttp.ServerDisconnectedError, ConnectionResetError):
-                if not left:
+                if tries == TRIES:
                     raise
             await asyncio.sleep(AGAIN)
-        raise AssertionError("tried to the end")
+            tries += 1
 
     async def _answer(self, answer: aiohttp.ClientResponse, prompt: list[int], count: int) -> "Answer":
         when: list[float] = []
