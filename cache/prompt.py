@@ -18,8 +18,6 @@ from kvcascade.kernels.heads import Heads
 from kvcascade.kernels.partial import attend_each, normalise
 from kvcascade.kernels.slots import Codecs, Slots
 
-PART = 2048
-"""Tokens of a prompt that are read again at once (KVzip, §3.3)."""
 SINKS = 4
 """First tokens that the queries of every part may attend to instead."""
 QUERIES = 256
@@ -87,7 +85,7 @@ def _enter(layer: LayerCache, positions_BT, q_BTNH, k_BTKH, v_BTKW, written_BTK,
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["prompt", "positions_BT", "start", "numbers"],
+    data_fields=["prompt", "positions_BT", "start", "numbers", "gauges", "effects", "slopes"],
     meta_fields=["size"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +97,14 @@ class Reread:
     """Of the prompt's tokens."""
     start: Int[Array, ""]
     numbers: tuple[tuple[Float[Array, "B K T"], ...], ...]
+    """Of each layer; () where nothing is reckoned, and the part is read for what depends on its attention."""
     size: int
+    gauges: tuple[Float[Array, "B Q"], ...] = ()
+    """Of each layer zeros, whose gradient is the norm of that of what its attention adds to the residual stream."""
+    effects: tuple[Float[Array, "B K G T"], ...] = ()
+    """Of each layer the norm of what a token's value adds there where a query head gives it all of its attention."""
+    slopes: tuple[Float[Array, "B Q"], ...] = ()
+    """The gauges' gradients."""
 
     @property
     def context(self) -> int:
@@ -124,7 +129,12 @@ class Reread:
         slots = lambda k, v, pos_BT: Slots(stored(k), stored(v), _per_head(pos_BT, k))
         there, own = slots(k, v, self.positions_BT), slots(k_BTKH, v_BTKW, positions_BT)
         held = [(each, Codecs(f32, f32)) for each in (there, own)]
-        out_BTNW, _ = normalise(attend_each(q_BTNH, positions_BT, held, heads, observed=False))
+        attention = lambda q, held: normalise(attend_each(q, positions_BT, held, heads, observed=False))[0]
+        if not self.numbers:
+            slots_of = lambda slots: [(each, codecs) for each, (_, codecs) in zip(slots, held, strict=True)]
+            again = jax.checkpoint(lambda q, slots: attention(q, slots_of(slots)))  # what a backward pass would keep
+            return again(q_BTNH, [each for each, _ in held]).astype(q_BTNH.dtype), self
+        out_BTNW = attention(q_BTNH, held)
 
         first = min(SINKS, k.shape[1])
         cut = lambda x: lax.dynamic_slice_in_dim(x, self.start, self.size, 2)
@@ -133,19 +143,42 @@ class Reread:
         pos_BKS = jnp.concatenate([cut(there.pos_BKS), sinks, own.pos_BKS], 2)
 
         def block(numbers, part):
-            q_BQNH, pos_BQ = part
+            q_BQNH, pos_BQ, slope_BQ = part
             q_BQKGH = q_BQNH.astype(jnp.float32).reshape(*pos_BQ.shape, keys.shape[1], -1, heads.width)
             pos_BKQ = jnp.broadcast_to(pos_BQ[:, None], (len(pos_BQ), keys.shape[1], pos_BQ.shape[1]))
             given = shares(q_BQKGH.swapaxes(1, 2), pos_BKQ, keys, pos_BKS, heads)[..., : self.size]
-            return tuple(each.reread(x, given) for each, x in zip(self.prompt.rereads, numbers, strict=True)), None
+            felt = given * effect_BKGS[:, :, :, None] * slope_BQ[:, None, None, :, None]
+            pairs = zip(self.prompt.rereads, numbers, strict=True)
+            return tuple(each.reread(x, felt if each.sensitive else given) for each, x in pairs), None
 
         old = tuple(map(cut, self.numbers[index]))
-        new, _ = lax.scan(block, old, (_blocks(q_BTNH, 0), _blocks(positions_BT, -1)))
+        slope_BQ = self.slopes[index] if self.slopes else jnp.ones(positions_BT.shape)
+        effect_BKGS = (
+            lax.dynamic_slice_in_dim(self.effects[index], self.start, self.size, 3)
+            if self.effects
+            else jnp.ones((1, 1, 1, 1))
+        )
+        new, _ = lax.scan(block, old, (_blocks(q_BTNH, 0), _blocks(positions_BT, -1), _blocks(slope_BQ, 0)))
         # What is padding here has the number that it had.
         kept = (jnp.where(cut(there.pos_BKS) >= 0, x, y) for x, y in zip(new, old, strict=True))
         whole = zip(self.numbers[index], kept, strict=True)
         numbers = tuple(lax.dynamic_update_slice_in_dim(x, part, self.start, 2) for x, part in whole)
         return out_BTNW.astype(q_BTNH.dtype), dataclasses.replace(self, numbers=put(self.numbers, index, numbers))
+
+    def gauged(self, index: int, out_BTM: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
+        """What a layer's attention adds to the residual stream, where its gradient is asked for."""
+        return _gauged(out_BTM, self.gauges[index]) if self.gauges else out_BTM
+
+
+@jax.custom_vjp
+def _gauged(x_BTM, gauge_BT):
+    """x, whatever the gauge is; the gauge's gradient is the norm of x's."""
+    return x_BTM
+
+
+_gauged.defvjp(
+    lambda x, gauge: (x, None), lambda _, slope: (slope, jnp.linalg.norm(slope.astype(jnp.float32), axis=-1))
+)
 
 
 def _per_head(pos_BT, k_BTKH) -> Int[Array, "B K T"]:

@@ -29,6 +29,7 @@ from kvcascade.cache.scores import (
     NonCausalMass,
     OutputNorm,
     Repeated,
+    Sensitivity,
     Unused,
     ValueNorm,
     WindowMass,
@@ -127,6 +128,18 @@ class KvZip(Policy):
 
     def reads(self):
         return (Repeated(),)
+
+
+@dataclasses.dataclass(frozen=True)
+class KvGrad(Policy):
+    """Keep of a prompt what moves the last hidden states most when it is read again, 512 at once (KVgrad, OpenReview cg1wTCJjjk, as kvpress has it).
+
+    A token counts by the largest share that some query gives it, times the norm of what its value then writes, times that of the gradient
+    of the squared hidden states before the last norm with respect to the query's residual stream. Otherwise as `kvzip`.
+    """
+
+    def reads(self):
+        return (Sensitivity(),)
 
 
 @dataclasses.dataclass(frozen=True)

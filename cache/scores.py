@@ -76,6 +76,14 @@ class Repeated(Statistic):
         return jnp.maximum(number_BKS, share_BKGQS.max((2, 3)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Sensitivity(Repeated):
+    """The largest effect on the last hidden states that a second reading has through the token."""
+
+    part = 512
+    sensitive = True
+
+
 # Numbers that a token has by itself
 
 

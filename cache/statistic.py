@@ -4,7 +4,7 @@ A statistic is a frozen dataclass with some of three rules; the laws (tests/test
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,11 @@ class Statistic:
     A statistic that says nothing else begins at 0 and stays.
     """
 
+    part: ClassVar[int] = 2048
+    """Tokens of a prompt that are read again at once, where it is read a second time (KVzip, §3.3)."""
+    sensitive: ClassVar[bool] = False
+    """Whether `reread` is told of shares times the L2 norm of what their value then writes, and times that of the gradient of the model's
+    last hidden states with respect to what their query's attention wrote."""
     last: int = 0
     """Of a call's queries only the mass of the last so many is watched; 0: of all."""
     every: int = 0

@@ -395,6 +395,7 @@ class Bench(BenchRow):
     prefill_tokens_per_second: Positive
     decode_tokens_per_second: Positive
     step_ms: Positive
+    step_ms_mean: Maybe[Positive] = None
     step_ms_5_95: Maybe[Some[Size]] = None
     alone_ms: Maybe[Positive] = None
     alone_ms_5_95: Maybe[Some[Size]] = None

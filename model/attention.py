@@ -57,10 +57,14 @@ class Attention(nnx.Module):
             written_BTK = self.written(v_BTKW)  # no work where no policy asks for it
             out_BTNW, cache = cache.step(self.index, q_BTNH, k_BTKH, v_BTKW, positions_BT, fresh, written_BTK)
         with jax.named_scope("output"):
-            return self.o(out_BTNW.reshape(B, T, -1)), cache
+            out_BTM = self.o(out_BTNW.reshape(B, T, -1))
+        return (cache.gauged(self.index, out_BTM) if isinstance(cache, Reread) else out_BTM), cache
 
     def written(self, v_BTKW: Float[Array, "B T K W"]) -> Float[Array, "B T K"]:
         """The L1 norm of what each value adds to the residual stream where a query gives it all of its attention, the mean over its query heads."""
+        return jnp.abs(self.added(v_BTKW)).sum(-1).mean(-1)
+
+    def added(self, v_BTKW: Float[Array, "B T K W"]) -> Float[Array, "B T K G M"]:
+        """What each value adds to the residual stream by each of its query heads."""
         o_MKGW = self.o.rows().reshape(-1, self.heads.kv, self.heads.queries // self.heads.kv, self.heads.value_width)
-        added_BTKGM = jnp.einsum("BTKW,MKGW->BTKGM", v_BTKW.astype(jnp.float32), o_MKGW.astype(jnp.float32))
-        return jnp.abs(added_BTKGM).sum(-1).mean(-1)
+        return jnp.einsum("BTKW,MKGW->BTKGM", v_BTKW.astype(jnp.float32), o_MKGW.astype(jnp.float32))

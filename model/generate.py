@@ -12,8 +12,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.cache.prompt import PART
 from kvcascade.cache.spec import CacheSpec
+from kvcascade.cache.statistic import Statistic
 from kvcascade.cache.whole import Cache
 from kvcascade.kernels import processor
 from kvcascade.model import gpt
@@ -44,7 +44,7 @@ def prefill(
     """
     check_start(cache, positions_BT)
     if cache.rereads:
-        check_rereading(config, tokens_BT.shape[1])
+        check_rereading(config, cache.rereads, tokens_BT.shape[1])
     chunk = chunk_for(config, cache, tokens_BT.shape[1]) if chunk is None else chunk
     return prefill_step(config, params, cache, tokens_BT, positions_BT, chunk=chunk)
 
@@ -165,9 +165,9 @@ def check_context(config: ModelConfig, context: int) -> None:
         raise BadInput(f"a context of {context} tokens is longer than the model's {config.context}")
 
 
-def check_rereading(config: ModelConfig, tokens: int) -> None:
+def check_rereading(config: ModelConfig, rereads: Sequence[Statistic], tokens: int) -> None:
     """BadInput if a prompt of so many tokens and a part of it once more are longer than the model's context."""
-    again = gpt.LEAD + min(PART, tokens)
+    again = gpt.LEAD + min(max(each.part for each in rereads), tokens)
     if tokens + again > config.context:
         raise BadInput(
             f"a prompt of {tokens} tokens that is read twice goes up to position {tokens + again}, and the model's context is {config.context}"
@@ -227,7 +227,7 @@ def begin(
         raise BadInput("the prompt is empty")
     check_room(config, cache, max(map(len, prompts)))
     if cache.rereads:
-        check_rereading(config, max(map(len, prompts)))
+        check_rereading(config, cache.rereads, max(map(len, prompts)))
     by = settings(sampling, len(prompts))
     tokens_BT, positions_BT = pad(prompts)
     seen = np.zeros((len(prompts), config.vocab), bool)

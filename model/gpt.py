@@ -11,7 +11,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.cache.prompt import PART, Prompt, Reread
+from kvcascade.cache.prompt import Prompt, Reread
+from kvcascade.cache.statistic import Statistic
 from kvcascade.cache.whole import Cache, Draft
 from kvcascade.kernels.activation import activate
 from kvcascade.kernels.heads import capped
@@ -99,6 +100,12 @@ class GPT(nnx.Module):
 
     def hidden(self, tokens_BT, positions_BT, cache, dropout_key=None, fresh=False) -> tuple[Any, Any]:
         """What the head is applied to, and the cache that has seen the tokens."""
+        x_BTM, cache = self.stream(tokens_BT, positions_BT, cache, dropout_key, fresh)
+        with jax.named_scope("norm"):
+            return self.norm(x_BTM), cache
+
+    def stream(self, tokens_BT, positions_BT, cache, dropout_key=None, fresh=False) -> tuple[Any, Any]:
+        """The residual stream after all layers, and the cache that has seen the tokens."""
         config = self.config
         with jax.named_scope("embedding"):
             x_BTM = self.embed(tokens_BT)
@@ -114,8 +121,7 @@ class GPT(nnx.Module):
         for index, (block, heads) in enumerate(zip(self.layers, config.layer_heads, strict=True)):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             x_BTM, cache = block(x_BTM, positions_BT, by[heads.width, heads.rope], cache, key, fresh)
-        with jax.named_scope("norm"):
-            return self.norm(x_BTM), cache
+        return x_BTM, cache
 
     @property
     def head_matrix(self):
@@ -200,13 +206,24 @@ def first_step[C: (Cache, Prompt)](
     x_BTM, cache = model.hidden(tokens_BT, positions_BT, cache, fresh=True)
     last_BV = model.logits(_last(x_BTM, positions_BT)[:, None])[:, 0]
     if isinstance(cache, Prompt) and cache.rereads:
-        cache = _read_again(config, params, cache, tokens_BT, positions_BT)
+        cache = _read_again(model, cache, tokens_BT, positions_BT)
     return last_BV, cache.answering()
 
 
-def _read_again(config: ModelConfig, params: Params, prompt: Prompt, tokens_BT, positions_BT) -> Prompt:
-    """The prompt with the numbers that a second reading makes, part by part, each after the last tokens of the one before."""
-    (B, T), size = tokens_BT.shape, min(PART, tokens_BT.shape[1])
+def _read_again(model: GPT, prompt: Prompt, tokens_BT, positions_BT) -> Prompt:
+    """The prompt with the numbers that a second reading makes, those of parts of one size at a time."""
+    found: dict[Statistic, Any] = {}
+    for part in dict.fromkeys(each.part for each in prompt.rereads):
+        some = dataclasses.replace(prompt, rereads=tuple(each for each in prompt.rereads if each.part == part))
+        numbers = _read_parts(model, some, tokens_BT, positions_BT, min(part, tokens_BT.shape[1]))
+        found |= zip(some.rereads, zip(*numbers, strict=True), strict=True)
+    numbers = tuple(zip(*(found[each] for each in prompt.rereads), strict=True))
+    return dataclasses.replace(prompt, numbers=numbers)
+
+
+def _read_parts(model: GPT, prompt: Prompt, tokens_BT, positions_BT, size: int) -> Any:
+    """Each layer's numbers by a second reading, part by part, each after the last tokens of the one before."""
+    B, T = tokens_BT.shape
     padded = -T % size
     wide = lambda x, fill: jnp.pad(x, ((0, 0), (LEAD, padded)), constant_values=fill)
     tokens, there = wide(tokens_BT, 0), wide(positions_BT, -1) >= 0
@@ -220,11 +237,26 @@ def _read_again(config: ModelConfig, params: Params, prompt: Prompt, tokens_BT, 
         cut = lambda x: lax.dynamic_slice_in_dim(x, start, LEAD + size, 1)
         positions = jnp.where(cut(there), length_B1 + cut(there).cumsum(-1) - 1, -1)
         part = Reread(whole, wide(positions_BT, -1)[:, LEAD:], start, numbers, size)
-        _, part = nnx.merge(graph(config)[0], params).hidden(cut(tokens), positions, part)
+        if any(each.sensitive for each in prompt.rereads):
+            slopes = jax.grad(functools.partial(size_of, part, cut(tokens), positions))(
+                (0 * positions.astype(jnp.float32),) * len(whole.parts)
+            )
+            part = dataclasses.replace(part, effects=effects, slopes=slopes)
+        _, part = model.hidden(cut(tokens), positions, part)
         return part.numbers, None
 
+    def size_of(part: Reread, tokens, positions, gauges):
+        """The squared residual stream of a part's tokens."""
+        x_BTM, _ = model.stream(tokens, positions, dataclasses.replace(part, numbers=(), gauges=gauges))
+        return jnp.where(positions[..., None] >= 0, x_BTM.astype(jnp.float32) ** 2, 0).sum()
+
+    def effect(block, part):
+        return jnp.linalg.norm(block.attention.added(part[2]), axis=-1).transpose(0, 2, 3, 1)
+
+    effects = tuple(map(effect, model.layers, whole.parts))
+
     numbers, _ = lax.scan(again, none, jnp.arange(0, T + padded, size))
-    return dataclasses.replace(prompt, numbers=jax.tree.map(lambda x: x[:, :, :T], numbers))
+    return jax.tree.map(lambda x: x[:, :, :T], numbers)
 
 
 def next_step[C: (Cache, Prompt)](

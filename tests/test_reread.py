@@ -1,16 +1,20 @@
 """A prompt that is read a second time: what its tokens are given then, and where that cannot be."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from kvcascade.cache import prompt as prompts
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.prompt import Prompt
-from kvcascade.cache.scores import Repeated
+from kvcascade.cache.scores import Repeated, Sensitivity
 from kvcascade.cache.spec import parse
 from kvcascade.eval.quality import perplexity
+from kvcascade.kernels.rotation import rotation
 from kvcascade.model import generate, gpt
 from kvcascade.model.config import ModelConfig
 
@@ -50,7 +54,7 @@ def wanted(tokens: list[int], part: int) -> np.ndarray:
 @pytest.mark.parametrize("part", [64, 16])
 def test_the_largest_share_that_a_second_reading_gives(part: int, monkeypatch) -> None:
     """Rows of unequal lengths, each part by itself, in blocks of queries; the cache keeps what has the largest shares."""
-    monkeypatch.setattr(gpt, "PART", part)
+    monkeypatch.setattr(Repeated, "part", part)
     monkeypatch.setattr(prompts, "QUERIES", 7)
     spec = parse("sink 2 | kvzip 9 then recent 8")
     cache = generate.empty_cache(CONFIG, spec, 2, 64)
@@ -72,6 +76,76 @@ def test_the_largest_share_that_a_second_reading_gives(part: int, monkeypatch) -
             for head in range(2):
                 ranked = sorted(range(2, length - 1), key=lambda pos, head=head: -want[layer, head, pos])
                 assert {*zipped[head].tolist()} == {*ranked[:8], length - 1}
+
+
+def felt(tokens: list[int], part: int) -> np.ndarray:
+    """`wanted` with each share times what the value writes and how the last residual stream depends on what the query's attention wrote:
+    a plain forward pass with the replayed tokens behind the prompt, differentiated by what is added after each layer's attention."""
+    T, found = len(tokens), np.zeros((CONFIG.layers, 2, len(tokens)))
+    model = nnx.merge(gpt.graph(CONFIG)[0], PARAMS)
+    norms = lambda x: np.linalg.norm(np.asarray(x, np.float64), axis=-1)
+
+    def stream(added, row):
+        x, rope = model.embed(row[None]), CONFIG.layer_heads[0].rope
+        by = rope and rotation(jnp.arange(len(row))[None], CONFIG.layer_heads[0].width, rope.at(256))
+        for block, more in zip(model.layers, added, strict=True):
+            x = x + block.attention(block.attention_norm(x), jnp.arange(len(row))[None], by, None)[0] + more
+            x = x + block.mlp(block.mlp_norm(x), None)
+        return x[0]
+
+    for start in range(0, T, part):
+        stop, lead = min(start + part, T), min(start, gpt.LEAD)
+        again = tokens[start - lead : stop]
+        row = jnp.asarray(tokens + again)
+        squares = lambda added, row=row: (stream(added, row)[T:] ** 2).sum()
+        slopes = jax.grad(squares)([jnp.zeros((1, len(row), CONFIG.width))] * CONFIG.layers)
+        _, whole = gpt.first_step(
+            CONFIG, PARAMS, Prompt(CONFIG.layer_heads, 256), row[None], jnp.arange(len(row))[None]
+        )
+        for layer, (q, k, v, _) in enumerate(whole.parts):
+            q, k, v = (np.asarray(x)[0] for x in (q, k, v))
+            output = np.asarray(model.layers[layer].attention.o.rows()).reshape(CONFIG.width, 4, -1)
+            for i in range(T, T + len(again)):
+                keys = [*({*range(start, stop)} | {*range(min(4, T))}), *range(T, i + 1)]
+                slope = norms(slopes[layer][0, i])
+                for head in range(4):
+                    logits = k[keys, head // 2] @ q[i, head] / CONFIG.head_dim**0.5
+                    share = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+                    for key, x in zip(keys, share, strict=True):
+                        if start <= key < stop:
+                            x = x * slope * norms(output[:, head] @ v[key, head // 2])
+                            found[layer, head // 2, key] = max(found[layer, head // 2, key], x)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [64, 16])
+def test_what_the_last_hidden_states_depend_on(part: int, monkeypatch) -> None:
+    """Rows of unequal lengths beside shares of another part's size; and where nothing depends on attention nothing is felt."""
+    monkeypatch.setattr(Sensitivity, "part", part)
+    monkeypatch.setattr(prompts, "QUERIES", 7)
+    first = jax.jit(lambda *arguments: gpt.first_step(CONFIG, *arguments))
+    whole = Prompt(CONFIG.layer_heads, 64, (Repeated(), Sensitivity()))
+    _, found = first(PARAMS, whole, jnp.asarray(TEXT), jnp.asarray(POSITIONS))
+    for row, length in enumerate(LENGTHS):
+        tokens = TEXT[row, :length].tolist()
+        want = felt(tokens, part), wanted(tokens, 2048)
+        for layer in range(CONFIG.layers):
+            shares, numbers = (np.asarray(each)[row] for each in found.numbers[layer])
+            np.testing.assert_allclose(numbers[:, :length], want[0][layer], rtol=2e-3, atol=1e-5)
+            np.testing.assert_allclose(shares[:, :length], want[1][layer], rtol=1e-3, atol=1e-5)
+            assert not numbers[:, length:].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
+def test_weights_of_few_bits_have_gradients_too(weights: str) -> None:
+    config = dataclasses.replace(CONFIG, weights=weights)
+    params = gpt.init(config, 0)
+    cache = generate.empty_cache(config, parse("kvgrad 9 then recent 8"), 2, 64)
+    _, cache = generate.prefill(config, params, cache, jnp.asarray(TEXT), jnp.asarray(POSITIONS))
+    assert all(np.isfinite(each).all() for layer in cache.layers for slots in layer.slots for each in slots.numbers)
+    assert all((layer.slots[1].numbers[0] > 0).any() for layer in cache.layers)
 
 
 @pytest.mark.slow

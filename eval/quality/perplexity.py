@@ -49,7 +49,7 @@ def check(config: ModelConfig, specs: list[CacheSpec], context: int, prefix: int
         if spec.rereads:
             if not prefix:
                 raise BadInput(f"{spec} reads a prompt twice: give it one, a prefix of the window's tokens")
-            generate.check_rereading(config, prefix)
+            generate.check_rereading(config, spec.rereads, prefix)
         generate.check_memory(config, spec, batch, context)
 
 

@@ -162,7 +162,7 @@ def score(
         positions = jnp.broadcast_to(jnp.arange(length), contexts.shape)
         rereads = dict.fromkeys(each for spec in specs for each in spec.rereads)
         if rereads:
-            generate.check_rereading(config, length)
+            generate.check_rereading(config, [*rereads], length)
         prompt = Prompt(config.layer_heads, whole, tuple(rereads))
         _, prompt = generate.prefill_step(config, params, prompt, contexts, positions)
         sizes = []
