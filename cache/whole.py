@@ -5,6 +5,7 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvcascade.cache.errors import BadInput
@@ -51,6 +52,15 @@ class Cache:
     def held(self, tokens: int) -> int:
         """Tokens that it holds, of rows that have seen so many, in the layer and the row that hold most."""
         return max(layer.tokens for layer in self.layers)
+
+    def places(self, row: int, tokens: int) -> Int[np.ndarray, "L K T"]:
+        """Which tier of its layer holds each of a row's first so many positions, the first tier being 0; -1: none does."""
+        found = np.full((len(self.of), max(each.heads.kv for each in self.layers), tokens), -1, np.int8)
+        for index, place in enumerate(self.of):
+            for tier, slots in enumerate(self.layers[place].slots):
+                for head, pos_S in enumerate(np.asarray(slots.pos_BKS[row])):
+                    found[index, head, pos_S[(pos_S >= 0) & (pos_S < tokens)]] = tier
+        return found
 
     @property
     def rereads(self) -> tuple[Statistic, ...]:

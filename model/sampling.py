@@ -1,8 +1,10 @@
 """How each row draws its tokens: its settings and its seed are data, so one program serves any mix of them."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,75 @@ class Sampling:
             raise BadInput("top-k must be at least 0, top-p above 0 and at most 1, min-p between 0 and 1")
         if not 0 <= self.seed < 2**32:
             raise BadInput(f"the seed is {self.seed}; it must be at least 0 and below 2^32")
+
+
+BIASES = 300
+"""The most tokens of a row whose logits something is added to, as OpenAI's interface has it."""
+
+
+class Restriction(NamedTuple):
+    """What a row may draw besides how: the tokens that are allowed and what is added to the logits of some."""
+
+    allowed_W: UInt32[np.ndarray, " W"] | None = None
+    """A bit for each token, from the lowest on; None: all are."""
+    bias: tuple[tuple[int, float], ...] = ()
+
+
+FREE = Restriction()
+"""None."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Restrictions:
+    """`Restriction` of each row, and whether any has one."""
+
+    any: Bool[Array, ""]
+    allowed_BW: UInt32[Array, "B W"]
+    token_BC: Int[Array, "B C"]
+    """Of a bias; past the vocabulary: none."""
+    bias_BC: Float[Array, "B C"]
+
+
+def restrictions(rows: Sequence[Restriction], vocab: int) -> Restrictions:
+    """Those of rows; BadInput for a token that is none, or more than BIASES of them."""
+    if all(each.allowed_W is None and not each.bias for each in rows):
+        return _none(len(rows), vocab)
+    allowed = np.full((len(rows), -(-vocab // 32)), 2**32 - 1, np.uint32)
+    token, bias = np.full((len(rows), BIASES), vocab, np.int32), np.zeros((len(rows), BIASES), np.float32)
+    for index, each in enumerate(rows):
+        if len(each.bias) > BIASES or not all(0 <= one < vocab for one, _ in each.bias):
+            raise BadInput(f"biases are of {BIASES} tokens at most, each from 0 to {vocab - 1}")
+        if each.allowed_W is not None:
+            allowed[index] = each.allowed_W
+        for place, (one, more) in enumerate(each.bias):
+            token[index, place], bias[index, place] = one, more
+    return Restrictions(jnp.asarray(True), jnp.asarray(allowed), jnp.asarray(token), jnp.asarray(bias))
+
+
+@functools.lru_cache
+def _none(rows: int, vocab: int) -> Restrictions:
+    """No restrictions: arrays that are on the device already, and that nobody reads."""
+    zeros = lambda columns, kind: jnp.zeros((rows, columns), kind)
+    allowed_BW, token_BC, bias_BC = (
+        zeros(-(-vocab // 32), jnp.uint32),
+        zeros(BIASES, jnp.int32),
+        zeros(BIASES, jnp.float32),
+    )
+    return Restrictions(jnp.asarray(False), allowed_BW, token_BC, bias_BC)
+
+
+def restricted(logits_BV: Float[Array, "B V"], by: Restrictions) -> Float[Array, "B V"]:
+    """Logits with the biases added, -inf for tokens that are not allowed; no work where no row has any."""
+
+    def apply(logits):
+        rows = jnp.arange(len(logits))[:, None]
+        logits = logits.at[rows, by.token_BC].add(by.bias_BC, mode="drop")
+        bits_BW32 = by.allowed_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+        allowed_BV = bits_BW32.reshape(len(logits), -1)[:, : logits.shape[1]] == 1
+        return jnp.where(allowed_BV, logits, -jnp.inf)
+
+    return lax.cond(by.any, apply, lambda logits: logits, logits_BV)
 
 
 GREEDY = Sampling()

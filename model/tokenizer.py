@@ -130,6 +130,13 @@ def fingerprint(encoding: Tokenizer) -> str:
     return _digest(encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens)
 
 
+def special_texts(encoding: Tokenizer) -> frozenset[str]:
+    """Return what special tokens are called: text that a template, and nobody else, may write."""
+    if isinstance(encoding, FileTokenizer):
+        return frozenset(filter(None, map(encoding.text_of, encoding.special_tokens)))
+    return frozenset(encoding.special_tokens_set)
+
+
 def encode_within(encoding: Tokenizer, text: str) -> list[int]:
     """Return the tokens of a text that other text precedes."""
     if isinstance(encoding, FileTokenizer):

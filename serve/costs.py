@@ -7,7 +7,7 @@ import numpy as np
 
 from kvcascade.model.sampling import Sampling
 from kvcascade.serve.plan import Limits, Plan, Row
-from kvcascade.serve.request import Drawn
+from kvcascade.serve.request import Draw, Drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +71,14 @@ class Replay:
         """Seconds of all steps so far."""
         return self.now
 
-    def run(self, found: Plan, draws: Mapping[int, Sequence[Sampling]], likely: bool) -> Drawn:
+    def run(self, found: Plan, draws: Mapping[int, Sequence[Draw]], tell: bool) -> Drawn:
         """Let the time of a step go by."""
         count = sum(map(len, draws.values()))
         size = self.limits.bucket(sum(run.stop - run.start for run in found.runs), count)
         self.now += self._seconds[size] + self.costs.attended * attended(found)
         return Drawn([0] * count, [0.0] * count, [()] * count, size)
 
-    def note(self, row: Row, sampling: Sampling) -> None:
+    def note(self, row: Row, by: Sampling) -> None:
         """Nothing is drawn."""
 
     def forget(self, row: Row) -> None:

@@ -18,13 +18,13 @@ from kvcascade.cache.blocks import Table
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.cache.tier import BLOCK
-from kvcascade.model import generate, gpt
+from kvcascade.model import generate, gpt, sampling
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
 from kvcascade.model.programs import Compiled, traced
 from kvcascade.model.sampling import GREEDY, Sampling, Settings, sample, settings
 from kvcascade.serve.plan import Limits, Move, Plan, Row, Run
-from kvcascade.serve.request import TOP, Drawn, Likely
+from kvcascade.serve.request import TOP, Draw, Drawn, Likely
 
 MOVED = 16
 """Blocks that go to host memory, or come back, by one program."""
@@ -42,6 +42,7 @@ def step(
     out_O: Int[Array, " O"],
     table_RW: Int[Array, "R W"],
     by: Settings,
+    restrictions: sampling.Restrictions,
 ) -> tuple[Int[Array, " O"], Float[Array, " O"], Float[Array, "O V"], BlockCache, Bool[Array, "R V"]]:
     """Put tokens of any rows into their blocks, and draw what follows those of the numbers `out`; -1 is padding everywhere.
 
@@ -54,10 +55,21 @@ def step(
     x_NTM, cache = model.hidden(token_N[:, None], position_N[:, None], cache)
     at_O = out_O.clip(0)
     logits_OV = model.logits(x_NTM[at_O])[:, 0].astype(jnp.float32)
-    token_O = sample(logits_OV, position_N[at_O] + 1, by, seen_RV[row_N[at_O].clip(0)])
+    drawn = draw(logits_OV, position_N[at_O] + 1, by, seen_RV[row_N[at_O].clip(0)], restrictions)
+    return *drawn, logits_OV, dataclasses.replace(cache, row_B=None), seen_RV
+
+
+def draw(
+    logits_OV: Float[Array, "O V"],
+    position_O: Int[Array, " O"],
+    by: Settings,
+    seen_OV: Bool[Array, "O V"],
+    restrictions: sampling.Restrictions,
+) -> tuple[Int[Array, " O"], Float[Array, " O"]]:
+    """Tokens at these positions, and their log-probabilities as the model has them, whatever may be drawn."""
+    token_O = sample(sampling.restricted(logits_OV, restrictions), position_O, by, seen_OV)
     chosen_O1 = jnp.take_along_axis(logits_OV, token_O.clip(0)[:, None], 1)
-    logprob_O = chosen_O1[:, 0] - jax.nn.logsumexp(logits_OV, -1)
-    return token_O, logprob_O, logits_OV, dataclasses.replace(cache, row_B=None), seen_RV
+    return token_O, chosen_O1[:, 0] - jax.nn.logsumexp(logits_OV, -1)
 
 
 @jax.jit
@@ -65,6 +77,11 @@ def likeliest(logits_OV: Float[Array, "O V"]) -> tuple[Float[Array, "O N"], Int[
     """The log-probabilities and the numbers of the TOP likeliest tokens, or of all."""
     logprob_ON, token_ON = jax.lax.top_k(jax.nn.log_softmax(logits_OV), min(TOP, logits_OV.shape[1]))
     return logprob_ON, token_ON
+
+
+def likely(logprob_N: np.ndarray, token_N: np.ndarray) -> Likely:
+    """A row of `likeliest`."""
+    return tuple(zip(token_N.tolist(), logprob_N.tolist(), strict=True))
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -134,7 +151,7 @@ class Device:
         self._aside: dict[int, list[np.ndarray]] = {}
         self._seconds = 0.0, 0.0, math.inf
 
-    def run(self, found: Plan, draws: Mapping[int, Sequence[Sampling]], likely: bool) -> Drawn:
+    def run(self, found: Plan, draws: Mapping[int, Sequence[Draw]], tell: bool) -> Drawn:
         """Move and copy blocks, put the tokens of runs into theirs, and draw for the rows of these numbers."""
         for move in found.out:
             self._put_aside(move)
@@ -155,25 +172,27 @@ class Device:
             out[len(by) : len(by) + len(wanted)] = at - 1
             by += wanted
         token_O, logprob_O, logits_OV = self._step(token, position, row, out, by)
-        told = self._likely(logits_OV, count) if likely else [()] * count
+        told = self._likely(logits_OV, count) if tell else [()] * count
         return Drawn(token_O[:count].tolist(), logprob_O[:count].tolist(), told, size)
 
-    def _step(self, token, position, row, out, by: list[Sampling]):
+    def _step(self, token, position, row, out, by: list[Draw]):
         program, arguments = self._program(token, position, row, out, by)
         token_O, logprob_O, logits_OV, self.cache, self._seen = program(*arguments)
         return np.asarray(token_O), np.asarray(logprob_O), logits_OV
 
-    def _program(self, token, position, row, out, by: list[Sampling]):
-        drawn = settings([*by, *[GREEDY] * (len(out) - len(by))], len(out))
-        arguments = self.params, self.cache, self._seen, token, position, row, out, self._table, drawn
+    def _program(self, token, position, row, out, by: list[Draw]):
+        by = [*by, *[Draw(GREEDY)] * (len(out) - len(by))]
+        how = (
+            settings([each.sampling for each in by], len(out)),
+            sampling.restrictions([each.restriction for each in by], self.vocab),
+        )
+        arguments = self.params, self.cache, self._seen, token, position, row, out, self._table, *how
         if len(token) not in self.programs:
             self.programs[len(token)] = self._compiled(step, self.config, *arguments)
         return self.programs[len(token)], arguments
 
     def _likely(self, logits_OV: Float[Array, "O V"], count: int) -> list[Likely]:
-        logprob_ON, token_ON = map(np.asarray, likeliest(logits_OV))
-        rows = zip(token_ON[:count].tolist(), logprob_ON[:count].tolist(), strict=True)
-        return [tuple(zip(*row, strict=True)) for row in rows]
+        return [*map(likely, *(np.asarray(each)[:count] for each in likeliest(logits_OV)))]
 
     def _copy(self, copies: Mapping[int, int]) -> None:
         """A row copies one block at most: the last of a prompt that it shares with others, before it writes on in it."""
@@ -204,9 +223,9 @@ class Device:
         start, each, token = self._seconds
         return start + -(-blocks // MOVED) * each < blocks * self.size * token
 
-    def note(self, row: Row, sampling: Sampling) -> None:
+    def note(self, row: Row, by: Sampling) -> None:
         """Hear of a row that begins at a place: what it has had, if it is held against that."""
-        if sampling.repetition_penalty != 1:
+        if by.repetition_penalty != 1:
             had = np.zeros(self.vocab, bool)
             had[row.tokens] = True
             self._seen = mark(self._seen, np.int32(row.place), had)

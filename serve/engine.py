@@ -7,11 +7,19 @@ import time
 from collections.abc import Callable
 
 from kvcascade.cache.blocks import Blocks
-from kvcascade.cache.errors import BadInput
 from kvcascade.cache.prefix import namespace
-from kvcascade.model.sampling import NOT_A_NUMBER, Sampling
+from kvcascade.model.sampling import NOT_A_NUMBER, Restriction, Sampling
 from kvcascade.serve.plan import Queue, Row, check, end, fork, plan
-from kvcascade.serve.request import TOP, Event, Likely, Request, Runs
+from kvcascade.serve.request import Draw, Event, Grammar, Likely, Request, Runs, seeded
+from kvcascade.serve.request import check as check_request
+
+
+@dataclasses.dataclass
+class Turn:
+    """When a request's turn came, and how many of its tokens were found then: of all its rows."""
+
+    at: float = 0.0
+    found: int = 0
 
 
 @dataclasses.dataclass
@@ -19,11 +27,17 @@ class Live:
     """What the engine knows of a row besides what is planned with."""
 
     row: Row
+    request: Request
+    turn: Turn
     sampling: Sampling
-    stops: frozenset[int]
-    likely: int
+    grammar: Grammar | None
     reached: int = 0
     """Tokens that have been computed for it, or found, at the most."""
+
+    @property
+    def draw(self) -> Draw:
+        """How its next token is drawn."""
+        return Draw(self.sampling, Restriction(self.grammar.allowed() if self.grammar else None, self.request.bias))
 
 
 class Engine:
@@ -43,23 +57,18 @@ class Engine:
 
     def submit(self, request: Request) -> list[int]:
         """Take a request in; return the numbers of its rows. BadInput for one that could never end."""
-        sampling, prompt = request.sampling, list(request.prompt)
+        check_request(request, self.device.context, self.device.vocab)
+        prompt = list(request.prompt)
         space = namespace(**self.device.about, salt=request.salt)
         limit, forks = len(prompt) + request.count, request.continuations - 1
-        if forks < 0:
-            raise BadInput(f"a prompt has a continuation at least, not {request.continuations}")
         row = Row(next(self._ids), prompt, limit, self.clock(), request.priority, space, request.retention, forks)
         check(row, self.blocks, self.limits)
-        if limit > self.device.context:
-            raise BadInput(f"{limit} tokens are more than the engine's context of {self.device.context}")
-        if not all(0 <= token < self.device.vocab for token in prompt):
-            raise BadInput(f"a prompt's tokens are numbers from 0 to {self.device.vocab - 1}")
-        if not 0 <= request.likely <= TOP:
-            raise BadInput(f"how likely other tokens were is told of {TOP} at most, not of {request.likely}")
         ids = [row.id, *(next(self._ids) for _ in range(forks))]
+        turn = Turn()
         for index, each in enumerate(ids):
-            own = dataclasses.replace(sampling, seed=(sampling.seed + index) % 2**32)
-            self.live[each] = Live(row, own, request.stops, request.likely)
+            self.live[each] = Live(
+                row, request, turn, seeded(request.sampling, index), request.grammar and request.grammar()
+            )
         self.queue.wait(row)
         return ids
 
@@ -88,6 +97,7 @@ class Engine:
             self.device.note(row, live.sampling)
             if not live.reached:  # else it has stopped, and finds its own
                 live.reached = row.table.computed
+                live.turn.at, live.turn.found = self.clock(), live.reached
                 self.stats["found"] += live.reached
         self.stats.update(
             begun=len(found.begun), stopped=len(found.stopped), copied=len(found.copies), put_aside=len(found.out)
@@ -97,8 +107,8 @@ class Engine:
             return []
         rows = {run.row.id: self._rows_of(run.row) for run in found.runs if run.stop == len(run.row.tokens)}
         lives = {number: [self.live[each] for each in mine] for number, mine in rows.items()}
-        draws = {number: [live.sampling for live in mine] for number, mine in lives.items()}
-        drawn = self.device.run(found, draws, any(live.likely for mine in lives.values() for live in mine))
+        draws = {number: [live.draw for live in mine] for number, mine in lives.items()}
+        drawn = self.device.run(found, draws, any(live.request.likely for mine in lives.values() for live in mine))
         now = self.clock()
         total = sum(run.stop - run.start for run in found.runs)
         self.stats.update(steps=1, tokens=total, padded=drawn.size - total, drawn=len(drawn.tokens))
@@ -127,9 +137,12 @@ class Engine:
             event = Event(row.id, None, None, "error")
         else:
             row.tokens.append(token)
+            if live.grammar:
+                live.grammar.take(token)
             self.blocks.publish(row.table, row.tokens, now)
-            reason = "stop" if token in live.stops else "length" if len(row.tokens) == row.limit else ""
-            event = Event(row.id, token, logprob, reason, likely[: live.likely])
+            request = live.request
+            reason = "stop" if token in request.stops else "length" if len(row.tokens) == row.limit else ""
+            event = Event(row.id, token, logprob, reason, likely[: request.likely], live.turn.at, live.turn.found)
         if event.finished:
             end(self.queue, self.blocks, row, now)
             del self.live[row.id]

@@ -1,11 +1,14 @@
 """What goes into an engine and what comes out of it, and what its steps run on."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
+
+from kvcascade.cache.errors import BadInput
 from kvcascade.cache.retention import Retention
-from kvcascade.model.sampling import GREEDY, Sampling
+from kvcascade.model.sampling import FREE, GREEDY, Restriction, Sampling, restrictions
 from kvcascade.serve.plan import Limits, Plan, Row
 
 TOP = 20
@@ -25,6 +28,26 @@ class Drawn(NamedTuple):
     size: int
 
 
+class Draw(NamedTuple):
+    """How a row's next token is drawn."""
+
+    sampling: Sampling
+    restriction: Restriction = FREE
+
+
+@runtime_checkable
+class Grammar(Protocol):
+    """What a row's text must be like: it is told each token, and says which may come next."""
+
+    def allowed(self) -> np.ndarray:
+        """A bit for each token, as `sampling.Restriction` has it."""
+        ...
+
+    def take(self, token: int) -> None:
+        """Hear of the next token."""
+        ...
+
+
 @runtime_checkable
 class Runs(Protocol):
     """What steps run on: a model with a pool (`device.Device`), or what stands in for one."""
@@ -36,11 +59,11 @@ class Runs(Protocol):
     limits: Limits
     about: dict[str, str | int]
 
-    def run(self, found: Plan, draws: Mapping[int, Sequence[Sampling]], likely: bool) -> Drawn:
+    def run(self, found: Plan, draws: Mapping[int, Sequence[Draw]], tell: bool) -> Drawn:
         """See `device.Device.run`."""
         ...
 
-    def note(self, row: Row, sampling: Sampling) -> None:
+    def note(self, row: Row, by: Sampling) -> None:
         """See `device.Device.note`."""
         ...
 
@@ -73,6 +96,32 @@ class Request:
     """Only requests of the same salt share prefixes."""
     likely: int = 0
     """Of how many of the likeliest tokens each event tells, TOP at most."""
+    bias: tuple[tuple[int, float], ...] = ()
+    """What is added to the logits of some tokens."""
+    grammar: Callable[[], Grammar] | None = None
+    """What makes the grammar of each of its rows."""
+    watched: bool = False
+    """Whether events tell where the tokens are."""
+
+
+def check(request: Request, context: int, vocab: int) -> None:
+    """BadInput for what no engine of such a context and vocabulary could answer."""
+    if not request.prompt:
+        raise BadInput("the prompt is empty")
+    if request.count < 1 or request.continuations < 1:
+        raise BadInput("a request is for a token and a continuation at least")
+    if (limit := len(request.prompt) + request.count) > context:
+        raise BadInput(f"{limit} tokens are more than the engine's context of {context}")
+    if not all(0 <= token < vocab for token in request.prompt):
+        raise BadInput(f"a prompt's tokens are numbers from 0 to {vocab - 1}")
+    if not 0 <= request.likely <= TOP:
+        raise BadInput(f"how likely other tokens were is told of {TOP} at most, not of {request.likely}")
+    restrictions([Restriction(bias=request.bias)], vocab)
+
+
+def seeded(sampling: Sampling, row: int) -> Sampling:
+    """How the row of that number among a request's continuations draws."""
+    return dataclasses.replace(sampling, seed=(sampling.seed + row) % 2**32)
 
 
 class Event(NamedTuple):
@@ -84,3 +133,9 @@ class Event(NamedTuple):
     finished: str = ""
     """Why it is over: stop, length, error or cancelled."""
     likely: Likely = ()
+    began: float = 0.0
+    """When its turn came, by the engine's clock."""
+    found: int = 0
+    """Tokens of the prompt that had been computed for others."""
+    places: np.ndarray | None = None
+    """Of a request that is watched, where it has tiers of its own: which holds each position [layers, KV heads, positions], -1: none."""

@@ -15,7 +15,7 @@ from kvcascade.kernels import backend, native
 from kvcascade.kernels.traffic import counting
 from kvcascade.model import generate, gpt
 from kvcascade.model.config import ModelConfig
-from kvcascade.model.sampling import GREEDY, Sampling, settings
+from kvcascade.model.sampling import FREE, GREEDY, Sampling, restrictions, settings
 from kvcascade.serve.device import Device, step
 from kvcascade.serve.engine import Engine
 from kvcascade.serve.plan import Limits
@@ -236,7 +236,9 @@ def test_a_step_copies_no_pool() -> None:
 
     def whole(leaves, token, position, row, out, table):
         cache, seen = tree.unflatten(leaves)
-        found = step(CONFIG, params(), cache, seen, token, position, row, out, table, by)
+        found = step(
+            CONFIG, params(), cache, seen, token, position, row, out, table, by, restrictions([FREE] * 8, CONFIG.vocab)
+        )
         return found[:3], jax.tree.leaves(found[3:])
 
     arguments = leaves, np.zeros(8, np.int32), none, none, out, ours._table

@@ -1,0 +1,480 @@
+"""The server's routes: OpenAI's chat and completions, tokens, health and metrics; see docs/server.md."""
+
+import asyncio
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from kvcascade.cache.errors import BadInput
+from kvcascade.cache.spec import CacheSpec, parse
+from kvcascade.model import chat, tokenizer
+from kvcascade.model.pretrained import Model
+from kvcascade.serve import request as engine
+from kvcascade.serve.answers import Choice, Form, Json, Told, usage
+from kvcascade.serve.guard import Guard, Rules
+from kvcascade.serve.metrics import Metrics
+from kvcascade.serve.request import Event
+from kvcascade.serve.score import score
+from kvcascade.serve.view import View
+from kvcascade.serve.visible import Visible
+from kvcascade.serve.wire import Asked, Chat, Completion, Detokenize, Refused, Tokenize
+from kvcascade.serve.worker import Ended, Worker
+
+PAGE = Path(__file__).with_name("ui.html")
+
+
+class Failed(Refused):
+    """The engine cannot answer."""
+
+    def __init__(self, message: str, status: int = 500):
+        super().__init__(message, status, kind="server_error")
+
+
+@dataclasses.dataclass
+class Rows:
+    """The rows of one prompt while they run, and what is heard of them."""
+
+    name: str
+    ids: list[int]
+    events: "asyncio.Queue[tuple[int, Event | Exception]]"
+
+
+class Server:
+    """A model behind caches, and how it answers."""
+
+    def __init__(
+        self,
+        model: Model,
+        specs: Sequence[CacheSpec],
+        worker: Worker,
+        metrics: Metrics,
+        rules: Rules,
+        context: int,
+        name: str = "",
+    ):
+        self.model, self.worker, self.metrics, self.rules, self.context = model, worker, metrics, rules, context
+        self.specs = {str(spec): spec for spec in specs}
+        self.name = name or model.name
+        self.created = int(time.time())
+        self.draining = False
+        self.open: dict[str, int] = {}
+        """Rows of each tenant that run or wait."""
+        self._texts = ThreadPoolExecutor(1, "texts")  # a tokeniser is not for two threads at once
+        self._special = tokenizer.special_texts(model.encoding)
+
+    # What a request is made of
+
+    async def texts[R](self, work: Callable[[], R]) -> R:
+        """Have something done with the tokeniser."""
+        return await asyncio.get_running_loop().run_in_executor(self._texts, work)
+
+    def conversation(self, messages: Sequence) -> list[int]:
+        """The tokens of a conversation. Refused where a message has the text of a special token, by which it could speak for another."""
+        for index, message in enumerate(messages):
+            for special in self._special:
+                if special in message.text:
+                    words = f"messages[{index}] contains {special!r}, which tells this model where a message ends"
+                    raise Refused(words, code="special_token", param="messages")
+        role = lambda each: "system" if each.role == "developer" else each.role
+        return chat.encode(self.model, [{"role": role(each), "content": each.text} for each in messages])
+
+    def numbers(self, prompt: str | list[int]) -> list[int]:
+        """The tokens of a prompt."""
+        return self.model.encode(prompt) if isinstance(prompt, str) else prompt
+
+    def cache(self, asked: str | None) -> str:
+        """The engine that a request is for: the first one, or the one that it names."""
+        if asked is None:
+            return next(iter(self.specs))
+        if (name := str(parse(asked))) not in self.specs:
+            raise Refused(
+                f"the cache {name!r} is not served; there are {', '.join(map(repr, self.specs))}", param="cache"
+            )
+        return name
+
+    def known(self, name: str | None) -> None:
+        """Refused for another model."""
+        if name not in (None, self.name):
+            raise Refused(f"there is no model {name!r}, only {self.name!r}", 404, "model_not_found", "model")
+
+    def request(self, asked: Chat | Completion, prompt: list[int], count: int, tenant: str) -> engine.Request:
+        """What the engine is asked."""
+        return engine.Request(
+            prompt, count, asked.sampling(), asked.n, self.model.end, asked.priority, tuple(each.retention() for each in asked.retention),
+            json.dumps([tenant, asked.cache_salt]), asked.likely or 0, asked.bias, self.grammar(asked), asked.watch,
+        )  # fmt: skip
+
+    def grammar(self, asked: Asked):
+        """What makes the grammar of each row, where the answer must be JSON."""
+        if asked.response_format is None or asked.response_format.type == "text":
+            return None
+        schema = asked.response_format.json_schema
+        return self._grammars.of(schema.schema_ if schema else None)
+
+    @property
+    def _grammars(self):
+        from kvcascade.serve.grammar import Grammars
+
+        if not hasattr(self, "_made"):
+            self._made = Grammars(self.model)
+        return self._made
+
+    # Rows
+
+    def admit(self, tenant: str, rows: int) -> None:
+        """Count rows in; Refused where there are too many."""
+        total, mine = sum(self.open.values()), self.open.get(tenant, 0)
+        if self.draining or not self.worker.ready.is_set():
+            self.metrics.refuse("draining")
+            raise Failed("the server is not ready, or is about to end", 503)
+        for count, most, words, reason in (
+            (total, self.rules.queue, "the server has", "queue"),
+            (mine, self.rules.per_key, "your key has", "per_key"),
+        ):
+            if count + rows > most:
+                self.metrics.refuse(reason)
+                raise Refused(
+                    f"{words} {count} requests of at most {most} already",
+                    429,
+                    "rate_limit_exceeded",
+                    kind="rate_limit_error",
+                )
+        self.open[tenant] = mine + rows
+
+    async def begin(self, asked: engine.Request, name: str) -> Rows:
+        """Give a request to its engine."""
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+        arrival = time.monotonic()
+
+        def hearer(index: int):
+            count = self.metrics.heard(name, arrival, len(asked.prompt), index == 0)
+
+            def hear(event: Event | Exception) -> None:
+                if isinstance(event, Event):
+                    count(event)
+                loop.call_soon_threadsafe(queue.put_nowait, (index, event))
+
+            return hear
+
+        future = self.worker.submit(name, asked, [hearer(index) for index in range(asked.continuations)])
+        return Rows(name, await asyncio.wrap_future(future), queue)
+
+    async def events(self, rows: Rows) -> AsyncIterator[tuple[int, Event]]:
+        """What the rows bring, each to its end; those that are left when nobody asks any more are taken out."""
+        left = set(range(len(rows.ids)))
+        try:
+            while left:
+                index, event = await rows.events.get()
+                if isinstance(event, Exception):
+                    raise Failed("the engine has failed") from event
+                if event.finished == "error":
+                    raise Failed("the model's logits are not numbers")
+                if event.finished:
+                    left.discard(index)
+                yield index, event
+        finally:
+            self.leave(rows, left)
+
+    def leave(self, rows: Rows, left: set[int]) -> None:
+        """Take rows out that nobody waits for."""
+        if left:
+            self.worker.cancel(rows.name, [rows.ids[index] for index in left])
+            for _ in left:
+                self.metrics.ended(rows.name, "cancelled")
+
+    # Answers
+
+    async def answer(
+        self, http: Request, asked: Chat | Completion, prompts: Sequence[list[int]], chatty: bool
+    ) -> Response:
+        """All prompts' answers, at once or as a stream."""
+        name, tenant = self.cache(asked.cache), http.state.tenant
+        form = Form(chatty, self.name, asked.likely, self.model.encoding.decode_single_token_bytes)
+        requests = []
+        for prompt in prompts:
+            room = self.context - len(prompt)
+            count = room if asked.count is None else asked.count
+            if count > room or not prompt:
+                words = f"{len(prompt)} tokens of prompt and {count} to generate do not fit into a context of {self.context}"
+                raise Refused(
+                    words if prompt else "the prompt is empty",
+                    code="context_length_exceeded",
+                    param="messages" if chatty else "prompt",
+                )
+            if count:
+                requests.append(
+                    await self.texts(lambda prompt=prompt, count=count: self.request(asked, prompt, count, tenant))
+                )
+                engine.check(requests[-1], self.context, self.model.config.vocab)
+        rows = asked.n * len(prompts)
+        http.state.told |= {"cache": name, "prompt_tokens": sum(map(len, prompts))}
+        self.admit(tenant, rows)
+        release = lambda: self.open.update({tenant: self.open[tenant] - rows})
+        if not asked.stream:
+            try:
+                return JSONResponse(await self.whole(http, asked, form, prompts, requests, name))
+            finally:
+                release()
+        return StreamingResponse(
+            self.stream(http, asked, form, prompts, requests, name, release), media_type="text/event-stream"
+        )
+
+    def choices(self, asked: Asked, form: Form, prompts: Sequence) -> list[Choice]:
+        """The answers of all prompts, empty."""
+        make = lambda index: Choice(index, Visible(form.token_bytes, asked.stops), form.token_bytes)
+        return [make(index) for index in range(asked.n * len(prompts))]
+
+    async def whole(self, http: Request, asked: Chat | Completion, form: Form, prompts, requests, name: str) -> Json:
+        """The answer to a request that is no stream; where the client goes, its rows go."""
+        choices, before = self.choices(asked, form, prompts), []
+        if isinstance(asked, Completion) and asked.echo:
+            for prompt in prompts:
+                told: list[Told] = []
+                if asked.likely is not None:
+                    ask = lambda prompt=prompt: score(self.model.config, self.model.params, prompt, asked.likely or 0)
+                    told = await asyncio.wrap_future(self.worker.ask(ask))
+                text = self.model.encoding.decode(prompt)
+                before += [(text, told)] * asked.n
+        if not requests:
+            for choice in choices:
+                choice.reason = "length"
+        async with asyncio.timeout(self.rules.timeout):
+            async with contextlib.aclosing(self.each(http, choices, requests, name, asked.n)) as events:
+                async for choice, event, _ in events:
+                    choice.add(event)
+        used = usage(sum(map(len, prompts)), choices)
+        http.state.told |= {"completion_tokens": used["completion_tokens"]}
+        return form.whole(choices, used, before)
+
+    async def each(
+        self, http: Request, choices: list[Choice], requests, name: str, n: int
+    ) -> AsyncGenerator[tuple[Choice, Event, int]]:
+        """Events of all prompts' rows, with the choice that each is of; nothing of a row after its stop text."""
+        began = [await self.begin(each, name) for each in requests]
+        merged: asyncio.Queue = asyncio.Queue()
+
+        async def follow(place: int, rows: Rows) -> None:
+            try:
+                async for index, event in self.events(rows):
+                    await merged.put((place, index, event))
+                await merged.put((place, -1, None))
+            except Exception as error:
+                await merged.put((place, -1, error))
+
+        async def leave() -> None:
+            while not await http.is_disconnected():
+                await asyncio.sleep(0.25)
+            await merged.put((-1, -1, Gone()))
+
+        tasks = [asyncio.ensure_future(follow(place, rows)) for place, rows in enumerate(began)]
+        watch = asyncio.ensure_future(leave())
+        left = len(tasks)
+        try:
+            while left:
+                place, index, event = await merged.get()
+                if isinstance(event, Exception):
+                    raise event
+                if event is None:
+                    left -= 1
+                    continue
+                choice = choices[place * n + index]
+                if choice.reason:
+                    continue
+                yield choice, event, place
+                if choice.reason == "stop" and not event.finished:  # by a stop text: the engine does not know
+                    self.worker.cancel(name, [began[place].ids[index]])
+                    self.metrics.ended(name, "stop")
+                    await began[place].events.put((index, event._replace(finished="stop")))
+        finally:
+            for task in (*tasks, watch):
+                task.cancel()
+            await asyncio.gather(*tasks, watch, return_exceptions=True)
+
+    async def stream(
+        self,
+        http: Request,
+        asked: Chat | Completion,
+        form: Form,
+        prompts,
+        requests,
+        name: str,
+        release: Callable[[], None],
+    ) -> AsyncIterator[str]:
+        """Server-sent events: a chunk for each token that shows something, or is asked about."""
+        line = lambda content: f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+        choices = self.choices(asked, form, prompts)
+        view = View() if asked.watch else None
+        pending: list[list[Told]] = [[] for _ in choices]
+        try:
+            if form.chat:
+                for choice in choices:
+                    yield line(form.first(choice.index))
+            async with asyncio.timeout(self.rules.timeout):
+                async with contextlib.aclosing(self.each(http, choices, requests, name, asked.n)) as events:
+                    async for choice, event, place in events:
+                        new = choice.add(event)
+                        waiting = pending[choice.index]
+                        waiting += choice.told[-1:]
+                        more: Json = {}
+                        if view:
+                            more = {
+                                "kvcascade": view.step(
+                                    [*prompts[place], *(told.token for told in choice.told)], event.places, form
+                                )
+                            }
+                        if new or choice.reason or view:
+                            yield line(form.chunk(choice, new, waiting) | more)
+                            waiting.clear()
+            used = usage(sum(map(len, prompts)), choices)
+            http.state.told |= {"completion_tokens": used["completion_tokens"]}
+            if asked.stream_options and asked.stream_options.include_usage:
+                yield line(form.last(used))
+        except TimeoutError:
+            self.metrics.refuse("timeout")
+            yield line(Failed(f"the request took more than {self.rules.timeout:g} s", 504).body())
+        except Refused as refused:
+            yield line(refused.body())
+        except Gone:
+            return
+        finally:
+            release()
+        yield "data: [DONE]\n\n"
+
+
+class Gone(Exception):
+    """The client is not there any more."""
+
+
+def application(server: Server) -> Any:
+    """The server as an ASGI application."""
+    version = importlib.metadata.version("kvcascade")
+    app = FastAPI(title="kvcascade", version=version)
+
+    @app.exception_handler(BadInput)
+    async def bad(http: Request, error: BadInput) -> Response:
+        refused = error if isinstance(error, Refused) else Refused(str(error))
+        if refused.status == 400:
+            server.metrics.refuse("invalid")
+        headers = {"retry-after": "1"} if refused.status in (429, 503) else {}
+        return JSONResponse(refused.body(), refused.status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(http: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = ".".join(str(each) for each in first["loc"][1:])
+        return await bad(http, Refused(f"{place}: {first['msg']}" if place else first["msg"], param=place or None))
+
+    @app.exception_handler(HTTPException)
+    async def other(http: Request, error: HTTPException) -> Response:
+        return JSONResponse(Refused(str(error.detail)).body(), error.status_code, error.headers)
+
+    @app.exception_handler(TimeoutError)
+    async def late(http: Request, error: TimeoutError) -> Response:
+        server.metrics.refuse("timeout")
+        return await bad(http, Failed(f"the request took more than {server.rules.timeout:g} s", 504))
+
+    @app.exception_handler(Ended)
+    async def ended(http: Request, error: Ended) -> Response:
+        return await bad(http, Failed("the engine has ended"))
+
+    @app.exception_handler(Gone)
+    async def gone(http: Request, error: Gone) -> Response:
+        return Response(status_code=499)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(http: Request, asked: Chat):
+        """OpenAI's chat, with our fields beside theirs."""
+        server.known(asked.model)
+        prompt = await server.texts(lambda: server.conversation(asked.messages))
+        return await server.answer(http, asked, [prompt], True)
+
+    @app.post("/v1/completions")
+    async def completions(http: Request, asked: Completion):
+        """OpenAI's completions."""
+        server.known(asked.model)
+        prompts = await server.texts(lambda: [*map(server.numbers, asked.prompts)])
+        return await server.answer(http, asked, prompts, False)
+
+    @app.post("/v1/embeddings")
+    async def embeddings():
+        """There are none."""
+        raise Refused("this server generates text; it has no embeddings", code="unsupported")
+
+    def model_card() -> Json:
+        about = {"max_model_len": server.context, "caches": [*server.specs]}
+        return {"id": server.name, "object": "model", "created": server.created, "owned_by": "kvcascade"} | about
+
+    @app.get("/v1/models")
+    async def models():
+        """The one model."""
+        return {"object": "list", "data": [model_card()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str):
+        """The model by its name."""
+        server.known(name)
+        return model_card()
+
+    @app.post("/tokenize")
+    async def tokenize(asked: Tokenize):
+        """The tokens of a text or of a conversation."""
+        server.known(asked.model)
+
+        def work() -> list[int]:
+            if asked.messages:
+                return server.conversation(asked.messages)
+            text = asked.prompt or ""
+            return (
+                server.numbers(text)
+                if asked.add_special_tokens
+                else tokenizer.encode_within(server.model.encoding, text)
+            )
+
+        tokens = await server.texts(work)
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": server.context}
+
+    @app.post("/detokenize")
+    async def detokenize(asked: Detokenize):
+        """The text of tokens."""
+        server.known(asked.model)
+        if any(token >= server.model.encoding.n_vocab for token in asked.tokens):
+            raise Refused(f"tokens are numbers below {server.model.encoding.n_vocab}", param="tokens")
+        return {"prompt": await server.texts(lambda: server.model.encoding.decode(asked.tokens))}
+
+    @app.get("/health")
+    async def health():
+        """Whether the engine is alive."""
+        return Response(status_code=200 if server.worker.is_alive() else 500)
+
+    @app.get("/ready")
+    async def ready():
+        """Whether requests are taken in."""
+        return Response(status_code=200 if server.worker.ready.is_set() and not server.draining else 503)
+
+    @app.get("/version")
+    async def told_version():
+        """The library's version."""
+        return {"version": version}
+
+    @app.get("/metrics")
+    async def metrics():
+        """For Prometheus."""
+        return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/ui")
+    async def page():
+        """The page: a chat, and where its tokens are."""
+        return HTMLResponse(PAGE.read_text("utf-8"))
+
+    return Guard(app, server.rules, server.metrics.refuse)

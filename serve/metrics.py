@@ -1,0 +1,168 @@
+"""What Prometheus is told: vLLM's names and meanings, and what only we have, all under `kvcascade:`."""
+
+import collections
+import time
+from collections.abc import Callable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+
+from kvcascade.serve.alone import Alone
+from kvcascade.serve.engine import Engine
+from kvcascade.serve.request import Event
+
+FIRST = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+BETWEEN = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5)
+WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
+
+
+class Metrics:
+    """Counters of one server; those of engines are labelled by their cache."""
+
+    def __init__(self, model: str):
+        self.registry = CollectorRegistry()
+        make = lambda kind: (
+            lambda name, about, labels=(), **more: kind(
+                f"kvcascade:{name}", about, ("model_name", "cache", *labels), registry=self.registry, **more
+            )
+        )
+        gauge, counter, histogram = make(Gauge), make(Counter), make(Histogram)
+        self._model = model
+        self.running = gauge("num_requests_running", "Rows that have begun and are not over.")
+        self.waiting = gauge("num_requests_waiting", "Rows that wait for their turn.")
+        self.usage = gauge("kv_cache_usage_perc", "Share of the blocks that rows use, from 0 to 1.")
+        self.blocks = gauge("kv_blocks", "Blocks by state: free, used, or idle (nobody's, but known).", ("state",))
+        self.bytes = gauge(
+            "kv_bytes_per_tier", "Bytes of keys and values that there is room for, of all rows.", ("tier",)
+        )
+        self.compiled = gauge("programs", "Compiled programs.")
+        self.compiles = counter("jit_compiles", "Programs that were compiled after warming up.")
+        self.queries = counter("prefix_cache_queries", "Tokens of prompts that were looked for.")
+        self.hits = counter("prefix_cache_hits", "Tokens of prompts that were found.")
+        self.preempted = counter("num_preemptions", "Times that a row had to stop for others.")
+        self.moved = counter("preemptions", "The same by what became of its keys and values.", ("mode", "reason"))
+        self.copies = counter("kv_cow_copies", "Blocks that were copied before they were written.")
+        self.evicted = counter("kv_evicted_blocks", "Known blocks whose room was needed.")
+        self.prompted = counter("prompt_tokens", "Tokens of prompts.")
+        self.generated = counter("generation_tokens", "Tokens that were generated.")
+        self.over = counter("request_success", "Rows that are over, by why.", ("finished_reason",))
+        self.refused = counter("refusals", "Requests that were not taken in, by why.", ("reason",))
+        self.step = histogram("iteration_tokens_total", "Tokens of a step.", buckets=SIZES)
+        self.first = histogram("time_to_first_token_seconds", "From a request's arrival.", buckets=FIRST)
+        self.between = histogram("inter_token_latency_seconds", "Between two tokens of a row.", buckets=BETWEEN)
+        self.whole = histogram("e2e_request_latency_seconds", "From arrival to the end.", buckets=WHOLE)
+        self.queued = histogram("request_queue_time_seconds", "From arrival until its turn comes.", buckets=WHOLE)
+        self.prefill = histogram("request_prefill_time_seconds", "From its turn to its first token.", buckets=WHOLE)
+        self.decode = histogram("request_decode_time_seconds", "From its first token to its last.", buckets=WHOLE)
+        self.config = Info("kvcascade:cache_config", "What is served.", ("model_name", "cache"), registry=self.registry)
+        self._before: dict[str, collections.Counter[str]] = {}
+        self._programs: dict[str, int] = {}
+
+    def text(self) -> bytes:
+        """What /metrics answers."""
+        return generate_latest(self.registry)
+
+    def serving(self, name: str, engine: Engine | Alone, tiers: Mapping[str, int], about: Mapping[str, str]) -> None:
+        """An engine is ready: its tiers' bytes, and that nothing has happened yet."""
+        mine = self._model, name
+        self.config.labels(*mine).info(dict(about))
+        for tier, size in tiers.items():
+            self.bytes.labels(*mine, tier).set(size)
+        counters = (
+            self.compiles,
+            self.queries,
+            self.hits,
+            self.preempted,
+            self.copies,
+            self.evicted,
+            self.prompted,
+            self.generated,
+        )
+        for each in counters:
+            each.labels(*mine)
+        for mode in ("recompute", "aside"):
+            self.moved.labels(*mine, mode, "blocks")
+        for reason in ("stop", "length", "error", "cancelled"):
+            self.over.labels(*mine, reason)
+        for reason in REFUSALS:
+            self.refused.labels(self._model, "", reason)
+        self._programs[name] = _compiled(engine)
+        self.after({name: engine})
+
+    def after(self, engines: Mapping[str, Engine | Alone]) -> None:
+        """Take over what engines have counted since the last time."""
+        for name, engine in engines.items():
+            mine, stats = (self._model, name), engine.stats
+            before = self._before.setdefault(name, collections.Counter())
+            new = {key: stats[key] - before[key] for key in stats if stats[key] != before[key]}
+            self._before[name] = collections.Counter(stats)
+            running, waiting = (
+                (engine.queue.running, engine.queue.waiting)
+                if isinstance(engine, Engine)
+                else (engine.running, engine.waiting)
+            )
+            self.running.labels(*mine).set(len(running))
+            self.waiting.labels(*mine).set(len(waiting))
+            self.hits.labels(*mine).inc(new.get("found", 0))
+            aside = new.get("put_aside", 0)
+            self.preempted.labels(*mine).inc(new.get("stopped", 0))
+            self.moved.labels(*mine, "aside", "blocks").inc(aside)
+            self.moved.labels(*mine, "recompute", "blocks").inc(max(0, new.get("stopped", 0) - aside))
+            self.copies.labels(*mine).inc(new.get("copied", 0))
+            if new.get("steps"):
+                self.step.labels(*mine).observe(new.get("tokens", 0))
+            if isinstance(engine, Engine):
+                states = engine.blocks.states()
+                for state, count in states.items():
+                    self.blocks.labels(*mine, state).set(count)
+                self.usage.labels(*mine).set(states["used"] / (engine.blocks.count - 1))
+                self.evicted.labels(*mine).inc(engine.blocks.evictions - before["evicted"])
+                self._before[name]["evicted"] = engine.blocks.evictions
+            programs = _compiled(engine)
+            self.compiled.labels(*mine).set(programs)
+            self.compiles.labels(*mine).inc(max(0, programs - self._programs[name]))
+            self._programs[name] = max(programs, self._programs[name])
+
+    def heard(
+        self, name: str, arrival: float, prompt: int, first_row: bool, clock: Callable[[], float] = time.monotonic
+    ):
+        """What hears a row's events, which is to be called with each; of several rows of a prompt the first one counts it."""
+        mine, times = (self._model, name), [arrival]
+
+        def hear(event: Event) -> None:
+            now = clock()
+            if event.token is not None:
+                self.generated.labels(*mine).inc()
+                if len(times) == 1:
+                    self.first.labels(*mine).observe(now - arrival)
+                    self.queued.labels(*mine).observe(max(0.0, event.began - arrival))
+                    self.prefill.labels(*mine).observe(now - event.began)
+                    if first_row:
+                        self.prompted.labels(*mine).inc(prompt)
+                        self.queries.labels(*mine).inc(prompt)
+                else:
+                    self.between.labels(*mine).observe(now - times[-1])
+                times[1:] = [times[1] if len(times) > 1 else now, now]
+            if event.finished:
+                self.ended(name, event.finished)
+                self.whole.labels(*mine).observe(now - arrival)
+                if len(times) > 1:
+                    self.decode.labels(*mine).observe(now - times[1])
+
+        return hear
+
+    def ended(self, name: str, reason: str) -> None:
+        """A row is over."""
+        self.over.labels(self._model, name, reason).inc()
+
+    def refuse(self, reason: str) -> None:
+        """A request was not taken in; REFUSALS has the reasons."""
+        self.refused.labels(self._model, "", reason).inc()
+
+
+REFUSALS = ("invalid", "key", "body", "queue", "per_key", "draining", "timeout")
+
+
+def _compiled(engine: Engine | Alone) -> int:
+    device = engine.device if isinstance(engine, Engine) else engine
+    return device.compiled() if hasattr(device, "compiled") else 0  # pyright: ignore[reportAttributeAccessIssue]
