@@ -64,6 +64,8 @@ def main(arguments: list[str]) -> None:
         import uvicorn
 
         from kvcascade.serve import api, guard
+        from kvcascade.serve.alone import Alone
+        from kvcascade.serve.engine import Engine
         from kvcascade.serve.engines import Room, starting
         from kvcascade.serve.metrics import Metrics
         from kvcascade.serve.worker import Worker
@@ -75,9 +77,10 @@ def main(arguments: list[str]) -> None:
     model = console.open_model(args.model, args.weights)
     context = min(args.context, model.config.context)
     metrics = Metrics(args.name or model.name)
-
     room = Room(context, args.blocks, Limits(args.tokens, args.rows, aside=args.aside))
-    worker = Worker(starting(model, specs, room, metrics), lambda: setattr(http, "should_exit", True), metrics.after)
+    worker: Worker[Engine | Alone] = Worker(
+        starting(model, specs, room, metrics), lambda: setattr(http, "should_exit", True), metrics.after
+    )
     server = api.Server(model, specs, worker, metrics, rules, context, args.name)
 
     class Http(uvicorn.Server):

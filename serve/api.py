@@ -43,11 +43,31 @@ class Failed(Refused):
 
 @dataclasses.dataclass
 class Rows:
-    """The rows of one prompt while they run, and what is heard of them."""
+    """The rows of a request while they run: of each choice's its number in the engine, and what is heard of all."""
 
     name: str
-    ids: list[int]
-    events: "asyncio.Queue[tuple[int, Event | Exception]]"
+    tenant: str
+    count: int
+    """How many were counted in."""
+    ids: dict[int, int] = dataclasses.field(default_factory=dict)
+    events: "asyncio.Queue[tuple[int, Event | Exception]]" = dataclasses.field(default_factory=asyncio.Queue)
+
+
+class Stream(StreamingResponse):
+    """A stream after which its rows are taken out, also where nobody has begun to read it."""
+
+    def __init__(self, content: AsyncIterator[str], close: Callable[[], None]):
+        super().__init__(
+            content, media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
+        )
+        self._close = close
+
+    async def __call__(self, scope, receive, send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close()
 
 
 class Server:
@@ -144,54 +164,46 @@ class Server:
         ):
             if count + rows > most:
                 self.metrics.refuse(reason)
-                raise Refused(
-                    f"{words} {count} requests of at most {most} already",
-                    429,
-                    "rate_limit_exceeded",
-                    kind="rate_limit_error",
-                )
+                words = f"{words} {count} answers of at most {most} already"
+                raise Refused(words, 429, "rate_limit_exceeded", kind="rate_limit_error")
         self.open[tenant] = mine + rows
 
-    async def begin(self, asked: engine.Request, name: str) -> Rows:
-        """Give a request to its engine."""
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue()
-        arrival = time.monotonic()
+    async def begin(self, requests: Sequence[engine.Request], name: str, tenant: str, count: int) -> Rows:
+        """Count rows in and give their requests to the engine."""
+        self.admit(tenant, count)
+        loop, rows, arrival = asyncio.get_running_loop(), Rows(name, tenant, count), time.monotonic()
 
-        def hearer(index: int):
-            count = self.metrics.heard(name, arrival, len(asked.prompt), index == 0)
+        def hearer(asked: engine.Request, index: int, first: bool):
+            count = self.metrics.heard(name, arrival, len(asked.prompt), first)
 
             def hear(event: Event | Exception) -> None:
                 if isinstance(event, Event):
                     count(event)
-                loop.call_soon_threadsafe(queue.put_nowait, (index, event))
+                with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
+                    loop.call_soon_threadsafe(rows.events.put_nowait, (index, event))
 
             return hear
 
-        future = self.worker.submit(name, asked, [hearer(index) for index in range(asked.continuations)])
-        return Rows(name, await asyncio.wrap_future(future), queue)
-
-    async def events(self, rows: Rows) -> AsyncIterator[tuple[int, Event]]:
-        """What the rows bring, each to its end; those that are left when nobody asks any more are taken out."""
-        left = set(range(len(rows.ids)))
         try:
-            while left:
-                index, event = await rows.events.get()
-                if isinstance(event, Exception):
-                    raise Failed("the engine has failed") from event
-                if event.finished == "error":
-                    raise Failed("the model's logits are not numbers")
-                if event.finished:
-                    left.discard(index)
-                yield index, event
-        finally:
-            self.leave(rows, left)
+            for place, asked in enumerate(requests):
+                indices = [place * asked.continuations + row for row in range(asked.continuations)]
+                hear = [hearer(asked, index, index == indices[0]) for index in indices]
+                numbers = await asyncio.wrap_future(self.worker.submit(name, asked, hear))
+                rows.ids |= zip(indices, numbers, strict=True)
+        except BaseException:
+            self.close(rows)
+            raise
+        return rows
 
-    def leave(self, rows: Rows, left: set[int]) -> None:
-        """Take rows out that nobody waits for."""
-        if left:
-            self.worker.cancel(rows.name, [rows.ids[index] for index in left])
-            for _ in left:
+    def close(self, rows: Rows) -> None:
+        """Take out what still runs, and count the rows out; once."""
+        if rows.ids:
+            self.worker.cancel(rows.name, [*rows.ids.values()])
+            for _ in rows.ids:
                 self.metrics.ended(rows.name, "cancelled")
+            rows.ids.clear()
+        self.open[rows.tenant] -= rows.count
+        rows.count = 0
 
     # Answers
 
@@ -205,8 +217,9 @@ class Server:
         for prompt in prompts:
             room = self.context - len(prompt)
             count = room if asked.count is None else asked.count
-            if count > room or not prompt:
-                words = f"{len(prompt)} tokens of prompt and {count} to generate do not fit into a context of {self.context}"
+            if not (0 if asked.count == 0 else 1) <= count <= room or not prompt:
+                wanted = f"{len(prompt)} tokens of prompt and {max(count, 1)} to generate"
+                words = f"{wanted} do not fit into a context of {self.context}"
                 raise Refused(
                     words if prompt else "the prompt is empty",
                     code="context_length_exceeded",
@@ -217,26 +230,22 @@ class Server:
                     await self.texts(lambda prompt=prompt, count=count: self.request(asked, prompt, count, tenant))
                 )
                 engine.check(requests[-1], self.context, self.model.config.vocab)
-        rows = asked.n * len(prompts)
         http.state.told |= {"cache": name, "prompt_tokens": sum(map(len, prompts))}
-        self.admit(tenant, rows)
-        release = lambda: self.open.update({tenant: self.open[tenant] - rows})
-        if not asked.stream:
-            try:
-                return JSONResponse(await self.whole(http, asked, form, prompts, requests, name))
-            finally:
-                release()
-        return StreamingResponse(
-            self.stream(http, asked, form, prompts, requests, name, release), media_type="text/event-stream"
-        )
+        rows = await self.begin(requests, name, tenant, asked.n * len(prompts))
+        if asked.stream:
+            return Stream(self.stream(http, asked, form, prompts, rows), lambda: self.close(rows))
+        try:
+            return JSONResponse(await self.whole(http, asked, form, prompts, rows))
+        finally:
+            self.close(rows)
 
     def choices(self, asked: Asked, form: Form, prompts: Sequence) -> list[Choice]:
         """The answers of all prompts, empty."""
         make = lambda index: Choice(index, Visible(form.token_bytes, asked.stops), form.token_bytes)
         return [make(index) for index in range(asked.n * len(prompts))]
 
-    async def whole(self, http: Request, asked: Chat | Completion, form: Form, prompts, requests, name: str) -> Json:
-        """The answer to a request that is no stream; where the client goes, its rows go."""
+    async def whole(self, http: Request, asked: Chat | Completion, form: Form, prompts, rows: Rows) -> Json:
+        """The answer to a request that is no stream."""
         choices, before = self.choices(asked, form, prompts), []
         if isinstance(asked, Completion) and asked.echo:
             for prompt in prompts:
@@ -244,62 +253,46 @@ class Server:
                 if asked.likely is not None:
                     ask = lambda prompt=prompt: score(self.model.config, self.model.params, prompt, asked.likely or 0)
                     told = await asyncio.wrap_future(self.worker.ask(ask))
-                text = self.model.encoding.decode(prompt)
-                before += [(text, told)] * asked.n
-        if not requests:
+                before += [(await self.texts(lambda prompt=prompt: self.model.encoding.decode(prompt)), told)] * asked.n
+        if not rows.ids:  # nothing is generated
             for choice in choices:
                 choice.reason = "length"
         async with asyncio.timeout(self.rules.timeout):
-            async with contextlib.aclosing(self.each(http, choices, requests, name, asked.n)) as events:
-                async for choice, event, _ in events:
+            async with contextlib.aclosing(self.each(http, choices, rows)) as events:
+                async for choice, event in events:
                     choice.add(event)
         used = usage(sum(map(len, prompts)), choices)
         http.state.told |= {"completion_tokens": used["completion_tokens"]}
         return form.whole(choices, used, before)
 
-    async def each(
-        self, http: Request, choices: list[Choice], requests, name: str, n: int
-    ) -> AsyncGenerator[tuple[Choice, Event, int]]:
-        """Events of all prompts' rows, with the choice that each is of; nothing of a row after its stop text."""
-        began = [await self.begin(each, name) for each in requests]
-        merged: asyncio.Queue = asyncio.Queue()
-
-        async def follow(place: int, rows: Rows) -> None:
-            try:
-                async for index, event in self.events(rows):
-                    await merged.put((place, index, event))
-                await merged.put((place, -1, None))
-            except Exception as error:
-                await merged.put((place, -1, error))
+    async def each(self, http: Request, choices: list[Choice], rows: Rows) -> AsyncGenerator[tuple[Choice, Event]]:
+        """Events of all rows, with the choice that each is of; nothing of a row after its stop text. Gone where the client is."""
 
         async def leave() -> None:
             while not await http.is_disconnected():
                 await asyncio.sleep(0.25)
-            await merged.put((-1, -1, Gone()))
+            await rows.events.put((-1, Gone()))
 
-        tasks = [asyncio.ensure_future(follow(place, rows)) for place, rows in enumerate(began)]
         watch = asyncio.ensure_future(leave())
-        left = len(tasks)
         try:
-            while left:
-                place, index, event = await merged.get()
-                if isinstance(event, Exception):
+            while rows.ids:
+                index, event = await rows.events.get()
+                if isinstance(event, Gone):
                     raise event
-                if event is None:
-                    left -= 1
+                if index not in rows.ids:
                     continue
-                choice = choices[place * n + index]
-                if choice.reason:
-                    continue
-                yield choice, event, place
-                if choice.reason == "stop" and not event.finished:  # by a stop text: the engine does not know
-                    self.worker.cancel(name, [began[place].ids[index]])
-                    self.metrics.ended(name, "stop")
-                    await began[place].events.put((index, event._replace(finished="stop")))
+                if isinstance(event, Exception):
+                    raise Failed("the engine has failed") from event
+                if event.finished:
+                    del rows.ids[index]
+                if event.finished == "error":
+                    raise Failed("the model's logits are not numbers")
+                yield choices[index], event
+                if choices[index].reason and not event.finished:  # by a stop text, of which the engine does not know
+                    self.worker.cancel(rows.name, [rows.ids.pop(index)])
+                    self.metrics.ended(rows.name, "stop")
         finally:
-            for task in (*tasks, watch):
-                task.cancel()
-            await asyncio.gather(*tasks, watch, return_exceptions=True)
+            watch.cancel()
 
     async def stream(
         self,
@@ -307,9 +300,7 @@ class Server:
         asked: Chat | Completion,
         form: Form,
         prompts,
-        requests,
-        name: str,
-        release: Callable[[], None],
+        rows: Rows,
     ) -> AsyncIterator[str]:
         """Server-sent events: a chunk for each token that shows something, or is asked about."""
         line = lambda content: f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
@@ -321,8 +312,8 @@ class Server:
                 for choice in choices:
                     yield line(form.first(choice.index))
             async with asyncio.timeout(self.rules.timeout):
-                async with contextlib.aclosing(self.each(http, choices, requests, name, asked.n)) as events:
-                    async for choice, event, place in events:
+                async with contextlib.aclosing(self.each(http, choices, rows)) as events:
+                    async for choice, event in events:
                         new = choice.add(event)
                         waiting = pending[choice.index]
                         waiting += choice.told[-1:]
@@ -330,7 +321,7 @@ class Server:
                         if view:
                             more = {
                                 "kvcascade": view.step(
-                                    [*prompts[place], *(told.token for told in choice.told)], event.places, form
+                                    [*prompts[0], *(told.token for told in choice.told)], event.places, form
                                 )
                             }
                         if new or choice.reason or view:
@@ -347,8 +338,6 @@ class Server:
             yield line(refused.body())
         except Gone:
             return
-        finally:
-            release()
         yield "data: [DONE]\n\n"
 
 
@@ -372,6 +361,8 @@ def application(server: Server) -> Any:
     @app.exception_handler(RequestValidationError)
     async def invalid(http: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return await bad(http, Refused("the body is not JSON"))
         place = ".".join(str(each) for each in first["loc"][1:])
         return await bad(http, Refused(f"{place}: {first['msg']}" if place else first["msg"], param=place or None))
 

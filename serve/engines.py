@@ -4,7 +4,6 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 
-from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.model.pretrained import Model
 from kvcascade.model.programs import Compiled, kept
@@ -33,7 +32,7 @@ def starting(
     """What makes the engines by their caches' texts, warm; the metrics hear of each. BadInput for a cache that is on blocks in part."""
 
     def start() -> dict[str, Engine | Alone]:
-        engines = {}
+        engines: dict[str, Engine | Alone] = {}
         for spec in specs:
             engine, device = _made(model, spec, room, compiled)
             seconds = device.warm()

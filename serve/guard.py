@@ -86,9 +86,13 @@ class Guard:
         large = False
 
         async def answer(message) -> None:
-            nonlocal status, began
-            if large and not began:
-                raise _large(self.rules.body)  # whatever the framework made of it
+            nonlocal status, began, large
+            if large:  # whatever the framework has made of it
+                if message["type"] == "http.response.start" and not began:
+                    large = False
+                    await respond(answer, _large(self.rules.body))
+                    large = True
+                return
             if message["type"] == "http.response.start":
                 status, began = message["status"], True
                 message["headers"] = [*message["headers"], (b"x-request-id", number.encode())]
@@ -113,7 +117,6 @@ class Guard:
             await self.app(scope, bounded, answer)
         except Refused as refused:
             self.refuse("key" if refused.status == 401 else "body")
-            large = False
             if not began:
                 await respond(answer, refused)
         except ValueError:  # a content-length that is no number

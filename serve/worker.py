@@ -16,8 +16,6 @@ log = logging.getLogger("kvcascade.serve")
 class Serves(Protocol):
     """An engine: `engine.Engine`, or `alone.Alone`."""
 
-    context: int
-
     def submit(self, request: Request) -> list[int]:
         """See `engine.Engine.submit`."""
         ...
