@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from kvcascade.eval.records import Evaluation
     from kvcascade.model.pretrained import Model
     from kvcascade.model.sampling import Sampling
+    from kvcascade.serve.story import Story
 
 __version__ = importlib.metadata.version("kvcascade")
-__all__ = ["Evaluations", "evaluate", "generate", "load", "windows"]
+__all__ = ["Evaluations", "evaluate", "generate", "load", "watch", "windows"]
 
 # Everything is imported where it is used: `import kvcascade.cache.policy` comes through here and must stay cheap.
 
@@ -139,3 +140,17 @@ def generate(
         if answer.done:
             break
     return answer.text
+
+
+def watch(model: "Model", prompt: str, cache: str, tokens: int = 64, chat: bool = False) -> "Story":
+    """Continue a prompt greedily and keep where each token was after each step; a notebook shows it, `page()` is a file that does.
+
+    Raises BadInput for a cache in which nothing sinks, and where prompt and tokens are more than the model's context.
+    """
+    from kvcascade.cache.spec import parse
+    from kvcascade.model import chat as templates
+    from kvcascade.model.programs import traced
+    from kvcascade.serve import story
+
+    ids = templates.encode(model, [{"role": "user", "content": prompt}]) if chat else model.encode(prompt)
+    return story.watch(model, parse(cache), ids, tokens, compiled=traced)

@@ -70,10 +70,13 @@ class Tier:
     def nbytes(self, context: int, heads: Heads, numbers: int) -> int:
         """Predicted bytes per row, layer and KV head: codes and scales of K and V, an int32 position, each float32 number carried; of blocks all
         slots, which have neither positions nor numbers."""
+        slots = self.blocks(context) * BLOCK if self.place == "blocks" else self.slots(context, heads.window)
+        return slots * self.slot_bytes(heads, numbers)
+
+    def slot_bytes(self, heads: Heads, numbers: int) -> int:
+        """The same of one slot."""
         vectors = self.codecs.k.nbytes(heads.width) + self.codecs.v.nbytes(heads.value_width)
-        if self.place == "blocks":
-            return self.blocks(context) * BLOCK * vectors
-        return self.slots(context, heads.window) * (vectors + 4 + 4 * numbers)
+        return vectors if self.place == "blocks" else vectors + 4 + 4 * numbers
 
     def blocks(self, context: int) -> int:
         """Blocks of a row of so many tokens; a layer's window does not make them fewer."""

@@ -37,6 +37,7 @@ COMMANDS = {
     "harness": "standard tasks, through EleutherAI's lm-evaluation-harness: perplexity, choices, answers",
     "report": "a page of what was recorded",
     "generate": "continue a prompt through a cache",
+    "watch": "a page that shows tokens sink from tier to tier",
     "serve": "answer OpenAI's clients over HTTP",
     "completion": "what a shell needs to complete commands",
 }

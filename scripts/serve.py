@@ -3,13 +3,17 @@
 import dataclasses
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
+from kvcascade.eval import record_files
+from kvcascade.eval.records import Evaluation, of
+from kvcascade.model.pretrained import Model
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, CountOrNone, arguments_of
 from kvcascade.serve.plan import Limits
@@ -52,6 +56,8 @@ class Args:
     """Seconds that an answer takes at most."""
     drain: Count = 30
     """Seconds in which what runs may end after SIGTERM."""
+    records: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    """Records of `evaluate`, of which the page shows this model's caches."""
     log: Path | None = None
     """A file for the log's JSON lines; by default stderr."""
 
@@ -81,7 +87,7 @@ def main(arguments: list[str]) -> None:
     worker: Worker[Engine | Alone] = Worker(
         starting(model, specs, room, metrics), lambda: setattr(http, "should_exit", True), metrics.after
     )
-    server = api.Server(model, specs, worker, metrics, rules, context, args.name)
+    server = api.Server(model, specs, worker, metrics, rules, context, args.name, _points(args.records, model))
 
     class Http(uvicorn.Server):
         def handle_exit(self, sig, frame) -> None:
@@ -108,3 +114,9 @@ def main(arguments: list[str]) -> None:
         console.say(f"the engine has failed: {type(worker.failed).__name__}: {worker.failed}")
         logging.shutdown()
         os._exit(1)
+
+
+def _points(files: Sequence[Path], model: Model) -> list[dict[str, Any]]:
+    """Bytes and perplexity of a model's caches, as they were recorded."""
+    found = [each for file in files for each in of(record_files.read(file), Evaluation) if each.model == model.name]
+    return [{"cache": each.cache, "kv_bytes": each.kv_bytes, "ppl": each.ppl} for each in found]

@@ -26,7 +26,7 @@ from kvcascade.serve.guard import Guard, Rules
 from kvcascade.serve.metrics import Metrics
 from kvcascade.serve.request import Event
 from kvcascade.serve.score import score
-from kvcascade.serve.view import View
+from kvcascade.serve.view import View, card
 from kvcascade.serve.visible import Visible
 from kvcascade.serve.wire import Asked, Chat, Completion, Detokenize, Refused, Tokenize
 from kvcascade.serve.worker import Ended, Worker
@@ -82,12 +82,14 @@ class Server:
         rules: Rules,
         context: int,
         name: str = "",
+        points: Sequence[Json] = (),
     ):
         self.model, self.worker, self.metrics, self.rules, self.context = model, worker, metrics, rules, context
         self.specs = {str(spec): spec for spec in specs}
         self.name = name or model.name
         self.created = int(time.time())
         self.draining = False
+        self.points = list(points)
         self.open: dict[str, int] = {}
         """Rows of each tenant that run or wait."""
         self._texts = ThreadPoolExecutor(1, "texts")  # a tokeniser is not for two threads at once
@@ -321,7 +323,7 @@ class Server:
                         if view:
                             more = {
                                 "kvcascade": view.step(
-                                    [*prompts[0], *(told.token for told in choice.told)], event.places, form
+                                    [*prompts[0], *(told.token for told in choice.told)], event.places, form.token_bytes
                                 )
                             }
                         if new or choice.reason or view:
@@ -403,7 +405,10 @@ def application(server: Server) -> Any:
         raise Refused("this server generates text; it has no embeddings", code="unsupported")
 
     def model_card() -> Json:
-        about = {"max_model_len": server.context, "caches": [*server.specs]}
+        about = {
+            "max_model_len": server.context,
+            "caches": [card(server.model, spec, server.context) for spec in server.specs.values()],
+        }
         return {"id": server.name, "object": "model", "created": server.created, "owned_by": "kvcascade"} | about
 
     @app.get("/v1/models")
@@ -462,6 +467,11 @@ def application(server: Server) -> Any:
     async def metrics():
         """For Prometheus."""
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/points")
+    async def points():
+        """What was recorded of caches: bytes of a row, perplexity."""
+        return server.points
 
     @app.get("/ui")
     async def page():

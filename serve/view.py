@@ -1,10 +1,23 @@
 """Where each token of a conversation is, as it is told to who watches: the whole at first, and then what has changed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from kvcascade.serve.answers import Form
+from kvcascade.cache.spec import CacheSpec
+from kvcascade.model.pretrained import Model
+
+
+def card(model: Model, spec: CacheSpec, context: int) -> dict[str, Any]:
+    """What a cache is, for who looks at one: of each layer its KV heads, its tiers with the bytes of a slot of one head, and those of a token
+    in full."""
+    layers = []
+    for cascade, heads in spec.layers(model.config.layer_heads):
+        slot = lambda index, tier, cascade=cascade, heads=heads: tier.slot_bytes(heads, len(cascade.numbers(index)))
+        tiers = [{"name": str(tier), "bytes": slot(index, tier)} for index, tier in enumerate(cascade.tiers)]
+        layers.append({"heads": heads.kv, "tiers": tiers, "full": 2 * (heads.width + heads.value_width)})
+    return {"cache": str(spec), "layers": layers, "bytes": spec.nbytes(model.config.layer_heads, context)}
 
 
 class View:
@@ -14,7 +27,9 @@ class View:
         self._places: np.ndarray | None = None
         self._told = 0
 
-    def step(self, tokens: list[int], places_LKT: np.ndarray | None, form: Form) -> dict[str, Any]:
+    def step(
+        self, tokens: list[int], places_LKT: np.ndarray | None, token_bytes: Callable[[int], bytes]
+    ) -> dict[str, Any]:
         """The texts of new tokens, the shape of the places, and those that have changed: a layer, a head, a position and its tier, one after
         the other. Of a cache on blocks every token but the newest is in the one tier."""
         known = len(tokens) - 1  # the newest is not in the cache yet
@@ -26,6 +41,6 @@ class View:
             before[..., : self._places.shape[2]] = self._places
         layer, head, position = np.nonzero(places_LKT != before)
         changes = np.stack([layer, head, position, places_LKT[layer, head, position]], 1)
-        texts = [form.token_bytes(token).decode(errors="replace") for token in tokens[self._told :]]
+        texts = [token_bytes(token).decode(errors="replace") for token in tokens[self._told :]]
         self._places, self._told = places_LKT, len(tokens)
         return {"texts": texts, "layers": layers, "heads": heads, "tokens": known, "changes": changes.ravel().tolist()}
