@@ -21,7 +21,25 @@ from kvcascade.kernels.files import cache_dir, write_whole
 from kvcascade.kernels.slots import Pair, Stored, unknown
 
 SOURCES = sorted(Path(__file__).parent.glob("native_*.*"))
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = ["-std=c++17", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+HERE = "-march=native"
+LEVELS = {
+    "x86-64-v4": {
+        "avx512f",
+        "avx512bw",
+        "avx512cd",
+        "avx512dq",
+        "avx512vl",
+        "avx2",
+        "bmi1",
+        "bmi2",
+        "f16c",
+        "fma",
+        "movbe",
+    },
+    "x86-64-v3": {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"},
+}
+"""What a compiler calls sets of instructions, the best first, and what the system says of a processor that has them."""
 
 
 @functools.cache
@@ -29,7 +47,7 @@ def ready() -> bool:
     """Whether the kernels could be compiled and loaded; the first call does it (about 5 s once), and says in one line if it cannot.
 
     The compiler is `CXX`, else `c++`, and `KVCASCADE_CXXFLAGS` are given to it last. Where it does not work, a library is taken
-    that was made before, of the same sources on such a processor.
+    that was made before, of the same sources on such a processor, or else by `build` in the folder `KVCASCADE_NATIVE`.
     """
     try:
         loaded = ctypes.CDLL(str(library()))
@@ -71,23 +89,46 @@ def named(like: Stored, results: Sequence[Array]) -> Stored:
 
 
 def library() -> Path:
-    """The library for these sources on this processor, made by the compiler that is here; where none works, by whichever made it."""
+    """The library for these sources on this processor, made by the compiler that is here; where none works, one that was made before."""
     extra = shlex.split(os.environ.get("KVCASCADE_CXXFLAGS", ""))
-    sources = [path.read_text("utf-8") for path in SOURCES]
-    made_of = f"native-{_digest(*sources, jax.__version__, processor.identity(), *FLAGS, *extra)}"
+    made_of = f"native-{_digest(*_sources(), processor.identity(), HERE, *FLAGS, *extra)}"
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     # To ask the compiler for its version would take longer than all the rest of this.
     found = _age(shutil.which(compiler[0]) or "")
     path = cache_dir() / f"{made_of}-{_digest(*compiler, *map(str, found))}.so"
     if not path.exists():
         try:
-            _compile([*compiler, *FLAGS, *extra], path)
+            _compile([*compiler, HERE, *FLAGS, *extra], path)
         except OSError:
-            made = sorted(cache_dir().glob(f"{made_of}-*.so"), key=_age)
+            made = [*sorted(cache_dir().glob(f"{made_of}-*.so"), key=_age, reverse=True), *_built()]
             if not made:
                 raise
-            return made[-1]
+            return made[0]
     return path
+
+
+def build(folder: str | Path) -> list[Path]:
+    """Compile a library for each of LEVELS into a folder, for processors that are not this one; OSError where the compiler does not know it."""
+    paths = [Path(folder, _named(level)) for level in LEVELS]
+    for level, path in zip(LEVELS, paths, strict=True):
+        _compile([*shlex.split(os.environ.get("CXX") or "c++"), f"-march={level}", *FLAGS], path)
+    return paths
+
+
+def _built() -> list[Path]:
+    """The libraries of `build` that this processor can run, the best first."""
+    has = {*processor.identity().split()}
+    folder = os.environ.get("KVCASCADE_NATIVE")
+    paths = [Path(folder, _named(level)) for level, needed in LEVELS.items() if folder and needed <= has]
+    return [path for path in paths if path.exists()]
+
+
+def _named(level: str) -> str:
+    return f"native-{level}-{_digest(*_sources(), *FLAGS)}.so"
+
+
+def _sources() -> list[str]:
+    return [*(path.read_text("utf-8") for path in SOURCES), jax.__version__]
 
 
 def _age(path: str | Path) -> tuple[int, int]:

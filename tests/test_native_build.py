@@ -85,6 +85,26 @@ def test_a_library_of_other_sources_another_processor_or_other_flags_is_never_us
     assert native.library() != first and compiler() == 2
 
 
+def test_libraries_for_other_processors_are_taken_where_nothing_can_be_compiled(compiler, monkeypatch, tmp_path):
+    """The best that the processor has the instructions for, of the same sources; none, and an error, for one that has not."""
+    best, usual = native.build(tmp_path / "built")
+    assert compiler() == 2 and "-march=x86-64-v4" in best.read_text() and "-march=native" not in best.read_text()
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("KVCASCADE_NATIVE", str(tmp_path / "built"))
+    flags = lambda *levels: " ".join(["flags :", *(flag for level in levels for flag in native.LEVELS[level])])
+    for has, want in ((flags(*native.LEVELS), best), (flags("x86-64-v3"), usual), ("flags : avx2", None)):
+        monkeypatch.setattr(processor, "identity", lambda has=has: has)
+        if want:
+            assert native.library() == want
+        else:
+            with pytest.raises(OSError):
+                native.library()
+    monkeypatch.setattr(processor, "identity", lambda: flags(*native.LEVELS))
+    _other_sources(tmp_path, monkeypatch)
+    with pytest.raises(OSError):
+        native.library()
+
+
 def test_flags_of_the_environment_come_after_the_own(compiler, monkeypatch):
     monkeypatch.setenv("KVCASCADE_CXXFLAGS", "-mno-avx '-DNAME=two words'")
     assert "-march=native" in native.library().read_text().partition("-mno-avx -DNAME=two words")[0]
