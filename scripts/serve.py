@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -91,8 +92,9 @@ def main(arguments: list[str]) -> None:
 
     class Http(uvicorn.Server):
         def handle_exit(self, sig, frame) -> None:
-            server.draining = True
-            super().handle_exit(sig, frame)
+            # What runs may end; at a second Ctrl-C nothing may. Not as uvicorn has it, which dies by the signal after all.
+            server.draining, self.force_exit = True, self.should_exit and sig == signal.SIGINT
+            self.should_exit = True
 
     config = uvicorn.Config(
         api.application(server), args.host, args.port, log_config=None, access_log=False, timeout_graceful_shutdown=args.drain, lifespan="on",
