@@ -435,7 +435,18 @@ class Stream(Named):
 class Served(Named):
     """A trace of requests, served in one way; times in milliseconds, from the least to the most in steps of 5 % of their number."""
 
-    same: ClassVar = ("model", "weights", "trace", "trace_key", "shorten", "seed", "clock", "processor", "costs")
+    same: ClassVar = (
+        "model",
+        "weights",
+        "trace",
+        "trace_key",
+        "shorten",
+        "seed",
+        "clock",
+        "clients",
+        "processor",
+        "costs",
+    )
     kind: Literal["simulate"] = "simulate"
     weights: Text
     trace: Text
@@ -443,6 +454,7 @@ class Served(Named):
     """A hash of its requests."""
     shorten: Count
     clock: Text
+    clients: Maybe[Count] = None
     way: Text
     requests: Count
     prompt_tokens: Count

@@ -47,6 +47,8 @@ class Args(Recorded):
     """Serve the trace also by `generate`, so many requests at a time, with a full cache in rows; 0: not."""
     server: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Servers that serve the trace after that, NAME=URL up to /v1; each with the same model, by OpenAI's completions. By the wall's clock."""
+    clients: CountOrNone = 0
+    """Let servers alone serve the trace, not at its times but from so many clients, each of which sends its next request when its last is answered."""
     clock: Literal["wall", "cpu"] = "wall"
     """What time is: the wall's, or the processor's, all threads together."""
     weights: str | None = None
@@ -63,6 +65,8 @@ def main(arguments: list[str]) -> None:
     servers = [Server.of(text) for text in args.server]
     if servers and args.clock != "wall":
         raise BadInput("what a server takes is told by the wall's clock alone")
+    if args.clients and (not servers or args.batches):
+        raise BadInput("--clients ask servers, and nobody else: give --server, and no --batches")
     if args.costs:
         if args.batches or args.aside or args.weights or args.server or args.clock != "wall":
             raise BadInput(
@@ -77,8 +81,9 @@ def main(arguments: list[str]) -> None:
         short = trace.shortened(arrivals, args.shorten, model.config.context)
         mine = serving.Trace(args.trace, short, args.shorten, model.seed)
         spec = parse(args.cache or "full on blocks")
-        jobs = [serving.job(model, spec, mine, args.blocks, limits, args.batches, args.clock)]
-        jobs += [serving.server_job(model, each, mine) for each in servers]
+        ours = [serving.job(model, spec, mine, args.blocks, limits, args.batches, args.clock)]
+        jobs = [] if args.clients else ours
+        jobs += [serving.server_job(model, each, mine, args.clients) for each in servers]
     console.show(serving.table(console.measured("simulate", jobs, args)))
 
 

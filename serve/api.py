@@ -132,10 +132,11 @@ class Server:
 
     def request(self, asked: Chat | Completion, prompt: list[int], count: int, tenant: str) -> engine.Request:
         """What the engine is asked."""
-        return engine.Request(
-            prompt, count, asked.sampling(), asked.n, self.model.end, asked.priority, tuple(each.retention() for each in asked.retention),
-            json.dumps([tenant, asked.cache_salt]), asked.likely or 0, asked.bias, self.grammar(asked), asked.watch,
-        )  # fmt: skip
+        stops = frozenset() if asked.ignore_eos else self.model.end
+        retention = tuple(each.retention() for each in asked.retention)
+        salt, grammar = json.dumps([tenant, asked.cache_salt]), self.grammar(asked)
+        how = asked.sampling(), asked.n, stops, asked.priority, retention, salt, asked.likely or 0, asked.bias
+        return engine.Request(prompt, count, *how, grammar, asked.watch)
 
     def grammar(self, asked: Asked):
         """What makes the grammar of each row, where the answer must be JSON."""

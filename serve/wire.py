@@ -105,6 +105,8 @@ class Asked(Strict):
     stop: str | list[str] | None = None
     stream: Annotated[bool, _none(False)] = False
     stream_options: StreamOptions | None = None
+    ignore_eos: bool = False
+    """vLLM's: go on after an end token, which is what a measurement of speed wants."""
     logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] | None = None
     response_format: Format | None = None
     presence_penalty: Annotated[Literal[0], BeforeValidator(lambda value: value or 0)] = 0

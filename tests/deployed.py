@@ -347,7 +347,7 @@ def test_the_image_is_as_it_should_be(tmp_path) -> None:
     """Hadolint finds nothing; the build stage's own lines make an environment that serves without a compiler."""
     subprocess.run([Path(sys.executable).with_name("hadolint"), str(DEPLOY / "Dockerfile")], check=True)
     content = (DEPLOY / "Dockerfile").read_text()
-    build, final = content.split("\nFROM ")[0], content.split("\nFROM ")[1]
+    _, build, final = content.split("\nFROM ")
     assert "g++" not in final and "USER 10001" in final
     steps = [step.replace("\\\n", " ") for step in re.findall(r"^RUN ((?:.*\\\n)*.*)$", build, re.MULTILINE)]
     assert len(steps) == 2 and "apt-get install -y --no-install-recommends g++" in steps[0]

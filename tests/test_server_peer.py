@@ -111,21 +111,32 @@ def test_requests_come_when_they_come_and_tokens_count_when_they_came(answering:
         ("toy", True, True, 0)
     }
     assert server.most == 2  # the second does not wait for the first, the third comes when both are over
-    for each, (times, _) in zip(ARRIVALS, found, strict=True):
+    for each, (times, *_) in zip(ARRIVALS, found, strict=True):
         for index, when in enumerate(times):
             assert when >= each.at + (index + 1) * PAUSE - 1e-3
         assert times == sorted(times)
 
 
+def test_so_many_clients_send_one_after_the_other(answering: Callable[..., Answers]) -> None:
+    """Whatever the trace's times are; a request's time begins when it is sent."""
+    server = answering()
+    found = Server("s", server.url).serve(ARRIVALS * 3, PROMPTS * 3, clients=2)
+    assert server.most == 2 and len(server.bodies) == 10
+    firsts = sorted(got.sent for got in found)
+    assert firsts[1] < PAUSE < firsts[2]
+    assert all(got.tokens[0] - got.sent >= PAUSE - 1e-3 for got in found)
+    assert max(got.tokens[-1] for got in found) >= sum(each.output for each in ARRIVALS * 3) * PAUSE / 2
+
+
 def test_tokens_that_are_held_back_count_with_the_last(answering: Callable[..., Answers]) -> None:
     server = answering(silent=(1, 3))
-    ((times, _),) = Server("s", server.url).serve(ARRIVALS[:1], PROMPTS[:1])
+    ((times, *_),) = Server("s", server.url).serve(ARRIVALS[:1], PROMPTS[:1])
     assert len(times) == 4 and times[1] == times[2] == times[3]
 
 
 def test_whoever_is_not_let_in_tries_again(answering: Callable[..., Answers]) -> None:
     server = answering(closed=3)
-    ((times, _),) = Server("s", server.url).serve(ARRIVALS[:1], PROMPTS[:1])
+    ((times, *_),) = Server("s", server.url).serve(ARRIVALS[:1], PROMPTS[:1])
     assert len(times) == 4 and len(server.bodies) == 5
 
 

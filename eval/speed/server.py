@@ -33,16 +33,18 @@ class Server:
             raise BadInput(f"{text!r}: a server is written NAME=URL, such as llama.cpp=http://127.0.0.1:8080/v1")
         return cls(name.strip(), "http" + url.rstrip("/"))
 
-    def serve(self, arrivals: Sequence[Arrival], prompts: Sequence[list[int]]) -> "list[Answer]":
+    def serve(self, arrivals: Sequence[Arrival], prompts: Sequence[list[int]], clients: int = 0) -> "list[Answer]":
         """What each request got, which is sent when it comes, whoever is not answered yet; seconds are from the trace's begin.
+
+        With `clients` so many send the requests instead, each its next when its last is answered.
 
         Before that the longest prompt is sent once with other tokens, for what a server does only once. A server may hold back a token that
         ends in the middle of a character: it counts with the one that brings the rest. BadInput for one that does not answer, or does not
         give every token, which needs `ignore_eos`, that llama.cpp, vLLM and SGLang know.
         """
-        return asyncio.run(self._serve(arrivals, prompts))
+        return asyncio.run(self._serve(arrivals, prompts, clients))
 
-    async def _serve(self, arrivals: Sequence[Arrival], prompts: Sequence[list[int]]) -> "list[Answer]":
+    async def _serve(self, arrivals: Sequence[Arrival], prompts: Sequence[list[int]], clients: int) -> "list[Answer]":
         limit = aiohttp.ClientTimeout(total=arrivals[-1].at + PATIENCE, sock_connect=10)
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         try:
@@ -53,10 +55,15 @@ class Server:
                 await ask([*reversed(max(prompts, key=len))], 2)
                 start = time.perf_counter()
 
+                turn = asyncio.Semaphore(clients or len(prompts))
+
                 async def one(each: Arrival, prompt: list[int]) -> Answer:
-                    await asyncio.sleep(start + each.at - time.perf_counter())
-                    got = await ask(prompt, each.output)
-                    return got._replace(tokens=[when - start for when in got.tokens])
+                    if not clients:
+                        await asyncio.sleep(start + each.at - time.perf_counter())
+                    async with turn:
+                        sent = time.perf_counter() - start
+                        got = await ask(prompt, each.output)
+                    return got._replace(tokens=[when - start for when in got.tokens], sent=sent if clients else each.at)
 
                 return await asyncio.gather(*(one(*pair) for pair in zip(arrivals, prompts, strict=True)))
         except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError) as error:
@@ -106,6 +113,8 @@ class Answer(NamedTuple):
 
     tokens: list[float]
     found: int | None
+    sent: float = 0.0
+    """When its request was sent, or was to be."""
 
 
 async def _said(answer: aiohttp.ClientResponse) -> Any:

@@ -63,9 +63,9 @@ def engine(
     steps: list[tuple[int, int, float]] = []
 
     class Timed(Device):
-        def run(self, found, draws, likely):
+        def run(self, found, draws, tell):
             start = clock()
-            drawn = super().run(found, draws, likely)
+            drawn = super().run(found, draws, tell)
             steps.append((drawn.size, attended(found), clock() - start))
             return drawn
 
@@ -237,17 +237,19 @@ def job(model: Model, spec: CacheSpec, trace: Trace, blocks: int, limits: Limits
     return Job(about | plan, "eval/speed", run, f"{spec}, {trace.name}", also=("serve",))
 
 
-def server_job(model: Model, server: Server, trace: Trace) -> Job:
+def server_job(model: Model, server: Server, trace: Trace, clients: int = 0) -> Job:
     """The same trace, by a server that has the same model and is asked as requests come; it uses the processors of this machine, or its own."""
     about = trace.about | {
         "kind": "simulate", "model": model.name, "weights": model.config.weights, "weights_key": model.fingerprint, "cache": server.name,
         "clock": "wall", "processor": processor.name(), "threads": processor.count(),
     }  # fmt: skip
 
+    about |= {"clients": clients} if clients else {}
+
     def run() -> list[Served]:
         prompts = [*trace.prompts(min(model.encoding.n_vocab, model.config.vocab))]
-        answers = server.serve(trace.arrivals, prompts)
-        seen = [Times(each.at, got.tokens) for each, got in zip(trace.arrivals, answers, strict=True)]
+        answers = server.serve(trace.arrivals, prompts, clients)
+        seen = [Times(got.sent, got.tokens) for got in answers]
         made = about | _summary(seen, max(got.tokens[-1] for got in answers))
         if known := [got.found for got in answers if got.found is not None]:
             made |= {"found": sum(known)}
@@ -288,5 +290,6 @@ def table(found: Sequence[Served]) -> Table:
     ]  # fmt: skip
     first = found[0]
     length = f"{first.prompt_tokens:,} tokens of prompts, {first.output_tokens:,} generated"
-    title = f"{first.name}, {first.trace}: {first.requests} requests, {length}, {first.clock} clock"
+    clients = f", {first.clients} clients" if first.clients else ""
+    title = f"{first.name}, {first.trace}: {first.requests} requests, {length}, {first.clock} clock{clients}"
     return Table.of(title, columns, found)
