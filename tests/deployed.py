@@ -292,6 +292,65 @@ def test_a_server_is_killed_and_nothing_wrong_is_served(replicas: list[Replica],
     assert replicas[1].figure("generation_tokens_total") > before
 
 
+SECONDS = float(os.environ.get("KVCASCADE_LOAD_SECONDS", "0"))
+"""How long servers are under load; a few seconds without it, and then the toy alone."""
+
+
+@pytest.mark.parametrize(
+    "model, clients", [("toy", 64), pytest.param("smollm2", 16, marks=pytest.mark.skipif(not SECONDS, reason="long"))]
+)
+def test_every_answer_under_load_is_the_one_alone(model: str, clients: int, run: Path, tmp_path) -> None:
+    """So many clients at once, in float32: no error, and each answer is what the same request got when nobody else was there."""
+    more = ("--rows", str(clients), "--queue", str(2 * clients), "--per-key", str(2 * clients))
+    replica = Replica(run if model == "toy" else Path(model), tmp_path, free_port(), *more, "--blocks", "640").start()
+    replica.ready()
+    name, errors = name_of(replica), []
+    with client(replica.url) as who:
+        want = {f"{prompt} {index}": "" for index, prompt in enumerate(PROMPTS * 2)}
+        want = {prompt: answer(who, name, prompt, 20) for prompt in want}
+        end, waits = time.monotonic() + (SECONDS or 8), []
+
+        def ask(seed: int) -> None:
+            draw = random.Random(seed)
+            while time.monotonic() < end:
+                prompt, start = draw.choice([*want]), time.monotonic()
+                if (got := answer(who, name, prompt, 20)) != want[prompt]:
+                    errors.append((prompt, got, want[prompt]))
+                waits.append(time.monotonic() - start)
+
+        with concurrent.futures.ThreadPoolExecutor(clients) as pool:
+            for each in [pool.submit(ask, seed) for seed in range(clients)]:
+                each.result()
+    shares = " ".join(f"p{share}={1e3 * sorted(waits)[len(waits) * share // 100]:.0f}ms" for share in (50, 90, 95, 99))
+    print(f"{model}: {clients} clients, {len(waits)} answers of up to 20 tokens, {shares}", file=sys.stderr)
+    assert not errors, errors[:3]
+    assert replica.figure("jit_compiles_total") == 0 and replica.end() == 0
+
+
+def test_ten_times_too_many_are_refused_and_it_recovers(run: Path, tmp_path) -> None:
+    replica = Replica(run, tmp_path, free_port(), "--queue", "16", "--per-key", "16").start()
+    replica.ready()
+    name, answered, refused = name_of(replica), [], []
+    with client(replica.url) as who:
+        want = answer(who, name, "the cat", 90)
+
+        def ask(index: int) -> None:
+            try:
+                answered.append(answer(who, name, "the cat", 90))
+            except openai.RateLimitError as error:
+                refused.append(error.response.headers["retry-after"])
+
+        with concurrent.futures.ThreadPoolExecutor(160) as pool:
+            for each in [pool.submit(ask, index) for index in range(480)]:
+                each.result()
+        assert {*refused} == {"1"} and {*answered} == {want} and len(answered) >= 16
+        assert replica.figure("refusals_total", reason="queue") + replica.figure(
+            "refusals_total", reason="per_key"
+        ) == len(refused)
+        assert answer(who, name, "the cat", 90) == want
+    assert replica.end() == 0
+
+
 def test_what_runs_may_end_after_sigterm(run: Path, tmp_path) -> None:
     """Under load: every answer that has begun is whole, who comes after is refused, and the status is 0."""
     replica = Replica(run, tmp_path, free_port()).start()
