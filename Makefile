@@ -4,10 +4,11 @@
 # make docs: counts again what docs/flash_attention.md says, two minutes in the same environment.
 # make native: builds the C++ kernels with other compilers, in fewer lanes and under sanitizers, and tests each; as root it installs the
 # compilers, and says which it did not find.
+# make deploy: two servers behind HAProxy, watched by Prometheus, with faults on purpose; as root it installs what Debian has of them.
 # make notebooks: executes notebooks/ and keeps in each what came out.
 # make docs-site: the pages of docs/ as a site in build/site, with every link checked.
 # All set up their .venv first, with uv where it is there and pip otherwise.
-.PHONY: setup demo smoke test proofs lint readme notebooks native kernels docs docs-site clean
+.PHONY: setup demo smoke test proofs lint readme notebooks native deploy kernels docs docs-site clean
 
 PYTHON ?= python3
 STUDY ?= runs/study
@@ -54,6 +55,13 @@ native: setup
 	    || { apt-get -qq update && apt-get -qq install -y --no-install-recommends $$each; } >/dev/null 2>&1 || true; \
 	done
 	.venv/bin/pytest -q -n 2 -rs tests/native_builds.py
+
+deploy: setup
+	@for each in haproxy prometheus; do \
+	  command -v $$each >/dev/null 2>&1 || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null 2>&1 \
+	    || { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$each; } >/dev/null 2>&1 || true; \
+	done
+	.venv/bin/pytest -q -rs tests/deployed.py
 
 demo: setup
 	.venv/bin/kvcascade study --preset quick --dir $(STUDY)
