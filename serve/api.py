@@ -431,12 +431,11 @@ def application(server: Server) -> Any:
         def work() -> list[int]:
             if asked.messages:
                 return server.conversation(asked.messages)
-            text = asked.prompt or ""
-            return (
-                server.numbers(text)
-                if asked.add_special_tokens
-                else tokenizer.encode_within(server.model.encoding, text)
-            )
+            text, model = asked.prompt or "", server.model
+            if asked.parse_special:
+                tokens = list(model.encoding.encode(text, allowed_special="all"))
+                return [*model.before, *tokens, *model.after] if asked.add_special_tokens else tokens
+            return model.encode(text) if asked.add_special_tokens else tokenizer.encode_within(model.encoding, text)
 
         tokens = await server.texts(work)
         return {"tokens": tokens, "count": len(tokens), "max_model_len": server.context}
@@ -448,6 +447,13 @@ def application(server: Server) -> Any:
         if any(token >= server.model.encoding.n_vocab for token in asked.tokens):
             raise Refused(f"tokens are numbers below {server.model.encoding.n_vocab}", param="tokens")
         return {"prompt": await server.texts(lambda: server.model.encoding.decode(asked.tokens))}
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info():
+        """What vLLM tells of its tokeniser: the texts of special tokens, the chat template."""
+        special, template = server.model.special, server.model.chat_template
+        texts = {name: special.get(name) for name in ("bos_token", "eos_token", "pad_token")}
+        return texts | {"chat_template": template, "model_max_length": server.context}
 
     @app.get("/health")
     async def health():

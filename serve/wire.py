@@ -256,6 +256,8 @@ class Tokenize(Strict):
     prompt: str | None = None
     messages: list[Message] | None = None
     add_special_tokens: bool = True
+    parse_special: bool = True
+    """Whether the text of a special token is taken for it, as vLLM does here; a prompt to be completed is read without."""
 
     @model_validator(mode="after")
     def _one(self):

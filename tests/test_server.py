@@ -278,6 +278,11 @@ def test_other_routes(client: openai.OpenAI, running: Running) -> None:
     assert status == 200 and found["count"] == 4
     assert asked(running, "/detokenize", json.dumps({"tokens": found["tokens"]}))[1] == {"prompt": "a é"}
     assert asked(running, "/detokenize", json.dumps({"tokens": [999]}))[0] == 400
+    special = {"prompt": "<|of|>x"}
+    assert asked(running, "/tokenize", json.dumps(special))[1]["tokens"] == [257, 120]
+    assert asked(running, "/tokenize", json.dumps(special | {"parse_special": False}))[1]["count"] == 7
+    assert completed(client, "<|of|>x", max_tokens=1).usage.prompt_tokens == 7
+    assert asked(running, "/tokenizer_info")[1]["eos_token"] == "<|end|>"
     assert asked(running, "/v1/nothing", "{}")[0] == 404
     for path in ("/health", "/ready", "/version", "/metrics", "/ui"):
         assert asked(running, path)[0] == 200, path
