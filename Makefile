@@ -5,10 +5,11 @@
 # make native: builds the C++ kernels with other compilers, in fewer lanes and under sanitizers, and tests each; as root it installs the
 # compilers, and says which it did not find.
 # make deploy: two servers behind HAProxy, watched by Prometheus, with faults on purpose; as root it installs what Debian has of them.
+# make ray: two replicas on Ray Serve, in .venv-ray.
 # make notebooks: executes notebooks/ and keeps in each what came out.
 # make docs-site: the pages of docs/ as a site in build/site, with every link checked.
 # All set up their .venv first, with uv where it is there and pip otherwise.
-.PHONY: setup demo smoke test proofs lint readme notebooks native deploy kernels docs docs-site clean
+.PHONY: setup demo smoke test proofs lint readme notebooks native deploy ray kernels docs docs-site clean
 
 PYTHON ?= python3
 STUDY ?= runs/study
@@ -63,6 +64,16 @@ deploy: setup
 	done
 	.venv/bin/pytest -q -rs tests/deployed.py
 
+# Ray, in an environment of its own: it is as large as all the rest.
+.venv-ray/ready: requirements.lock pyproject.toml
+	@sed 's/ \\$$//; /^ *--hash/d; /^ *#/d' requirements.lock > .constraints-ray
+	@$(PYTHON) -m venv .venv-ray && .venv-ray/bin/python -m pip install --quiet --disable-pip-version-check -c .constraints-ray -e '.[ray]' pytest openai
+	@rm -f .constraints-ray
+	@touch $@
+
+ray: .venv-ray/ready
+	.venv-ray/bin/python -m pytest -q --noconftest -c /dev/null --import-mode=importlib -W ignore tests/on_ray.py
+
 demo: setup
 	.venv/bin/kvcascade study --preset quick --dir $(STUDY)
 
@@ -100,5 +111,5 @@ docs: .venv-aot/ready
 	.venv-aot/bin/python docs/flash_attention.py
 
 clean:
-	rm -rf .venv .venv-aot .venv-docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-aot .venv-docs .venv-ray build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
