@@ -14,6 +14,14 @@
 PYTHON ?= python3
 STUDY ?= runs/study
 
+# Installs programs that Debian has, as root and where they are not there.
+define debian
+	@for each in $(1); do \
+	  command -v $$each >/dev/null 2>&1 || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null 2>&1 \
+	    || { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$each; } >/dev/null 2>&1 || true; \
+	done
+endef
+
 setup: .venv/ready
 
 .venv/ready: requirements.lock pyproject.toml
@@ -51,17 +59,11 @@ kernels: .venv-aot/ready
 	JAX_PLATFORMS=cpu .venv-aot/bin/kvcascade kernels check --gpu h100 --gpu a100
 
 native: setup
-	@for each in g++-11 clang-14; do \
-	  command -v $$each >/dev/null 2>&1 || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null 2>&1 \
-	    || { apt-get -qq update && apt-get -qq install -y --no-install-recommends $$each; } >/dev/null 2>&1 || true; \
-	done
+	$(call debian,g++-11 clang-14)
 	.venv/bin/pytest -q -n 2 -rs tests/native_builds.py
 
 deploy: setup
-	@for each in haproxy prometheus; do \
-	  command -v $$each >/dev/null 2>&1 || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null 2>&1 \
-	    || { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$each; } >/dev/null 2>&1 || true; \
-	done
+	$(call debian,haproxy prometheus)
 	.venv/bin/pytest -q -rs tests/deployed.py
 
 # Ray, in an environment of its own: it is as large as all the rest.
@@ -86,6 +88,7 @@ test: setup
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv/bin/pytest -q -n 2 --dist loadfile -m "not slow"
 
 proofs: setup
+	$(call debian,chromium)
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv/bin/pytest -q -n 2 --dist loadfile -m slow
 
 lint: setup

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import time
@@ -17,7 +18,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.cache.spec import CacheSpec, parse
+from kvcascade.cache.spec import CacheSpec
 from kvcascade.model import chat, tokenizer
 from kvcascade.model.pretrained import Model
 from kvcascade.serve import request as engine
@@ -119,7 +120,7 @@ class Server:
         """The engine that a request is for: the first one, or the one that it names."""
         if asked is None:
             return next(iter(self.specs))
-        if (name := str(parse(asked))) not in self.specs:
+        if (name := " ".join(asked.split())) not in self.specs:  # read as text alone: a spec may name a file
             raise Refused(
                 f"the cache {name!r} is not served; there are {', '.join(map(repr, self.specs))}", param="cache"
             )
@@ -145,13 +146,11 @@ class Server:
         schema = asked.response_format.json_schema
         return self._grammars.of(schema.schema_ if schema else None)
 
-    @property
+    @functools.cached_property
     def _grammars(self):
         from kvcascade.serve.grammar import Grammars
 
-        if not hasattr(self, "_made"):
-            self._made = Grammars(self.model)
-        return self._made
+        return Grammars(self.model)
 
     # Rows
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcascade.cache.errors import BadInput
+from kvcascade.serve.tracing import span
 from kvcascade.serve.wire import Refused
 
 log = logging.getLogger("kvcascade.serve.access")
@@ -109,20 +110,20 @@ class Guard:
                 raise _large(self.rules.body)
             return message
 
+        length, told = headers.get(b"content-length", "0"), {"request": number}
         try:
-            if int(headers.get(b"content-length", "0") or 0) > self.rules.body:
+            if length.isdigit() and int(length) > self.rules.body:
                 raise _large(self.rules.body)
             if scope["path"] not in OPEN:
                 state["tenant"] = tenant(self.rules.keys, headers.get(b"authorization", ""))
-            await self.app(scope, bounded, answer)
+            named = {name.decode("latin-1"): value for name, value in headers.items()}
+            with span(f"{scope['method']} {scope['path']}", named, told):
+                await self.app(scope, bounded, answer)
+                told |= {"status": status, **state["told"]}
         except Refused as refused:
             self.refuse("key" if refused.status == 401 else "body")
             if not began:
                 await respond(answer, refused)
-        except ValueError:  # a content-length that is no number
-            if began:
-                raise
-            await respond(answer, Refused("the headers are not HTTP's"))
         finally:
             line = {
                 "request": number, "method": scope["method"], "path": scope["path"], "status": status,

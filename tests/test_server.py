@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import http.client
 import json
+import logging
+import random
 import socket
 import subprocess
 import sys
@@ -28,7 +30,7 @@ from kvcascade.model import chat, generate, gpt
 from kvcascade.model.sampling import GREEDY, Sampling
 from kvcascade.serve.alone import Alone
 from kvcascade.serve.engine import Engine
-from kvcascade.serve.guard import Rules, read_keys
+from kvcascade.serve.guard import Lines, Rules, read_keys
 
 
 @pytest.fixture(scope="module")
@@ -313,6 +315,38 @@ def test_figures_tell_what_has_happened() -> None:
         assert figure("num_requests_running") == figure("num_requests_waiting") == 0
 
 
+def test_a_request_is_a_span_of_its_clients_trace(running: Running) -> None:
+    """With what was served; its log line has the number that the client gave."""
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    kept, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    trace.set_tracer_provider(provider)
+    lines: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = lines.append
+    logger = logging.getLogger("kvcascade.serve.access")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        body = json.dumps({"model": "toy", "prompt": "abc", "max_tokens": 3, "logit_bias": {"256": -100}})
+        about = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "x-request-id": "mine-1"}
+        assert asked(running, "/v1/completions", body, **about)[0] == 200
+        assert asked(running, "/health")[0] == 200
+    finally:
+        logger.removeHandler(handler)
+    spans = {each.name: each for each in kept.get_finished_spans()}
+    mine = spans["POST /v1/completions"]
+    assert mine.context and f"{mine.context.trace_id:032x}" == "a" * 32 and mine.attributes
+    assert mine.attributes["kvcascade.request"] == "mine-1" and mine.attributes["kvcascade.completion_tokens"] == 3
+    told = [line.__dict__["fields"] for line in lines]
+    assert [(each["request"] == "mine-1", each["status"]) for each in told] == [(True, 200), (False, 200)]
+    assert json.loads(Lines().format(lines[0]))["prompt_tokens"] == 3
+
+
 def test_keys_tell_tenants_apart(tmp_path) -> None:
     """Without a key, or with another, nobody is let in; what one has computed another never finds, nor who has another salt."""
     (tmp_path / "keys").write_text("# who, and by which key\nanna key-a\nben key-b\n")
@@ -331,6 +365,16 @@ def test_keys_tell_tenants_apart(tmp_path) -> None:
 
         assert [found("key-a"), found("key-a"), found("key-b"), found("key-b")] == [0, 32, 0, 32]
         assert [found("key-a", "s"), found("key-a", "s"), found("key-b", "s")] == [0, 32, 0]
+        # Nor does it take less work: what another tenant has computed costs as much as what nobody has.
+        engine, secret = running.worker.engines["full@f32 on blocks"], "what only anna has asked, of three blocks"
+
+        def work(key: str, prompt: str) -> int:
+            before = engine.stats["tokens"]
+            completed(running.client(key), prompt, max_tokens=1)
+            return engine.stats["tokens"] - before
+
+        assert [work("key-a", secret), work("key-a", secret)] == [41, 9]
+        assert work("key-b", secret) == work("key-b", "what nobody has asked,  of three blocks !") == 41
         with pytest.raises(openai.RateLimitError, match="your key"):
             completed(running.client("key-a"), "x", n=3)
 
@@ -350,6 +394,8 @@ def test_too_much_is_refused_and_what_follows_is_served() -> None:
                 assert future.result() == text(alone(tuple(f"request {index}".encode()), 40))
         assert ask(1) == text(alone(tuple(b"request 1"), 40)) and not running.server.open.get("", 0)
         assert asked(running, "/v1/completions", json.dumps({"model": "toy", "prompt": "x" * 30_000}))[0] == 413
+        with contextlib.suppress(ConnectionError):  # who is refused may be cut off in the middle of what he sends
+            assert asked(running, "/v1/completions", b"x" * 10_000_000)[0] == 413
         assert asked(running, "/v1/completions", iter([b"x" * 9000] * 4), **{"transfer-encoding": "chunked"})[0] == 413
 
 
@@ -390,6 +436,37 @@ def test_who_goes_away_frees_his_blocks(running: Running, stream: bool, cache: s
         engine.check()
         assert engine.blocks.states()["used"] == 0
     running.until(lambda: not any(running.server.open.values()))
+
+
+def test_disconnects_at_random_change_nothing(running: Running, client: openai.OpenAI) -> None:
+    """While thirty clients go away whenever they like, others get the answers that they get alone, and every block comes back."""
+    engine, draw, want = (
+        running.worker.engines["full@f32 on blocks"],
+        random.Random(0),
+        text(alone(tuple(b"others"), 24)),
+    )
+    assert isinstance(engine, Engine)
+    socks: list[socket.socket] = []
+    for index in range(30):
+        body = {
+            "model": "toy",
+            "prompt": f"{index} goes away",
+            "max_tokens": 100,
+            "stream": bool(index % 2),
+            "logit_bias": {"256": -100},
+        }
+        socks.append(raw(running, body))
+        time.sleep(draw.random() * 0.03)
+        if draw.random() < 0.7:
+            socks.pop(draw.randrange(len(socks))).close()
+        if index % 5 == 0:
+            assert completed(client, "others").choices[0].text == want
+    for sock in socks:
+        sock.close()
+    running.until(lambda: not engine.busy and not any(running.server.open.values()))
+    engine.check()
+    assert engine.blocks.states()["used"] == 0
+    assert completed(client, "others").choices[0].text == want
 
 
 def test_a_slow_reader_holds_up_nobody(running: Running, client: openai.OpenAI) -> None:

@@ -69,12 +69,14 @@ def pretrained_tables(found: list[Record]) -> dict[str, str]:
     }
 
 
-def methods_tables(found: list[Evaluation]) -> dict[str, str]:
-    """Each policy behind the same sinks and window, at equal bytes: a table for each budget, the best first."""
+def methods_tables(records: list[Record]) -> dict[str, str]:
+    """Each policy behind the same sinks and window, at equal bytes: a table for each budget, the best first; fidelity and answers of some."""
+    found, retrievals = of(records, Evaluation), of(records, Retrieval)
     first, change, full = found[0], evaluation.change(found), [r for r in found if r.cache == "full"]
     share = Column("bytes", lambda r: 1 - r.compression, "{:.1%}")
     columns = [CACHE, KEPT, share, evaluation.PPL, change]
     columns += evaluation.fidelity("{:.4f}") if any(isinstance(r, Compared) for r in found) else []
+    columns += [_answers("answered in {} tokens", retrievals)] if retrievals else []
     tables = []
     for mine in grouped([r for r in found if r not in full], lambda r: round(1 - r.compression, 2)):
         ranked = sorted(mine, key=lambda r: r.ppl)
@@ -85,6 +87,9 @@ def methods_tables(found: list[Evaluation]) -> dict[str, str]:
         f"{evaluation.protocol(first)}, weights in {first.weights}; ≈: not decided, all caches taken together. Bytes predicted are those "
         f"measured, and there is one trace, in {true} of {len(found)} rows. {_stamp(found)}"
     )
+    if retrievals:
+        tasks = ", ".join(retrieval.measurable(retrievals, max(r.length for r in retrievals)))
+        protocol += f" Answered: mean of {tasks}; {retrieval.protocol(retrievals)}."
     return {"ranked": "\n\n".join([*tables, protocol])}
 
 

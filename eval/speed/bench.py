@@ -289,11 +289,12 @@ def table(found: list[BenchRow]) -> Table:
     """Of one model: times with their spread, bytes per step against the memory's bandwidth, ratios to each library."""
     timed, first = of(found, Bench), found[0]
     read = lambda r: r.speed and f"{r.speed / 1e9:.1f}, {r.speed / r.bandwidth:.0%}"
+    mean = [Column("mean", "step_ms_mean", "{:.2f}")] if any(r.step_ms_mean for r in timed) else []
     columns = [
         CACHE, Column("weights", "weights"), CASE, Column("KV, MB/row", lambda r: r.kv_bytes and r.kv_bytes / 1e6, "{:,.2f}"),
         Column("first token, ms", "first_token_ms", "{:,.0f}"),
         Column("prefill, tok/s", "prefill_tokens_per_second", "{:,.0f}"), Column("decode, tok/s", "decode_tokens_per_second", "{:,.1f}"),
-        Column("loop, ms (5–95 %)", lambda r: _spread(r.step_ms, r.step_ms_5_95)), Column("mean", "step_ms_mean", "{:.2f}"),
+        Column("loop, ms (5–95 %)", lambda r: _spread(r.step_ms, r.step_ms_5_95)), *mean,
         Column("alone, ms (5–95 %)", lambda r: _spread(r.alone, r.alone_ms_5_95)),
         Column("read, MB", lambda r: r.step_bytes and r.step_bytes / 1e6, "{:,.1f}"), Column("GB/s", read), Column("memory, GB/s", _memory),
         *(Column(f"× {library}", lambda r, library=library: _ratios(r, timed, library)) for library in _libraries(found)),
