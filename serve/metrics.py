@@ -33,7 +33,7 @@ class Metrics:
         self.usage = gauge("kv_cache_usage_perc", "Share of the blocks that rows use, from 0 to 1.")
         self.blocks = gauge("kv_blocks", "Blocks by state: free, used, or idle (nobody's, but known).", ("state",))
         self.bytes = gauge(
-            "kv_bytes_per_tier", "Bytes of keys and values that there is room for, of all rows.", ("tier",)
+            "kv_bytes_per_tier", "Bytes of a row's keys and values that there is room for.", ("tier",)
         )
         self.compiled = gauge("programs", "Compiled programs.")
         self.compiles = counter("jit_compiles", "Programs that were compiled after warming up.")
