@@ -141,7 +141,7 @@ def settings(sampling: Sampling | Sequence[Sampling], rows: int) -> Settings:
     return Settings(
         column("temperature", np.float32),
         jnp.asarray(np.asarray([min(each.top_k, 2**31 - 1) for each in sampling], np.int32)),
-        column("top_p", np.float32),
+        jnp.maximum(column("top_p", np.float32), np.finfo(np.float32).tiny),  # a share of nothing would let no token in
         column("min_p", np.float32),
         column("repetition_penalty", np.float32),
         column("seed", np.uint32),

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import os
-import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -91,13 +91,20 @@ def main(arguments: list[str]) -> None:
     server = api.Server(model, specs, worker, metrics, rules, context, args.name, _points(args.records, model))
 
     class Http(uvicorn.Server):
+        until = 0.0
+
         def handle_exit(self, sig, frame) -> None:
-            # What runs may end; at a second Ctrl-C nothing may. Not as uvicorn has it, which dies by the signal after all.
-            server.draining, self.force_exit = True, self.should_exit and sig == signal.SIGINT
-            self.should_exit = True
+            # What runs may end, and /ready says meanwhile that nothing new may begin; at a second signal all ends.
+            self.should_exit = self.force_exit = server.draining
+            server.draining, self.until = True, time.monotonic() + args.drain
+
+        async def on_tick(self, counter: int) -> bool:
+            if server.draining and (not any(server.open.values()) or time.monotonic() > self.until):
+                self.should_exit = True
+            return await super().on_tick(counter)
 
     config = uvicorn.Config(
-        api.application(server), args.host, args.port, log_config=None, access_log=False, timeout_graceful_shutdown=args.drain, lifespan="on",
+        api.application(server), args.host, args.port, log_config=None, access_log=False, timeout_graceful_shutdown=3, lifespan="on",
         h11_max_incomplete_event_size=2**16,
     )  # fmt: skip
     http = Http(config)

@@ -32,6 +32,8 @@ class Choice:
     tokens: int = 0
     found: int = 0
     reason: str | None = None
+    offset: int = 0
+    """Characters of the tokens whose log-probabilities a stream has told."""
     told: list[Told] = dataclasses.field(default_factory=list)
 
     def add(self, event: Event) -> str:
@@ -81,7 +83,9 @@ class Form:
 
     def chunk(self, choice: Choice, new: str, told: list[Told]) -> Json:
         """A part of a stream."""
-        body: Json = {"index": choice.index, "finish_reason": choice.reason, "logprobs": self.logprobs(told)}
+        logprobs = self.logprobs(told, choice.offset)
+        choice.offset += sum(len(self._text(each.token)) for each in told)
+        body: Json = {"index": choice.index, "finish_reason": choice.reason, "logprobs": logprobs}
         if self.chat:
             body["delta"] = {"content": new} if new or not choice.reason else {}
         else:
@@ -109,8 +113,8 @@ class Form:
             "model": self.model,
         }
 
-    def logprobs(self, told: list[Told]) -> Json | None:
-        """Log-probabilities of tokens as chat has them, or as completions have."""
+    def logprobs(self, told: list[Told], at: int = 0) -> Json | None:
+        """Log-probabilities of tokens as chat has them, or as completions have, where the first of them begins."""
         if self.likely is None:
             return None
         if self.chat:
@@ -119,7 +123,7 @@ class Form:
                 one(each.token, each.logprob) | {"top_logprobs": [one(*pair) for pair in each.likely]} for each in told
             ]
             return {"content": content, "refusal": None}
-        texts, offsets, at = [self._text(each.token) for each in told], [], 0
+        texts, offsets = [self._text(each.token) for each in told], []
         for text in texts:
             offsets.append(at)
             at += len(text)
@@ -142,10 +146,10 @@ class Form:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
-def usage(prompt: int, choices: Sequence[Choice]) -> Json:
-    """Tokens of the prompt, of the answers, and how many of the prompt's were found."""
+def usage(prompt: int, choices: Sequence[Choice], n: int) -> Json:
+    """Tokens of the prompts, of the n answers to each, and how many of the prompts' were found."""
     generated = sum(each.tokens for each in choices)
     return {
         "prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated,
-        "prompt_tokens_details": {"cached_tokens": max((each.found for each in choices), default=0)},
+        "prompt_tokens_details": {"cached_tokens": sum(each.found for each in choices[::n])},
     }  # fmt: skip

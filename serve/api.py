@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -23,8 +24,9 @@ from kvcascade.model import chat, tokenizer
 from kvcascade.model.pretrained import Model
 from kvcascade.serve import request as engine
 from kvcascade.serve.answers import Choice, Form, Json, Told, usage
+from kvcascade.serve.engine import Engine
 from kvcascade.serve.guard import Guard, Rules
-from kvcascade.serve.metrics import Metrics
+from kvcascade.serve.metrics import Heard, Metrics
 from kvcascade.serve.request import Event
 from kvcascade.serve.score import score
 from kvcascade.serve.view import View, card
@@ -32,6 +34,9 @@ from kvcascade.serve.visible import Visible
 from kvcascade.serve.wire import Asked, Chat, Completion, Detokenize, Refused, Tokenize
 from kvcascade.serve.worker import Ended, Worker
 
+BEHIND = 16
+"""Events that a client may be behind before it is not told any more where tokens were at each step."""
+LATE = np.zeros((0, 0, 0), np.int8)
 PAGE = Path(__file__).with_name("ui.html")
 
 
@@ -51,6 +56,7 @@ class Rows:
     count: int
     """How many were counted in."""
     ids: dict[int, int] = dataclasses.field(default_factory=dict)
+    heard: dict[int, Heard] = dataclasses.field(default_factory=dict)
     events: "asyncio.Queue[tuple[int, Event | Exception]]" = dataclasses.field(default_factory=asyncio.Queue)
 
 
@@ -94,6 +100,7 @@ class Server:
         self.open: dict[str, int] = {}
         """Rows of each tenant that run or wait."""
         self._texts = ThreadPoolExecutor(1, "texts")  # a tokeniser is not for two threads at once
+        self._schemas = ThreadPoolExecutor(1, "schemas")  # one may take seconds to compile
         self._special = tokenizer.special_texts(model.encoding)
 
     # What a request is made of
@@ -131,11 +138,10 @@ class Server:
         if name not in (None, self.name):
             raise Refused(f"there is no model {name!r}, only {self.name!r}", 404, "model_not_found", "model")
 
-    def request(self, asked: Chat | Completion, prompt: list[int], count: int, tenant: str) -> engine.Request:
+    def request(self, asked: Chat | Completion, prompt: list[int], count: int, tenant: str, grammar) -> engine.Request:
         """What the engine is asked."""
         stops = frozenset() if asked.ignore_eos else self.model.end
-        retention = tuple(each.retention() for each in asked.retention)
-        salt, grammar = json.dumps([tenant, asked.cache_salt]), self.grammar(asked)
+        retention, salt = tuple(each.retention() for each in asked.retention), json.dumps([tenant, asked.cache_salt])
         how = asked.sampling(), asked.n, stops, asked.priority, retention, salt, asked.likely or 0, asked.bias
         return engine.Request(prompt, count, *how, grammar, asked.watch)
 
@@ -154,55 +160,64 @@ class Server:
 
     # Rows
 
-    def admit(self, tenant: str, rows: int) -> None:
+    def admit(self, name: str, tenant: str, count: int) -> Rows:
         """Count rows in; Refused where there are too many."""
         total, mine = sum(self.open.values()), self.open.get(tenant, 0)
         if self.draining or not self.worker.ready.is_set():
             self.metrics.refuse("draining")
             raise Failed("the server is not ready, or is about to end", 503)
-        for count, most, words, reason in (
+        for there, most, words, reason in (
             (total, self.rules.queue, "the server has", "queue"),
             (mine, self.rules.per_key, "your key has", "per_key"),
         ):
-            if count + rows > most:
+            if count > most:
+                raise Refused(f"a request has {most} answers at most", param="n")
+            if there + count > most:
                 self.metrics.refuse(reason)
-                words = f"{words} {count} answers of at most {most} already"
+                words = f"{words} {there} answers of at most {most} already"
                 raise Refused(words, 429, "rate_limit_exceeded", kind="rate_limit_error")
-        self.open[tenant] = mine + rows
+        self.open[tenant] = mine + count
+        return Rows(name, tenant, count)
 
-    async def begin(self, requests: Sequence[engine.Request], name: str, tenant: str, count: int) -> Rows:
-        """Count rows in and give their requests to the engine."""
-        self.admit(tenant, count)
-        loop, rows, arrival = asyncio.get_running_loop(), Rows(name, tenant, count), time.monotonic()
+    async def begin(self, rows: Rows, requests: Sequence[engine.Request]) -> None:
+        """Give requests to their engine."""
+        loop, arrival = asyncio.get_running_loop(), time.monotonic()
 
         def hearer(asked: engine.Request, index: int, first: bool):
-            count = self.metrics.heard(name, arrival, len(asked.prompt), first)
+            count = self.metrics.heard(rows.name, arrival, len(asked.prompt) if first else 0)
+            rows.heard[index] = count
 
             def hear(event: Event | Exception) -> None:
                 if isinstance(event, Event):
                     count(event)
+                    if rows.events.qsize() > BEHIND and event.places is not None and not event.finished:
+                        event = event._replace(places=LATE)  # whoever reads so slowly is not told of every step
                 with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
                     loop.call_soon_threadsafe(rows.events.put_nowait, (index, event))
 
             return hear
 
-        try:
-            for place, asked in enumerate(requests):
-                indices = [place * asked.continuations + row for row in range(asked.continuations)]
-                hear = [hearer(asked, index, index == indices[0]) for index in indices]
-                numbers = await asyncio.wrap_future(self.worker.submit(name, asked, hear))
-                rows.ids |= zip(indices, numbers, strict=True)
-        except BaseException:
-            self.close(rows)
-            raise
-        return rows
+        for place, asked in enumerate(requests):
+            indices = [place * asked.continuations + row for row in range(asked.continuations)]
+            future = self.worker.submit(
+                rows.name, asked, [hearer(asked, index, index == indices[0]) for index in indices]
+            )
+            try:
+                numbers = await asyncio.wrap_future(future)
+            except asyncio.CancelledError:  # it may be in the engine all the same
+                leave = lambda done: (
+                    done.cancelled() or done.exception() or self.worker.cancel(rows.name, done.result())
+                )
+                future.add_done_callback(leave)
+                raise
+            rows.ids |= zip(indices, numbers, strict=True)
 
     def close(self, rows: Rows) -> None:
         """Take out what still runs, and count the rows out; once."""
         if rows.ids:
             self.worker.cancel(rows.name, [*rows.ids.values()])
-            for _ in rows.ids:
-                self.metrics.ended(rows.name, "cancelled")
+            for index in rows.ids:
+                rows.heard[index].end("cancelled")
             rows.ids.clear()
         self.open[rows.tenant] -= rows.count
         rows.count = 0
@@ -213,33 +228,41 @@ class Server:
         self, http: Request, asked: Chat | Completion, prompts: Sequence[list[int]], chatty: bool
     ) -> Response:
         """All prompts' answers, at once or as a stream."""
-        name, tenant = self.cache(asked.cache), http.state.tenant
-        form = Form(chatty, self.name, asked.likely, self.model.encoding.decode_single_token_bytes)
-        requests = []
-        for prompt in prompts:
-            room = self.context - len(prompt)
-            count = room if asked.count is None else asked.count
-            if not (0 if asked.count == 0 else 1) <= count <= room or not prompt:
-                wanted = f"{len(prompt)} tokens of prompt and {max(count, 1)} to generate"
-                words = f"{wanted} do not fit into a context of {self.context}"
-                raise Refused(
-                    words if prompt else "the prompt is empty",
-                    code="context_length_exceeded",
-                    param="messages" if chatty else "prompt",
-                )
-            if count:
-                requests.append(
-                    await self.texts(lambda prompt=prompt, count=count: self.request(asked, prompt, count, tenant))
-                )
-                engine.check(requests[-1], self.context, self.model.config.vocab)
+        name, vocab = self.cache(asked.cache), self.model.config.vocab
+        if asked.retention and not isinstance(self.worker.engines.get(name), Engine):
+            raise Refused("nothing is kept for others behind a cache that is not on blocks", param="retention")
+        counts = [self.room(prompt, asked.count, "messages" if chatty else "prompt") for prompt in prompts]
         http.state.told |= {"cache": name, "prompt_tokens": sum(map(len, prompts))}
-        rows = await self.begin(requests, name, tenant, asked.n * len(prompts))
-        if asked.stream:
-            return Stream(self.stream(http, asked, form, prompts, rows), lambda: self.close(rows))
+        rows = self.admit(name, http.state.tenant, asked.n * len(prompts))
+        form = Form(chatty, self.name, asked.likely, self.model.encoding.decode_single_token_bytes)
         try:
-            return JSONResponse(await self.whole(http, asked, form, prompts, rows))
-        finally:
+            grammar = await asyncio.get_running_loop().run_in_executor(self._schemas, self.grammar, asked)
+            pairs = zip(prompts, counts, strict=True)
+            requests = [self.request(asked, *pair, http.state.tenant, grammar) for pair in pairs if pair[1]]
+            for each in requests:
+                engine.check(each, self.context, vocab)
+            await self.begin(rows, requests)
+            if asked.stream:
+                return Stream(self.stream(http, asked, form, prompts, rows), lambda: self.close(rows))
+            found = await self.whole(http, asked, form, prompts, rows)
+        except BaseException:
             self.close(rows)
+            raise
+        self.close(rows)
+        return JSONResponse(found)
+
+    def room(self, prompt: list[int], count: int | None, param: str) -> int:
+        """How many tokens are generated at most; Refused where prompt and answer do not fit, and for tokens that are none."""
+        room = self.context - len(prompt)
+        wanted = room if count is None else count
+        if not prompt:
+            raise Refused("the prompt is empty", param=param)
+        if not (0 if count == 0 else 1) <= wanted <= room:
+            words = f"{len(prompt)} tokens of prompt and {max(wanted, 1)} to generate do not fit into a context of {self.context}"
+            raise Refused(words, code="context_length_exceeded", param=param)
+        if not all(0 <= token < self.model.config.vocab for token in prompt):
+            raise Refused(f"a prompt's tokens are numbers from 0 to {self.model.config.vocab - 1}", param=param)
+        return wanted
 
     def choices(self, asked: Asked, form: Form, prompts: Sequence) -> list[Choice]:
         """The answers of all prompts, empty."""
@@ -249,21 +272,22 @@ class Server:
     async def whole(self, http: Request, asked: Chat | Completion, form: Form, prompts, rows: Rows) -> Json:
         """The answer to a request that is no stream."""
         choices, before = self.choices(asked, form, prompts), []
-        if isinstance(asked, Completion) and asked.echo:
-            for prompt in prompts:
-                told: list[Told] = []
-                if asked.likely is not None:
-                    ask = lambda prompt=prompt: score(self.model.config, self.model.params, prompt, asked.likely or 0)
-                    told = await asyncio.wrap_future(self.worker.ask(ask))
-                before += [(await self.texts(lambda prompt=prompt: self.model.encoding.decode(prompt)), told)] * asked.n
         if not rows.ids:  # nothing is generated
             for choice in choices:
                 choice.reason = "length"
         async with asyncio.timeout(self.rules.timeout):
+            for prompt in prompts if isinstance(asked, Completion) and asked.echo else ():
+                told: list[Told] = []
+                if asked.likely is not None:
+                    ask = lambda prompt=prompt: score(self.model.config, self.model.params, prompt, asked.likely or 0)
+                    told = await asyncio.wrap_future(self.worker.ask(ask, slow=True))
+                before += [(await self.texts(lambda prompt=prompt: self.model.encoding.decode(prompt)), told)] * asked.n
+                if await http.is_disconnected():
+                    raise Gone
             async with contextlib.aclosing(self.each(http, choices, rows)) as events:
                 async for choice, event in events:
                     choice.add(event)
-        used = usage(sum(map(len, prompts)), choices)
+        used = usage(sum(map(len, prompts)), choices, asked.n)
         http.state.told |= {"completion_tokens": used["completion_tokens"]}
         return form.whole(choices, used, before)
 
@@ -288,11 +312,11 @@ class Server:
                 if event.finished:
                     del rows.ids[index]
                 if event.finished == "error":
-                    raise Failed("the model's logits are not numbers")
+                    raise Failed("the model's logits are not numbers, or no token is left that the schema allows")
                 yield choices[index], event
                 if choices[index].reason and not event.finished:  # by a stop text, of which the engine does not know
                     self.worker.cancel(rows.name, [rows.ids.pop(index)])
-                    self.metrics.ended(rows.name, "stop")
+                    rows.heard[index].end("stop")
         finally:
             watch.cancel()
 
@@ -320,16 +344,16 @@ class Server:
                         waiting = pending[choice.index]
                         waiting += choice.told[-1:]
                         more: Json = {}
-                        if view:
+                        if view and event.places is not LATE:
                             more = {
                                 "kvcascade": view.step(
                                     [*prompts[0], *(told.token for told in choice.told)], event.places, form.token_bytes
                                 )
                             }
-                        if new or choice.reason or view:
+                        if new or choice.reason or more:
                             yield line(form.chunk(choice, new, waiting) | more)
                             waiting.clear()
-            used = usage(sum(map(len, prompts)), choices)
+            used = usage(sum(map(len, prompts)), choices, asked.n)
             http.state.told |= {"completion_tokens": used["completion_tokens"]}
             if asked.stream_options and asked.stream_options.include_usage:
                 yield line(form.last(used))
@@ -380,6 +404,10 @@ def application(server: Server) -> Any:
     @app.exception_handler(Ended)
     async def ended(http: Request, error: Ended) -> Response:
         return await bad(http, Failed("the engine has ended"))
+
+    @app.exception_handler(Exception)
+    async def unforeseen(http: Request, error: Exception) -> Response:
+        return await bad(http, Failed("something has gone wrong that was not foreseen"))
 
     @app.exception_handler(Gone)
     async def gone(http: Request, error: Gone) -> Response:
@@ -445,7 +473,10 @@ def application(server: Server) -> Any:
         server.known(asked.model)
         if any(token >= server.model.encoding.n_vocab for token in asked.tokens):
             raise Refused(f"tokens are numbers below {server.model.encoding.n_vocab}", param="tokens")
-        return {"prompt": await server.texts(lambda: server.model.encoding.decode(asked.tokens))}
+        try:
+            return {"prompt": await server.texts(lambda: server.model.encoding.decode(asked.tokens))}
+        except KeyError:  # some vocabularies have numbers that no token has
+            raise Refused("one of the tokens is none", param="tokens") from None
 
     @app.get("/tokenizer_info")
     async def tokenizer_info():

@@ -45,6 +45,7 @@ def starting(
             engines[str(spec)] = engine
             fields = {"cache": str(spec), "seconds": round(seconds, 1), "programs": device.compiled()}
             log.info("warm", extra={"fields": fields})
+        metrics.warm(engines)
         return engines
 
     return start

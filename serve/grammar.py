@@ -12,6 +12,11 @@ from llguidance.numpy import fill_next_token_bitmask
 from kvcascade.cache.errors import BadInput
 from kvcascade.model.pretrained import Model
 
+LONGEST = 2**16
+"""Characters of a schema."""
+MULTIPLE = 10_000
+"""The largest `multipleOf` of a schema: the automaton has as many states."""
+
 
 class Schema:
     """A row's grammar; once its text is whole only an end token is left."""
@@ -23,7 +28,13 @@ class Schema:
         """As `request.Grammar` has it."""
         mask = np.zeros((1, -(-self._vocab // 32)), np.int32)
         fill_next_token_bitmask(self._matcher, mask)
-        return mask[0].view(np.uint32)
+        # One that has lost its way would let the text end: now no token is allowed, and the row ends with an error.
+        return (mask[0] * (not self.lost)).view(np.uint32)
+
+    @property
+    def lost(self) -> bool:
+        """Whether it cannot say any more what may come."""
+        return self._matcher.is_error()
 
     def take(self, token: int) -> None:
         """As `request.Grammar` has it; what comes after the end is nobody's."""
@@ -47,14 +58,33 @@ class Grammars:
     def of(self, schema: dict[str, Any] | None) -> Callable[[], Schema]:
         """What makes the grammar of a row: JSON after this schema, or any object without one. BadInput for a schema that cannot be followed."""
         text = json.dumps({"type": "object"} if schema is None else schema)
+        if len(text) > LONGEST or _largest(schema) > MULTIPLE:
+            raise BadInput(f"a schema has {LONGEST:,} characters at most, and no multipleOf above {MULTIPLE:,}")
         try:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(text)
         except ValueError as error:
             raise BadInput(f"the schema cannot be followed: {_line(error)}") from None
-        make = lambda: llguidance.LLMatcher(self._tokenizer, grammar)
-        if (first := make()).is_error():
-            raise BadInput(f"the schema cannot be followed: {_line(first.get_error())}")
-        return lambda: Schema(make(), self._model.config.vocab)
+        first = llguidance.LLMatcher(self._tokenizer, grammar)
+        again = first.deep_copy()
+        again.compute_bitmask()
+        if first.is_error() or again.is_error():
+            raise BadInput(f"the schema cannot be followed: {_line(first.get_error() or again.get_error())}")
+        return lambda: Schema(first.deep_copy(), self._model.config.vocab)
+
+
+def _largest(schema: Any) -> float:
+    """The largest multipleOf anywhere in a schema, or its inverse where that is a fraction."""
+    found, left = 0.0, [schema]
+    while left:
+        each = left.pop()
+        if isinstance(each, dict):
+            multiple = each.get("multipleOf")
+            if isinstance(multiple, int | float) and multiple:
+                found = max(found, float(abs(multiple)), 1 / abs(multiple))
+            left += each.values()
+        elif isinstance(each, list):
+            left += each
+    return found
 
 
 def _line(words: object) -> str:

@@ -32,9 +32,7 @@ class Metrics:
         self.waiting = gauge("num_requests_waiting", "Rows that wait for their turn.")
         self.usage = gauge("kv_cache_usage_perc", "Share of the blocks that rows use, from 0 to 1.")
         self.blocks = gauge("kv_blocks", "Blocks by state: free, used, or idle (nobody's, but known).", ("state",))
-        self.bytes = gauge(
-            "kv_bytes_per_tier", "Bytes of a row's keys and values that there is room for.", ("tier",)
-        )
+        self.bytes = gauge("kv_bytes_per_tier", "Bytes of a row's keys and values that there is room for.", ("tier",))
         self.compiled = gauge("programs", "Compiled programs.")
         self.compiles = counter("jit_compiles", "Programs that were compiled after warming up.")
         self.queries = counter("prefix_cache_queries", "Tokens of prompts that were looked for.")
@@ -55,6 +53,8 @@ class Metrics:
         self.prefill = histogram("request_prefill_time_seconds", "From its turn to its first token.", buckets=WHOLE)
         self.decode = histogram("request_decode_time_seconds", "From its first token to its last.", buckets=WHOLE)
         self.config = Info("kvcascade:cache_config", "What is served.", ("model_name", "cache"), registry=self.registry)
+        self.sharing: set[str] = set()
+        """Caches whose prompts are looked for."""
         self._before: dict[str, collections.Counter[str]] = {}
         self._programs: dict[str, int] = {}
 
@@ -86,8 +86,13 @@ class Metrics:
             self.over.labels(*mine, reason)
         for reason in REFUSALS:
             self.refused.labels(self._model, "", reason)
-        self._programs[name] = _compiled(engine)
-        self.after({name: engine})
+        if isinstance(engine, Engine):
+            self.sharing.add(name)
+
+    def warm(self, engines: Mapping[str, Engine | Alone]) -> None:
+        """All engines are: whatever is compiled from now on was not to be."""
+        self._programs = {name: _compiled(engine) for name, engine in engines.items()}
+        self.after(engines)
 
     def after(self, engines: Mapping[str, Engine | Alone]) -> None:
         """Take over what engines have counted since the last time."""
@@ -123,41 +128,52 @@ class Metrics:
             self.compiles.labels(*mine).inc(max(0, programs - self._programs[name]))
             self._programs[name] = max(programs, self._programs[name])
 
-    def heard(
-        self, name: str, arrival: float, prompt: int, first_row: bool, clock: Callable[[], float] = time.monotonic
-    ):
-        """What hears a row's events, which is to be called with each; of several rows of a prompt the first one counts it."""
-        mine, times = (self._model, name), [arrival]
-
-        def hear(event: Event) -> None:
-            now = clock()
-            if event.token is not None:
-                self.generated.labels(*mine).inc()
-                if len(times) == 1:
-                    self.first.labels(*mine).observe(now - arrival)
-                    self.queued.labels(*mine).observe(max(0.0, event.began - arrival))
-                    self.prefill.labels(*mine).observe(now - event.began)
-                    if first_row:
-                        self.prompted.labels(*mine).inc(prompt)
-                        self.queries.labels(*mine).inc(prompt)
-                else:
-                    self.between.labels(*mine).observe(now - times[-1])
-                times[1:] = [times[1] if len(times) > 1 else now, now]
-            if event.finished:
-                self.ended(name, event.finished)
-                self.whole.labels(*mine).observe(now - arrival)
-                if len(times) > 1:
-                    self.decode.labels(*mine).observe(now - times[1])
-
-        return hear
-
-    def ended(self, name: str, reason: str) -> None:
-        """A row is over."""
-        self.over.labels(self._model, name, reason).inc()
+    def heard(self, name: str, arrival: float, prompt: int, clock: Callable[[], float] = time.monotonic) -> "Heard":
+        """What hears the events of a row of a request that came then; `prompt`: its tokens, 0 for all rows of one prompt but the first."""
+        return Heard(self, (self._model, name), arrival, prompt, clock)
 
     def refuse(self, reason: str) -> None:
         """A request was not taken in; REFUSALS has the reasons."""
         self.refused.labels(self._model, "", reason).inc()
+
+
+class Heard:
+    """A row, from its arrival to its end."""
+
+    def __init__(
+        self, metrics: Metrics, labels: tuple[str, str], arrival: float, prompt: int, clock: Callable[[], float]
+    ):
+        self._metrics, self._labels, self._prompt, self._clock = metrics, labels, prompt, clock
+        self._arrival, self._first, self._last, self._over = arrival, 0.0, 0.0, False
+
+    def __call__(self, event: Event) -> None:
+        """A token, or the end."""
+        metrics, mine, now = self._metrics, self._labels, self._clock()
+        if event.token is not None and not self._over:
+            metrics.generated.labels(*mine).inc()
+            if self._first:
+                metrics.between.labels(*mine).observe(now - self._last)
+            else:
+                self._first = now
+                metrics.first.labels(*mine).observe(now - self._arrival)
+                metrics.queued.labels(*mine).observe(max(0.0, event.began - self._arrival))
+                metrics.prefill.labels(*mine).observe(now - event.began)
+                metrics.prompted.labels(*mine).inc(self._prompt)
+                if mine[1] in metrics.sharing:
+                    metrics.queries.labels(*mine).inc(self._prompt)
+            self._last = now
+        if event.finished:
+            self.end(event.finished)
+
+    def end(self, reason: str) -> None:
+        """It is over, for this reason; once."""
+        if self._over:
+            return
+        self._over = True
+        self._metrics.over.labels(*self._labels, reason).inc()
+        self._metrics.whole.labels(*self._labels).observe(self._clock() - self._arrival)
+        if self._first:
+            self._metrics.decode.labels(*self._labels).observe(self._last - self._first)
 
 
 REFUSALS = ("invalid", "key", "body", "queue", "per_key", "draining", "timeout")

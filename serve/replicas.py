@@ -8,6 +8,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -20,7 +21,7 @@ from kvcascade.cache.spec import parse
 from kvcascade.model.pretrained import Model
 from kvcascade.serve import api
 from kvcascade.serve.engines import Room, starting
-from kvcascade.serve.guard import Rules
+from kvcascade.serve.guard import Rules, read_keys
 from kvcascade.serve.metrics import Metrics
 from kvcascade.serve.plan import Limits
 from kvcascade.serve.worker import Worker
@@ -47,6 +48,7 @@ class Replica:
         model = open_model(about["model"], weights=about.get("weights", "float32"))
         specs = [*map(parse, str(about.get("cache", "full on blocks")).split("&"))]
         context = min(int(about.get("context", 2048)), model.config.context)
+        rules = Rules(read_keys(Path(about["keys"])) if "keys" in about else {})
         room = Room(
             context, int(about.get("blocks", 640)), Limits(int(about.get("tokens", 128)), int(about.get("rows", 32)))
         )
@@ -55,7 +57,7 @@ class Replica:
         self.worker.start()
         while not self.worker.ready.wait(1):
             self.check_health()
-        self.app = api.application(api.Server(model, specs, self.worker, metrics, Rules(), context))
+        self.app = api.application(api.Server(model, specs, self.worker, metrics, rules, context))
 
     def check_health(self) -> None:
         """Raise where the engine is not alive: Ray then puts another replica in its place."""
@@ -93,7 +95,9 @@ def front(replicas: DeploymentHandle):
         body = b""
         while True:
             message = await receive()
-            body += message.get("body", b"")
+            body += message.get("body", b"")[
+                : Rules().body + 1 - len(body)
+            ]  # one byte too many is refused as a million are
             if not message.get("more_body"):
                 break
         kept = (
@@ -151,7 +155,7 @@ def _beginning(body: bytes) -> str:
 def application(open_model: Callable[..., Model], about: Mapping[str, Any]) -> serve.Application:
     """A model that is opened by name, behind Ray Serve.
 
-    `about` has `model`, and any of `weights`, `cache` (several with & between), `context`, `blocks`, `rows`, `tokens`, `cpus` of a replica,
+    `about` has `model`, and any of `weights`, `cache` (several with & between), `context`, `blocks`, `rows`, `tokens`, `keys`, `cpus` of a replica,
     and how many there are, `replicas` at least and `most`.
     """
     least = int(about.get("replicas", 1))

@@ -7,13 +7,13 @@ from typing import Any
 try:
     from opentelemetry import propagate, trace
 except ImportError:
-    trace = None
+    trace = propagate = None
 
 
 @contextlib.contextmanager
 def span(name: str, headers: Mapping[str, str], told: Mapping[str, Any]) -> Iterator[None]:
     """A server's span, a child of the one that the client names (`traceparent`); what was `told` of the request at its end is in it."""
-    if trace is None:
+    if trace is None or propagate is None:
         yield
         return
     tracer, context = trace.get_tracer("kvcascade"), propagate.extract(dict(headers))

@@ -15,6 +15,10 @@ MOST_ROWS = 64
 """Continuations of one prompt, and prompts of one request, at the most."""
 
 
+type Fast[T] = Annotated[list[T], Field(fail_fast=True)]
+"""A list of which the first wrong item is told: to tell of a million would take as long as they are many."""
+
+
 def _none(default: object):
     """A field that may be null, which is then what it is by default."""
     return BeforeValidator(lambda value: default if value is None else value)
@@ -102,7 +106,7 @@ class Asked(Strict):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """Without one each request draws its own."""
     n: Annotated[int, Field(ge=1, le=MOST_ROWS), _none(1)] = 1
-    stop: str | list[str] | None = None
+    stop: str | Fast[str] | None = None
     stream: Annotated[bool, _none(False)] = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
@@ -170,8 +174,7 @@ class Message(Strict):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
-    name: str | None = None
+    content: str | Fast[Part]
     refusal: None = None
     """Some clients send back what an answer had."""
 
@@ -184,7 +187,7 @@ class Message(Strict):
 class Chat(Asked):
     """A request to /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """An older name of the same."""
@@ -211,7 +214,7 @@ class Chat(Asked):
 class Completion(Asked):
     """A request to /v1/completions."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | Fast[int] | Fast[str] | Fast[Fast[int]]
     max_tokens: Annotated[int, Field(ge=0), _none(16)] = 16
     logprobs: Annotated[int, Field(ge=0, le=TOP)] | None = None
     echo: Annotated[bool, _none(False)] = False
@@ -225,6 +228,8 @@ class Completion(Asked):
             raise ValueError("echo does not go with stream")
         if not self.max_tokens and not self.echo:
             raise ValueError("max_tokens of 0 goes with echo")
+        if self.watch and len(self.prompts) != 1:
+            raise ValueError("watch goes with one prompt")
         if not self.prompts or len(self.prompts) > MOST_ROWS:
             raise ValueError(f"a request has 1 to {MOST_ROWS} prompts")
         return self
@@ -254,7 +259,7 @@ class Tokenize(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Fast[Message] | None = None
     add_special_tokens: bool = True
     parse_special: bool = True
     """Whether the text of a special token is taken for it, as vLLM does here; a prompt to be completed is read without."""
@@ -270,4 +275,4 @@ class Detokenize(Strict):
     """A request to /detokenize."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Fast[Annotated[int, Field(ge=0)]]

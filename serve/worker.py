@@ -58,16 +58,20 @@ class Worker[E: Serves](threading.Thread):
         self.failed: BaseException | None = None
         self._start, self._on_end, self._after = start, on_end, after_step
         self._asked: queue.SimpleQueue[tuple[Future, Callable] | None] = queue.SimpleQueue()
+        self._slow: queue.SimpleQueue[tuple[Future, Callable]] = queue.SimpleQueue()
         self._heard: dict[tuple[str, int], Hear] = {}
         self._lock = threading.Lock()
         self._stopping = self._over = False
 
-    def ask[R](self, work: Callable[[], R]) -> "Future[R]":
-        """Have something done in the thread; Ended if it is gone."""
+    def ask[R](self, work: Callable[[], R], slow: bool = False) -> "Future[R]":
+        """Have something done in the thread; of what is `slow` one at most between two steps. Ended if it is gone."""
         future: Future[R] = Future()
         with self._lock:
             if self._over:
                 future.set_exception(Ended())
+            elif slow:
+                self._slow.put((future, work))
+                self._asked.put(None)
             else:
                 self._asked.put((future, work))
         return future
@@ -113,19 +117,15 @@ class Worker[E: Serves](threading.Thread):
             self._on_end()
 
     def _work(self) -> bool:
-        """What is asked, and a step of each engine; False when it is over."""
-        busy = any(engine.busy for engine in self.engines.values())
-        while not (busy and self._asked.empty()):
-            if self._stopping and not busy:
+        """What is asked by now, and a step of each engine; False when it is over."""
+        if not any(engine.busy for engine in self.engines.values()) and self._slow.empty():
+            if self._stopping:
                 return False
-            asked = self._asked.get()
-            if asked:
-                future, work = asked
-                try:
-                    future.set_result(work())
-                except Exception as error:  # his who asked
-                    future.set_exception(error)
-            busy = any(engine.busy for engine in self.engines.values())
+            self._do(self._asked.get())
+        for _ in range(self._asked.qsize()):  # not what comes meanwhile: rows want their steps
+            self._do(self._asked.get())
+        if not self._slow.empty():
+            self._do(self._slow.get())
         for name, engine in self.engines.items():
             if engine.busy:
                 for event in engine.run_step():
@@ -135,14 +135,24 @@ class Worker[E: Serves](threading.Thread):
         self._after(self.engines)
         return True
 
+    def _do(self, asked: tuple[Future, Callable] | None) -> None:
+        """Something that is asked, unless whoever asked has gone."""
+        if asked is None or not asked[0].set_running_or_notify_cancel():
+            return
+        try:
+            asked[0].set_result(asked[1]())
+        except Exception as error:  # his who asked
+            asked[0].set_exception(error)
+
     def _finish(self, why: Exception) -> None:
         """Tell all who wait that nobody answers."""
         with self._lock:
             self._over = True
         self.ready.clear()
-        while not self._asked.empty():
-            if asked := self._asked.get():
-                asked[0].set_exception(why)
+        for waiting in (self._asked, self._slow):
+            while not waiting.empty():
+                if (asked := waiting.get()) and asked[0].set_running_or_notify_cancel():
+                    asked[0].set_exception(why)
         for hear in self._heard.values():
             hear(why)
         self._heard.clear()

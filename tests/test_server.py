@@ -1,5 +1,6 @@
 """The server as OpenAI's own client finds it: what is answered is what the engine, and the model alone, would have said."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -30,6 +31,7 @@ from kvcascade.model import chat, generate, gpt
 from kvcascade.model.sampling import GREEDY, Sampling
 from kvcascade.serve.alone import Alone
 from kvcascade.serve.engine import Engine
+from kvcascade.serve.grammar import Schema
 from kvcascade.serve.guard import Lines, Rules, read_keys
 
 
@@ -146,6 +148,8 @@ def test_log_probabilities_are_the_models(client: openai.OpenAI) -> None:
         and content.content
         and content.content[0].logprob == pytest.approx(content.content[0].top_logprobs[0].logprob)
     )
+    parts = [each.choices[0].logprobs for each in completed(client, prompt, logprobs=0, max_tokens=6, stream=True)]
+    assert [each for part in parts for each in part.text_offset] == [*range(len(tokens) - len(prompt))]
     scored = completed(client, [tokens], max_tokens=0, echo=True, logprobs=0).choices[0]
     assert scored.logprobs and scored.logprobs.token_logprobs
     np.testing.assert_allclose(scored.logprobs.token_logprobs[1:], want, atol=1e-4)
@@ -254,12 +258,98 @@ def asked(
         ({"model": "toy", "messages": [{"role": "user", "content": "x"}], "retention": [{"start": 5, "stop": 2, "priority": 9}]}, "range"),
         ({"model": "toy", "messages": [{"role": "user", "content": "x"}], "stop": [""]}, "stop"),
         ({"model": "toy", "messages": [{"role": "user", "content": "x"}], "n": 9}, "rows"),
+        ({"model": "toy", "messages": [{"role": "user", "content": "x", "name": "ann"}]}, "name"),
+        (
+            {"model": "toy", "messages": [{"role": "user", "content": "x"}], "cache": CASCADE, "retention": [{"start": 0, "stop": 2, "priority": 9}]},
+            "not on blocks",
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_be_answered_is_refused_in_one_form(running: Running, body, words: str) -> None:
     status, found = asked(running, "/v1/chat/completions", body if isinstance(body, bytes) else json.dumps(body))
     assert status == 400 and set(found["error"]) == {"message", "type", "param", "code"}
     assert words in found["error"]["message"], found
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({"prompt": ["aaaaaa", "b"], "stream": True, "watch": True}, "one prompt"),
+        ({"prompt": [[300]], "max_tokens": 0, "echo": True}, "from 0 to 257"),
+        ({"prompt": [[-5]], "max_tokens": 0, "echo": True, "logprobs": 1}, "from 0 to 257"),
+        ({"prompt": [1] * 300_000 + [None]}, "prompt"),
+        ({"prompt": "x", "n": 200}, "64"),
+        ({"prompt": ["x"] * 64, "n": 5}, "answers at most"),
+        ({"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}}, "followed"),
+        (
+            {"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer", "multipleOf": 4999999}}}},
+            "multipleOf",
+        ),
+    ],
+)  # fmt: skip
+def test_hostile_requests_are_refused_at_once(running: Running, more: dict, words: str) -> None:
+    """None keeps the loop, or the engine, from others."""
+    start = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(asked, running, "/v1/completions", json.dumps({"model": "toy"} | more))
+        slowest = 0.0
+        while not sent.done():
+            before = time.monotonic()
+            assert asked(running, "/health")[0] == 200
+            slowest = max(slowest, time.monotonic() - before)
+    status, found = sent.result()
+    assert status == 400 and words in found["error"]["message"], found
+    assert slowest < 1 and time.monotonic() - start < 5
+
+
+def test_a_schema_that_loses_its_way_is_an_error(running: Running, client: openai.OpenAI, monkeypatch) -> None:
+    """Never a whole answer."""
+    more = {"response_format": {"type": "json_object"}}
+    json.loads(
+        completed(
+            client,
+            "x",
+            extra_body=more,
+            max_tokens=60,
+            logit_bias={"32": -100, "10": -100, "9": -100, "13": -100, "125": 90},
+        )
+        .choices[0]
+        .text
+    )
+    monkeypatch.setattr(Schema, "lost", property(lambda self: True))
+    with pytest.raises(openai.InternalServerError, match="no token is left"):
+        completed(client, "x", extra_body=more)
+
+
+def test_prompts_that_are_scored_hold_up_nobody(running: Running, client: openai.OpenAI) -> None:
+    """Between two of them every row has its step, and a wait that is given up leaves the engine alive."""
+    over = threading.Event()
+
+    def score() -> None:
+        while not over.is_set():
+            completed(client, [[*range(100)]] * 4, max_tokens=0, echo=True, logprobs=0)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        scorers = [pool.submit(score) for _ in range(8)]
+        try:
+            assert completed(client, "others").choices[0].text == text(alone(tuple(b"others"), 24))
+        finally:
+            over.set()
+        for each in scorers:
+            each.result()
+
+    async def give_up() -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.wrap_future(running.worker.ask(lambda: time.sleep(0.3))), 0.05)
+
+    asyncio.run(give_up())
+    assert completed(client, "others").choices[0].text == text(alone(tuple(b"others"), 24))
+
+
+def test_an_error_that_nobody_foresaw_has_openais_form(running: Running, monkeypatch) -> None:
+    monkeypatch.setattr(running.server, "numbers", lambda prompt: 1 / 0)
+    status, found = asked(running, "/v1/completions", json.dumps({"model": "toy", "prompt": "x"}))
+    assert status == 500 and found["error"]["type"] == "server_error"
 
 
 def test_other_routes(client: openai.OpenAI, running: Running) -> None:
@@ -292,10 +382,15 @@ def test_other_routes(client: openai.OpenAI, running: Running) -> None:
 
 def test_figures_tell_what_has_happened() -> None:
     """Tokens, hits, reasons, nothing compiled; a request that is not taken in is counted by why."""
-    with serving(["full@f32 on blocks"]) as running:
+    with serving(["full@f32 on blocks", "full@int8 on blocks", CASCADE]) as running:
         client = running.client()
         for _ in range(2):
             completed(client, "a prompt of more than thirty-two tokens", max_tokens=4, logit_bias={"256": -100})
+        both = completed(
+            client, ["a prompt of more than thirty-two tokens"] * 2, max_tokens=1, logit_bias={"256": -100}
+        )
+        assert both.usage.prompt_tokens_details.cached_tokens == 64
+        completed(client, "behind a cascade", max_tokens=1, extra_body={"cache": CASCADE})
         with pytest.raises(openai.BadRequestError):
             completed(client, "x" * 1000)
         running.until(lambda: not running.worker.engines["full@f32 on blocks"].busy)
@@ -305,14 +400,24 @@ def test_figures_tell_what_has_happened() -> None:
             float(line.split()[-1]) for line in text.splitlines()
             if line.startswith(f"kvcascade:{name}{{") and all(f'{key}="{value}"' in line for key, value in labels.items())
         )  # fmt: skip
-        assert figure("prompt_tokens_total") == 78 and figure("generation_tokens_total") == 8
-        assert figure("prefix_cache_queries_total") == 78 and figure("prefix_cache_hits_total") == 32
-        assert figure("request_success_total", finished_reason="length") == 2
+        assert figure("prompt_tokens_total") == 156 + 16 and figure("generation_tokens_total") == 8 + 2 + 1
+        assert figure("prefix_cache_queries_total") == 156 and figure("prefix_cache_hits_total") == 32 + 64
+        assert figure("request_success_total", finished_reason="length") == 5
         assert figure("refusals_total", reason="invalid") == 1
         assert figure("jit_compiles_total") == 0
-        assert figure("time_to_first_token_seconds_count") == 2 and figure("inter_token_latency_seconds_count") == 6
+        assert figure("time_to_first_token_seconds_count") == 5 and figure("inter_token_latency_seconds_count") == 6
         assert figure("kv_blocks", state="used") == 0 and figure("kv_blocks", state="idle") >= 2
         assert figure("num_requests_running") == figure("num_requests_waiting") == 0
+        # An answer that a stop text ends is one that the engine has to be told of.
+        completed(client, "x", stop=completed(client, "x").choices[0].text[2])
+        running.until(lambda: not running.worker.engines["full@f32 on blocks"].busy)
+        time.sleep(0.2)
+        text = running.server.metrics.text().decode()
+        assert figure("num_requests_running") == 0 and figure("kv_blocks", state="used") == 0
+        assert (
+            figure("request_success_total", finished_reason="stop") == 1
+            and figure("e2e_request_latency_seconds_count") == 7
+        )
 
 
 def test_a_request_is_a_span_of_its_clients_trace(running: Running) -> None:
@@ -326,8 +431,12 @@ def test_a_request_is_a_span_of_its_clients_trace(running: Running) -> None:
     provider.add_span_processor(SimpleSpanProcessor(kept))
     trace.set_tracer_provider(provider)
     lines: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = lines.append
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record)
+
+    handler = Keep()
     logger = logging.getLogger("kvcascade.serve.access")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -375,8 +484,10 @@ def test_keys_tell_tenants_apart(tmp_path) -> None:
 
         assert [work("key-a", secret), work("key-a", secret)] == [41, 9]
         assert work("key-b", secret) == work("key-b", "what nobody has asked,  of three blocks !") == 41
+        running.server.open["anna"] = 1
         with pytest.raises(openai.RateLimitError, match="your key"):
-            completed(running.client("key-a"), "x", n=3)
+            completed(running.client("key-a"), "x", n=2)
+        assert completed(running.client("key-b"), "x", n=2).choices
 
 
 def test_too_much_is_refused_and_what_follows_is_served() -> None:
