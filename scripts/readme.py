@@ -32,7 +32,6 @@ def generated() -> dict[Path, str]:
     kernels: list[Any] = record_files.read(RESULTS / "kernels.jsonl")
     parts = tables_of.readme_tables(toy) | tables_of.pretrained_tables(pretrained) | costs.readme_tables(costly)
     parts |= tables_of.methods_tables(recorded("methods")) | tables.readme_tables(kernels)
-    parts |= tables_of.steps_table(recorded("steps"))
     parts |= {
         "methods": methods.markdown(),
         "ranker": ranking.page(recorded("ranker")),

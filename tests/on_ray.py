@@ -97,7 +97,8 @@ def test_answers_are_those_of_one_process_and_a_replica_that_dies_is_replaced(ru
                 == want
             )
         # Of 16 prompts each went to the one of two replicas that had it.
-        again = [client.completions.create(model=name, prompt=prompt, max_tokens=1) for prompt in PROMPTS]
+        create: Any = client.completions.create
+        again = [create(model=name, prompt=prompt, max_tokens=1) for prompt in PROMPTS]
         assert {each.usage.prompt_tokens_details.cached_tokens for each in again} == {16}
         with pytest.raises(openai.BadRequestError, match="context"):
             answer(client, name, "x" * 500)

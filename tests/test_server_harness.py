@@ -2,6 +2,7 @@
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import harness_cases
 import pytest
@@ -30,7 +31,7 @@ def test_the_harness_finds_the_same_through_the_server(tmp_path: Path, monkeypat
             "num_concurrent": 1, "max_retries": 1,
         }  # fmt: skip
         for task in ("tiny_choice", "tiny_sums"):
-            found = simple_evaluate("local-completions", about, [task], task_manager=known, bootstrap_iters=100)
+            found: Any = simple_evaluate("local-completions", about, [task], task_manager=known, bootstrap_iters=100)
             assert found
             golden, mine = GOLDEN[f"plain/{task}"]["metrics"], found["results"][task]
             same = [name for name in golden if name in mine and "stderr" not in name]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from kvcascade.cache.errors import BadInput
 from kvcascade.eval import suite
 from kvcascade.eval.quality import evaluation, retrieval
-from kvcascade.eval.records import Bench, Compared, Evaluation, Record, Retrieval, Training, commits, grouped, of
+from kvcascade.eval.records import Compared, Evaluation, Record, Retrieval, Training, commits, grouped, of
 from kvcascade.eval.report.page import KEPT, findings, models_table, title
 from kvcascade.eval.table import CACHE, SAVED, Column, Table, markdown
 
@@ -91,25 +91,6 @@ def methods_tables(records: list[Record]) -> dict[str, str]:
         tasks = ", ".join(retrieval.measurable(retrievals, max(r.length for r in retrievals)))
         protocol += f" Answered: mean of {tasks}; {retrieval.protocol(retrievals)}."
     return {"ranked": "\n\n".join([*tables, protocol])}
-
-
-def steps_table(records: list[Record]) -> dict[str, str]:
-    """A decode step behind each policy beside one behind the full cache, the quickest first; the mean of all steps has the reviews in it."""
-    found = of(records, Bench)
-    full = next(r for r in found if r.cache == "full")
-    mean = lambda r: r.step_ms_mean or r.step_ms
-    columns = [
-        CACHE, Column("KV, MB/row", lambda r: r.kv_bytes / 1e6, "{:.2f}"), Column("mean, ms", mean, "{:.2f}"),
-        Column("× full", lambda r: mean(r) / mean(full), "{:.2f}"), Column("median, ms", lambda r: r.step_ms, "{:.2f}"),
-        Column("× full's", lambda r: r.step_ms / full.step_ms, "{:.2f}"),
-    ]  # fmt: skip
-    ranked = sorted((r for r in found if r is not full), key=mean)
-    within = sum(mean(r) <= 1.15 * mean(full) for r in ranked)
-    protocol = (
-        f"{full.batch} rows of {full.context:,} tokens before the first step, {full.steps} steps in turns, weights in {full.weights}, {full.device}; "
-        f"{within} of {len(ranked)} take at most 1.15 of the full cache's mean. Commit {commits(found)}."
-    )
-    return {"steps": f"{markdown(Table.of('', columns, [full, *ranked]).code)}\n\n{protocol}"}
 
 
 def fill(readme: str, parts: dict[str, str]) -> str:
