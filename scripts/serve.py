@@ -75,6 +75,7 @@ def main(arguments: list[str]) -> None:
         from kvcascade.serve.engine import Engine
         from kvcascade.serve.engines import Room, starting
         from kvcascade.serve.metrics import Metrics
+        from kvcascade.serve.server import Server
         from kvcascade.serve.worker import Worker
     except ImportError as error:
         raise BadInput(f"{error.name} is not installed: pip install 'kvcascade[serve]'") from error
@@ -88,7 +89,7 @@ def main(arguments: list[str]) -> None:
     worker: Worker[Engine | Alone] = Worker(
         starting(model, specs, room, metrics), lambda: setattr(http, "should_exit", True), metrics.after
     )
-    server = api.Server(model, specs, worker, metrics, rules, context, args.name, _points(args.records, model))
+    server = Server(model, specs, worker, metrics, rules, context, args.name, _points(args.records, model))
 
     class Http(uvicorn.Server):
         until = 0.0

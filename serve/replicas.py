@@ -24,6 +24,7 @@ from kvcascade.serve.engines import Room, starting
 from kvcascade.serve.guard import Rules, read_keys
 from kvcascade.serve.metrics import Metrics
 from kvcascade.serve.plan import Limits
+from kvcascade.serve.server import Server
 from kvcascade.serve.worker import Worker
 
 BEGINNING = 64
@@ -57,7 +58,7 @@ class Replica:
         self.worker.start()
         while not self.worker.ready.wait(1):
             self.check_health()
-        self.app = api.application(api.Server(model, specs, self.worker, metrics, rules, context))
+        self.app = api.application(Server(model, specs, self.worker, metrics, rules, context))
 
     def check_health(self) -> None:
         """Raise where the engine is not alive: Ray then puts another replica in its place."""

@@ -23,6 +23,7 @@ from kvcascade.serve.engines import Room, starting
 from kvcascade.serve.guard import Rules
 from kvcascade.serve.metrics import Metrics
 from kvcascade.serve.plan import Limits
+from kvcascade.serve.server import Server
 from kvcascade.serve.worker import Worker
 
 CONFIG = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=64, vocab=258, context=192)
@@ -50,7 +51,7 @@ class Running:
         self.worker: Worker[Engine | Alone] = Worker(
             starting(model, parsed, room, metrics, traced), self._ended, metrics.after
         )
-        self.server = api.Server(model, parsed, self.worker, metrics, rules, room.context)
+        self.server = Server(model, parsed, self.worker, metrics, rules, room.context)
         config = uvicorn.Config(api.application(self.server), port=0, log_config=None, timeout_graceful_shutdown=5)
         self.http = uvicorn.Server(config)
         socket = config.bind_socket()
