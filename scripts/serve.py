@@ -16,7 +16,7 @@ from kvcascade.eval import record_files
 from kvcascade.eval.records import Evaluation, of
 from kvcascade.model.pretrained import Model
 from kvcascade.scripts import console
-from kvcascade.scripts.arguments import Count, CountOrNone, arguments_of
+from kvcascade.scripts.arguments import Count, CountOrNone, Seconds, arguments_of
 from kvcascade.serve.plan import Limits
 
 
@@ -53,7 +53,7 @@ class Args:
     """Answers that run or wait, at most; who comes then is told to come again."""
     per_key: Count = 128
     """The same for one tenant."""
-    timeout: float = 600.0
+    timeout: Seconds = 600.0
     """Seconds that an answer takes at most."""
     drain: Count = 30
     """Seconds in which what runs may end after SIGTERM."""

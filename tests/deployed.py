@@ -80,7 +80,7 @@ class Replica:
         return self
 
     def ready(self) -> None:
-        until(lambda: get(f"{self.url}/ready")[0] == 200, 180, f"{self.url} is ready: {self.log.read_text()[-2000:]}")
+        until(lambda: get(f"{self.url}/ready")[0] == 200, 600, f"{self.url} is ready: {self.log.read_text()[-2000:]}")
 
     def end(self, number: int = signal.SIGTERM, seconds: float = 30) -> int:
         assert self.process

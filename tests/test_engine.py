@@ -270,10 +270,10 @@ def test_requests_that_could_never_end_are_refused() -> None:
         engine("f32", 20).submit(Request([1] * 90, 10))
     for request, reason in (
         (Request([], 3), "the prompt is empty"),
-        (Request([1], 0), "leaves nothing to generate"),
+        (Request([1], 0), "a token and a continuation at least"),
         (Request([1] * 60, 10), "70 tokens take 5 blocks of 16, and the pool has 4"),
         (Request([97], 1), "numbers from 0 to 96"),
-        (Request([1], 1, continuations=0), "a continuation at least, not 0"),
+        (Request([1], 1, continuations=0), "a token and a continuation at least"),
     ):
         with pytest.raises(BadInput, match=reason):
             ours.submit(request)
