@@ -21,8 +21,8 @@ from kvcascade.kernels.files import cache_dir, write_whole
 from kvcascade.kernels.slots import Pair, Stored, unknown
 
 SOURCES = sorted(Path(__file__).parent.glob("native_*.*"))
-FLAGS = ["-std=c++17", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
 HERE = "-march=native"
+FLAGS = ["-std=c++17", "-O3", HERE, "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
 LEVELS = {
     "x86-64-v4": {
         "avx512f",
@@ -91,14 +91,14 @@ def named(like: Stored, results: Sequence[Array]) -> Stored:
 def library() -> Path:
     """The library for these sources on this processor, made by the compiler that is here; where none works, one that was made before."""
     extra = shlex.split(os.environ.get("KVCASCADE_CXXFLAGS", ""))
-    made_of = f"native-{_digest(*_sources(), processor.identity(), HERE, *FLAGS, *extra)}"
+    made_of = f"native-{_digest(*_sources(), processor.identity(), *FLAGS, *extra)}"
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     # To ask the compiler for its version would take longer than all the rest of this.
     found = _age(shutil.which(compiler[0]) or "")
     path = cache_dir() / f"{made_of}-{_digest(*compiler, *map(str, found))}.so"
     if not path.exists():
         try:
-            _compile([*compiler, HERE, *FLAGS, *extra], path)
+            _compile([*compiler, *FLAGS, *extra], path)
         except OSError:
             made = [*sorted(cache_dir().glob(f"{made_of}-*.so"), key=_age, reverse=True), *_built()]
             if not made:
@@ -111,7 +111,8 @@ def build(folder: str | Path) -> list[Path]:
     """Compile a library for each of LEVELS into a folder, for processors that are not this one; OSError where the compiler does not know it."""
     paths = [Path(folder, _named(level)) for level in LEVELS]
     for level, path in zip(LEVELS, paths, strict=True):
-        _compile([*shlex.split(os.environ.get("CXX") or "c++"), f"-march={level}", *FLAGS], path)
+        flags = [f"-march={level}" if flag == HERE else flag for flag in FLAGS]
+        _compile([*shlex.split(os.environ.get("CXX") or "c++"), *flags], path)
     return paths
 
 
