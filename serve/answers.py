@@ -27,7 +27,6 @@ class Choice:
 
     index: int
     visible: Visible
-    token_bytes: Callable[[int], bytes]
     text: str = ""
     tokens: int = 0
     found: int = 0

@@ -221,7 +221,7 @@ class Server:
         self, http: Request, asked: Chat | Completion, prompts: Sequence[list[int]], chatty: bool
     ) -> Response:
         """All prompts' answers, at once or as a stream."""
-        name, vocab = self.cache(asked.cache), self.model.config.vocab
+        name = self.cache(asked.cache)
         if asked.retention and not isinstance(self.worker.engines.get(name), Engine):
             raise Refused("nothing is kept for others behind a cache that is not on blocks", param="retention")
         counts = [self.room(prompt, asked.count, "messages" if chatty else "prompt") for prompt in prompts]
@@ -232,8 +232,6 @@ class Server:
             grammar = await asyncio.get_running_loop().run_in_executor(self._schemas, self.grammar, asked)
             pairs = zip(prompts, counts, strict=True)
             requests = [self.request(asked, *pair, http.state.tenant, grammar) for pair in pairs if pair[1]]
-            for each in requests:
-                engine.check(each, self.context, vocab)
             await self.begin(rows, requests)
             if asked.stream:
                 return Stream(self.stream(http, asked, form, prompts, rows), lambda: self.close(rows))
@@ -259,7 +257,7 @@ class Server:
 
     def choices(self, asked: Asked, form: Form, prompts: Sequence) -> list[Choice]:
         """The answers of all prompts, empty."""
-        make = lambda index: Choice(index, Visible(form.token_bytes, asked.stops), form.token_bytes)
+        make = lambda index: Choice(index, Visible(form.token_bytes, asked.stops))
         return [make(index) for index in range(asked.n * len(prompts))]
 
     async def whole(self, http: Request, asked: Chat | Completion, form: Form, prompts, rows: Rows) -> Json:

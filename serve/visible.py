@@ -18,10 +18,8 @@ class Visible:
 
     def end(self) -> str:
         """There are no more tokens: what was held back."""
-        text, self._held = self._show(self._decoder.decode(b"", final=True)), self._held
-        if self.stopped:
-            return text
-        text, self._held = text + self._held, ""
+        text = self._show(self._decoder.decode(b"", final=True)) + self._held
+        self._held = ""
         return text
 
     def _show(self, new: str) -> str:
