@@ -1,6 +1,8 @@
 """A prompt that is read a second time: what its tokens are given then, and where that cannot be."""
 
 import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,27 +28,49 @@ POSITIONS = np.where(np.arange(40) < np.array(LENGTHS)[:, None], np.arange(40), 
 
 
 def read(tokens: list[int]) -> list[tuple[np.ndarray, ...]]:
-    """Each layer's queries and keys of plain causal attention over these tokens."""
+    """Each layer's queries, keys and values of plain causal attention over these tokens."""
     row = jnp.asarray(tokens)[None]
     _, found = gpt.first_step(CONFIG, PARAMS, Prompt(CONFIG.layer_heads, 256), row, jnp.arange(len(tokens))[None])
-    return [tuple(np.asarray(x)[0] for x in part[:2]) for part in found.parts]
+    return [tuple(np.asarray(x)[0] for x in part[:3]) for part in found.parts]
 
 
-def wanted(tokens: list[int], part: int) -> np.ndarray:
-    """Query by query, [layers, K, T]: the part comes after the prompt, with the last tokens of the part before in front of it."""
-    T, found = len(tokens), np.zeros((CONFIG.layers, 2, len(tokens)))
+class Share(NamedTuple):
+    """What a query head of a part that comes again gives a token of the prompt, and the token's value."""
+
+    layer: int
+    head: int
+    query: int
+    key: int
+    share: float
+    value: np.ndarray
+
+
+def shares(tokens: list[int], part: int) -> Iterator[tuple[list[int], list[Share]]]:
+    """Query by query: each part comes after the prompt, with the last tokens of the part before in front of it."""
+    T = len(tokens)
     for start in range(0, T, part):
         stop, lead = min(start + part, T), min(start, gpt.LEAD)
-        again = tokens[start - lead : stop]
-        for layer, (q, k) in enumerate(read(tokens + again)):
+        again, found = tokens[start - lead : stop], []
+        for layer, (q, k, v) in enumerate(read(tokens + again)):
             for i in range(T, T + len(again)):
                 keys = [*({*range(start, stop)} | {*range(min(4, T))}), *range(T, i + 1)]
                 for head in range(4):
                     logits = k[keys, head // 2] @ q[i, head] / CONFIG.head_dim**0.5
                     share = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
-                    for key, x in zip(keys, share, strict=True):
-                        if start <= key < stop:
-                            found[layer, head // 2, key] = max(found[layer, head // 2, key], x)
+                    pairs = zip(keys, share.tolist(), strict=True)
+                    found += [
+                        Share(layer, head, i, key, x, v[key, head // 2]) for key, x in pairs if start <= key < stop
+                    ]
+        yield again, found
+
+
+def wanted(tokens: list[int], part: int) -> np.ndarray:
+    """The largest share of each token, [layers, K, T]."""
+    found = np.zeros((CONFIG.layers, 2, len(tokens)))
+    for _, some in shares(tokens, part):
+        for each in some:
+            at = each.layer, each.head // 2, each.key
+            found[at] = max(found[at], each.share)
     return found
 
 
@@ -84,6 +108,7 @@ def felt(tokens: list[int], part: int) -> np.ndarray:
     T, found = len(tokens), np.zeros((CONFIG.layers, 2, len(tokens)))
     model = nnx.merge(gpt.graph(CONFIG)[0], PARAMS)
     norms = lambda x: np.linalg.norm(np.asarray(x, np.float64), axis=-1)
+    outputs = [np.asarray(layer.attention.o.rows()).reshape(CONFIG.width, 4, -1) for layer in model.layers]
 
     def stream(added, row):
         x, rope = model.embed(row[None]), CONFIG.layer_heads[0].rope
@@ -93,28 +118,14 @@ def felt(tokens: list[int], part: int) -> np.ndarray:
             x = x + block.mlp(block.mlp_norm(x), None)
         return x[0]
 
-    for start in range(0, T, part):
-        stop, lead = min(start + part, T), min(start, gpt.LEAD)
-        again = tokens[start - lead : stop]
+    for again, some in shares(tokens, part):
         row = jnp.asarray(tokens + again)
         squares = lambda added, row=row: (stream(added, row)[T:] ** 2).sum()
-        slopes = jax.grad(squares)([jnp.zeros((1, len(row), CONFIG.width))] * CONFIG.layers)
-        _, whole = gpt.first_step(
-            CONFIG, PARAMS, Prompt(CONFIG.layer_heads, 256), row[None], jnp.arange(len(row))[None]
-        )
-        for layer, (q, k, v, _) in enumerate(whole.parts):
-            q, k, v = (np.asarray(x)[0] for x in (q, k, v))
-            output = np.asarray(model.layers[layer].attention.o.rows()).reshape(CONFIG.width, 4, -1)
-            for i in range(T, T + len(again)):
-                keys = [*({*range(start, stop)} | {*range(min(4, T))}), *range(T, i + 1)]
-                slope = norms(slopes[layer][0, i])
-                for head in range(4):
-                    logits = k[keys, head // 2] @ q[i, head] / CONFIG.head_dim**0.5
-                    share = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
-                    for key, x in zip(keys, share, strict=True):
-                        if start <= key < stop:
-                            x = x * slope * norms(output[:, head] @ v[key, head // 2])
-                            found[layer, head // 2, key] = max(found[layer, head // 2, key], x)
+        slopes = norms(jax.grad(squares)([jnp.zeros((1, len(row), CONFIG.width))] * CONFIG.layers))
+        for each in some:
+            at = each.layer, each.head // 2, each.key
+            written = norms(outputs[each.layer][:, each.head] @ each.value)
+            found[at] = max(found[at], each.share * slopes[each.layer][0, each.query] * written)
     return found
 
 
