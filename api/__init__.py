@@ -101,6 +101,8 @@ def evaluate(
     from kvcascade.eval.quality import evaluation, perplexity
 
     specs = [parse(text) for text in caches]
+    for spec in specs:
+        model.check(spec)
     protocol = evaluation.Protocol(batch=min(8, sequences), fidelity=fidelity)
     perplexity.check(model.config, specs, context, 0, protocol.batch)
     rows = windows(model, data, context, sequences)
@@ -129,8 +131,9 @@ def generate(
     from kvcascade.model.answer import Answer
     from kvcascade.model.sampling import GREEDY
 
+    model.check(spec := parse(cache))
     ids = templates.encode(model, [{"role": "user", "content": prompt}]) if chat else model.encode(prompt)
-    kv = generation.empty_cache(model.config, parse(cache), 1, len(ids) + tokens)
+    kv = generation.empty_cache(model.config, spec, 1, len(ids) + tokens)
     if keep:
         kv = kv.hinted([[*map(hint, keep)]])
     answer = Answer(model.encoding.decode_single_token_bytes, model.end, tuple(stop))
@@ -153,4 +156,5 @@ def watch(model: "Model", prompt: str, cache: str, tokens: int = 64, chat: bool 
     from kvcascade.serve import story
 
     ids = templates.encode(model, [{"role": "user", "content": prompt}]) if chat else model.encode(prompt)
-    return story.watch(model, parse(cache), ids, tokens, compiled=traced)
+    model.check(spec := parse(cache))
+    return story.watch(model, spec, ids, tokens, compiled=traced)

@@ -9,15 +9,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvcascade.cache.cascade import Cascade
+from kvcascade.cache.basis import Bases, inside
 from kvcascade.cache.errors import BadInput
+from kvcascade.cache.groups import Group, Share
 from kvcascade.cache.layer import LayerCache
 from kvcascade.cache.tier import BLOCK
 from kvcascade.cache.whole import Cache, put
 from kvcascade.kernels import pages
+from kvcascade.kernels.decode import decode
 from kvcascade.kernels.heads import Heads
 from kvcascade.kernels.pages import Pool
-from kvcascade.kernels.partial import normalise
+from kvcascade.kernels.partial import joined, normalise
 from kvcascade.kernels.slots import Codecs
 
 
@@ -34,12 +36,12 @@ class Shared(NamedTuple):
     """The first so many positions of a row are there, the others in slots of its own."""
 
 
-def limit(layers: Sequence[tuple[Cascade, Heads]], context: int) -> int:
+def limit(groups: Sequence[Group], context: int) -> int:
     """The first so many tokens of a row are on blocks, 0 where no layer has a tier there.
 
     BadInput where layers do not have equally many: a block has room for its tokens in each of them.
     """
-    found = {str(cascade.shared): cascade.shared.slots(context) for cascade, _ in layers if cascade.shared}
+    found = {str(tier): tier.slots(context) for each in groups if (tier := each.cascade.shared)}
     if len({*found.values()}) > 1:
         raise BadInput(
             f"{' and '.join(found)} are for unlike numbers of tokens, and a block has the same ones in all layers"
@@ -49,7 +51,7 @@ def limit(layers: Sequence[tuple[Cascade, Heads]], context: int) -> int:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["layers", "pools", "table_RW", "row_B"],
+    data_fields=["layers", "pools", "table_RW", "row_B", "bases"],
     meta_fields=["of", "shared", "room"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -71,42 +73,52 @@ class BlockCache(Cache):
     """For each of the model's layers; None where it has no tier on blocks."""
     room: int
     """The number of positions that it was made for."""
+    bases: tuple[Bases | None, ...] = ()
+    """Of what each layer has in blocks; (): none is in a basis of its own."""
 
     @classmethod
     def empty(
         cls,
-        layers: Sequence[tuple[Cascade, Heads]],
+        groups: Sequence[Group],
         rows: int,
         context: int,
         blocks: int | None = None,
         size: int = BLOCK,
+        bases: Sequence[Sequence[Bases | None]] = (),
     ) -> "BlockCache":
         """So many blocks of so many tokens, which nobody has; by default as many as rows of `context` tokens need, each with its own.
 
-        BadInput for layers whose prompt must be read twice, which takes all of it at once.
+        BadInput for layers whose prompt must be read twice, which takes all of it at once, and for groups of heads: a block has all of them.
         """
-        if any(cascade.rereads for cascade, _ in layers):
+        if not all(each.whole for each in groups):
+            raise BadInput(
+                "a block has all KV heads of its tokens, so a cache with tiers on blocks is not parted by heads"
+            )
+        if any(each.cascade.rereads for each in groups):
             raise BadInput(
                 "a cache that reads its prompt twice has no tiers on blocks, into which its tokens go at once"
             )
-        most = limit(layers, context)
-        tiers = [cascade.shared for cascade, _ in layers]
-        alike = [None if tier is None else (tier.codecs, heads) for tier, (_, heads) in zip(tiers, layers, strict=True)]
+        most = limit(groups, context)
+        alike = [(tier.codecs, each.of) if (tier := each.cascade.shared) else None for each in groups]
         kinds = [each for each in dict.fromkeys(alike) if each]
         shared = tuple(
             each and Shared(kinds.index(each), alike[:index].count(each), *each, most)
             for index, each in enumerate(alike)
         )
-        own = [(index, cascade.own, heads) for index, (cascade, heads) in enumerate(layers) if cascade.own]
-        of = [-1] * len(layers)
-        for place, (index, _, _) in enumerate(own):
-            of[index] = place
+        own = [(each, cascade) for each in groups if (cascade := each.cascade.own)]
+        of = {each.layer: (Share(place, each.chosen),) for place, (each, _) in enumerate(own)}
+        of_groups = dict(zip(groups, bases or [()] * len(groups), strict=True))
+        own_bases = lambda each, cascade: tuple(some) if any(some := of_groups[each][-len(cascade.tiers) :]) else ()
+        on_blocks = tuple(some[0] if some and each.cascade.shared else None for each, some in of_groups.items())
         width = -(-most // size)
         count = rows * width if blocks is None else blocks
         each = jnp.arange(rows * width, dtype=jnp.int32).reshape(rows, width)
         return cls(
-            layers=tuple(LayerCache.empty(cascade, rows, heads, context, index) for index, cascade, heads in own),
-            of=tuple(of),
+            layers=tuple(
+                LayerCache.empty(cascade, rows, each.of, context, each.ids, own_bases(each, cascade))
+                for each, cascade in own
+            ),
+            of=tuple(of.get(each.layer, ()) for each in groups),
             pools=tuple(
                 Pool.empty(codecs, count, alike.count((codecs, heads)), size, heads) for codecs, heads in kinds
             ),
@@ -114,6 +126,7 @@ class BlockCache(Cache):
             row_B=None,
             shared=shared,
             room=context,
+            bases=on_blocks if any(on_blocks) else (),
         )
 
     def step(
@@ -127,27 +140,35 @@ class BlockCache(Cache):
         written_BTK: Float[Array, "B T K"] | None = None,
     ) -> tuple[Float[Array, "B T N W"], "BlockCache"]:
         """Write what belongs into blocks, and let the layer's other tiers have the rest; attend to all of it."""
-        shared, place = self.shared[index], self.of[index]
+        shared = self.shared[index]
         if shared is None:
             out_BTNW, cache = super().step(index, q_BTNH, k_BTKH, v_BTKW, positions_BT, fresh, written_BTK)
             assert isinstance(cache, BlockCache)
             return out_BTNW, cache
         row_B = jnp.arange(len(positions_BT), dtype=jnp.int32) if self.row_B is None else self.row_B
-        tokens = lambda x: x.reshape(-1, *x.shape[2:])
+        bases, tokens = self.bases[index] if self.bases else None, lambda x: x.reshape(-1, *x.shape[2:])
+        stored = lambda basis, x: basis.into(x.swapaxes(1, 2)).swapaxes(1, 2)
+        k, v = (stored(bases.k, k_BTKH), stored(bases.v, v_BTKW)) if bases else (k_BTKH, v_BTKW)
         slots_N = tokens(self._slots(row_B, positions_BT, shared.limit))
         pool = self.pools[shared.pool]
-        pool = pages.write(pool, tokens(k_BTKH), tokens(v_BTKW), slots_N, shared.layer, shared.codecs)
+        pool = pages.write(pool, tokens(k), tokens(v), slots_N, shared.layer, shared.codecs)
 
         def attention(held, observed):
-            arguments = q_BTNH, positions_BT, row_B, self.table_RW, pool, shared.layer, shared.codecs, shared.heads
-            return pages.attend(*arguments, shared.limit, held, observed)
+            def attend(q_BTNH, held):
+                arguments = q_BTNH, positions_BT, row_B, self.table_RW, pool, shared.layer, shared.codecs, shared.heads
+                return pages.attend(*arguments, shared.limit, held, observed)
+
+            if not bases or not held:
+                return inside(bases, q_BTNH, shared.heads, lambda q: attend(q, held))
+            own = decode(q_BTNH[:, 0], positions_BT[:, 0], held, shared.heads, observed)
+            return joined([inside(bases, q_BTNH, shared.heads, lambda q: attend(q, [])), own])
 
         layers = self.layers
-        if place < 0:
+        if not self.of[index]:
             out_BTNW = normalise([attention([], False)])[0].astype(q_BTNH.dtype)
         else:
             behind_BT = jnp.where(positions_BT < shared.limit, -1, positions_BT)
-            arguments = q_BTNH, k_BTKH, v_BTKW, behind_BT
+            arguments, ((place, _),) = (q_BTNH, k_BTKH, v_BTKW, behind_BT), self.of[index]
             out_BTNW, layer = layers[place].step(*arguments, written_BTK=written_BTK, beside=attention)
             layers = put(layers, place, layer)
         return out_BTNW, dataclasses.replace(self, layers=layers, pools=put(self.pools, shared.pool, pool))
@@ -175,7 +196,9 @@ class BlockCache(Cache):
 
     def _most(self, own: list[int], tokens: int) -> int:
         on_blocks = [min(each.limit, tokens) if each else 0 for each in self.shared]
-        return max(limit + (own[place] if place >= 0 else 0) for limit, place in zip(on_blocks, self.of, strict=True))
+        return max(
+            limit + sum(own[place] for place, _ in shares) for limit, shares in zip(on_blocks, self.of, strict=True)
+        )
 
     def draft(self):
         """NotImplementedError: tokens on blocks are written at once, and forgotten by being written over."""

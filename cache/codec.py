@@ -2,13 +2,17 @@
 
 import dataclasses
 import functools
+import itertools
+import math
+import operator
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Integer
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.kernels.slots import Codec
+from kvcascade.kernels.slots import Codec, Stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,26 +70,83 @@ class Int8(Codec):
 
 
 @dataclasses.dataclass(frozen=True)
-class Int4(Codec):
-    """Unsigned 4-bit codes with a bf16 scale and a bf16 low end per vector: x ≈ low + scale · code, code in 0…15.
+class Packed(Codec):
+    """Codes of 2, 3, 4 or 8 bits, several in a byte; a subclass says what a code stands for.
 
-    Two codes a byte: channel j in the low nibble, channel j + H/2 in the high one, so that unpacking needs no interleave.
     A `turned` vector was multiplied by a Walsh-Hadamard matrix, which spreads an outlier channel over all
-    (QuaRot, Ashkboos et al. 2024, §4).
+    (QuaRot, Ashkboos et al. 2024, §4). The lowest `fine` bits of a code lie in a plane of their own, so that the others can be read alone.
     """
 
+    bits: int = 4
+    fine: int = 0
     turned: bool = False
+
+    def packed(self, codes: Integer[Array, "*B H"]) -> Stored:
+        """The planes of codes."""
+        planes = {self._name: pack(codes >> self.fine, self.bits - self.fine)}
+        return planes | {"fine": pack(codes & (1 << self.fine) - 1, self.fine)} if self.fine else planes
+
+    @property
+    def _name(self) -> str:
+        """Of the array of codes: a kernel is to know four bits from two without being told."""
+        return "codes" if self.bits - self.fine == 4 else "codes2"
+
+    def unpacked(self, stored: Stored) -> Integer[Array, "*B H"]:
+        """The inverse of that."""
+        codes = unpack(stored[self._name], self.bits - self.fine).astype(jnp.int32)
+        return codes << self.fine | unpack(stored["fine"], self.fine) if self.fine else codes
+
+    def check(self, width: int) -> int:
+        """Bytes of a vector's codes; BadInput for a width of which they do not fill whole bytes, or that cannot be turned."""
+        planes = [each for each in (self.bits - self.fine, self.fine) if each]
+        least = max(8 // each for each in planes)
+        if width % least or (self.turned and width & (width - 1)):
+            plain = "even" if least == 2 else f"a multiple of {least}"
+            what = ("a power of two" + f" from {least} on" * (least > 2)) if self.turned else plain
+            raise BadInput(f"{self.name} needs a head width that is {what}, not {width}")
+        return width * self.bits // 8
+
+    def turn(self, x):
+        # On a GPU the products would otherwise be rounded to TF32's eleven bits.
+        return jnp.matmul(x.astype(jnp.float32), _hadamard(x.shape[-1]), precision="highest") if self.turned else x
+
+
+def pack(codes: Integer[Array, "*B H"], bits: int) -> Integer[Array, "*B W"]:
+    """Codes of 1, 2 or 4 bits in bytes.
+
+    Of two or four bits the channels of a byte are H/2 or H/4 apart, the first in the lowest bits, so that unpacking needs no interleave; of
+    one bit they follow one another, so that a run of channels is a mask of a processor's.
+    """
+    each = 8 // bits
+    codes = codes.astype(jnp.uint8)
+    shape = (-1, each) if bits == 1 else (each, -1)
+    parts = codes.reshape(*codes.shape[:-1], *shape)
+    parts = jnp.moveaxis(parts, -1 if bits == 1 else -2, 0)
+    return functools.reduce(operator.or_, [part << bits * place for place, part in enumerate(parts)])
+
+
+def unpack(packed: Integer[Array, "*B W"], bits: int) -> Integer[Array, "*B H"]:
+    """The inverse of `pack`."""
+    parts = [packed >> bits * place & (1 << bits) - 1 for place in range(8 // bits)]
+    if bits == 1:
+        return jnp.stack(parts, -1).reshape(*packed.shape[:-1], -1)
+    return jnp.concatenate(parts, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform(Packed):
+    """Unsigned codes with a bf16 scale and a bf16 low end per vector: x ≈ low + scale · code, code in 0…2^bits − 1."""
 
     def encode(self, x):
         x = self.turn(x.astype(jnp.float32))
+        most = 2**self.bits - 1
         low = _round_to_bf16(x.min(-1, keepdims=True))
-        scale = _scale(x.max(-1, keepdims=True) - low, 15)
-        codes = jnp.clip(jnp.round((x - low) / scale), 0, 15).astype(jnp.uint8)
-        first, second = jnp.split(codes, 2, -1)
-        return {"codes": first | (second << 4), "scale": scale.astype(jnp.bfloat16), "low": low.astype(jnp.bfloat16)}
+        scale = _scale(x.max(-1, keepdims=True) - low, most)
+        codes = jnp.clip(jnp.round((x - low) / scale), 0, most).astype(jnp.uint8)
+        return self.packed(codes) | {"scale": scale.astype(jnp.bfloat16), "low": low.astype(jnp.bfloat16)}
 
     def read(self, stored):
-        codes = jnp.concatenate([stored["codes"] & 15, stored["codes"] >> 4], -1).astype(jnp.float32)
+        codes = self.unpacked(stored).astype(jnp.float32)
         return codes * stored["scale"].astype(jnp.float32) + stored["low"].astype(jnp.float32)
 
     def bound(self, stored):
@@ -93,15 +154,58 @@ class Int4(Codec):
         return 0.501 * scale + jnp.abs(low) * 2**-8  # the low end is rounded to bf16's eight significant bits
 
     def nbytes(self, width):
-        if width % 2 or (self.turned and width & (width - 1)):
-            raise BadInput(
-                f"{self.name} needs a head width that is {'a power of two' if self.turned else 'even'}, not {width}"
-            )
-        return width // 2 + 4
+        return self.check(width) + 4
 
-    def turn(self, x):
-        # On a GPU the products would otherwise be rounded to TF32's eleven bits.
-        return jnp.matmul(x.astype(jnp.float32), _hadamard(x.shape[-1]), precision="highest") if self.turned else x
+
+@dataclasses.dataclass(frozen=True)
+class LloydMax(Packed):
+    """Codes for the levels that are best for a normal distribution (Max 1960, table I; Lloyd 1982), times a bf16 scale per vector.
+
+    The channels of a vector that was turned are nearly normal, of variance ‖x‖²/H, which is the scale's square: TurboQuant's form for the
+    mean square error (Zandieh et al. 2025, arXiv 2504.19874, algorithm 1), with the levels of its limit of a wide head, and without QJL.
+    """
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """What codes stand for, in rising order."""
+        return normal_levels(self.bits)
+
+    def encode(self, x):
+        x = self.turn(x.astype(jnp.float32))
+        most = jnp.abs(x).max(-1, keepdims=True)
+        shares = x / jnp.where(most > 0, most, 1)  # whose squares are neither too large nor too small
+        deviation = jnp.maximum(most * jnp.sqrt((shares**2).mean(-1, keepdims=True)), LEAST)
+        scale = jnp.where(most > 0, _round_to_bf16(deviation), 0)
+        levels = np.asarray(self.levels, np.float32)
+        units = x / jnp.where(scale > 0, scale, 1)
+        codes = (units[..., None] > (levels[1:] + levels[:-1]) / 2).sum(-1).astype(jnp.uint8)
+        return self.packed(codes) | {"scale": scale.astype(jnp.bfloat16)}
+
+    def read(self, stored):
+        return jnp.asarray(self.levels, jnp.float32)[self.unpacked(stored)] * stored["scale"].astype(jnp.float32)
+
+    def bound(self, stored):
+        # All of a vector may be in one channel: the square root of H times the scale, of which the outermost level is all that is kept.
+        width = stored[self._name].shape[-1] * 8 // (self.bits - self.fine)
+        farthest = max(width**0.5 * 1.01 - self.levels[-1], max(np.diff(self.levels)) / 2)
+        return farthest * 1.001 * stored["scale"].astype(jnp.float32)
+
+    def nbytes(self, width):
+        return self.check(width) + 2
+
+
+@functools.lru_cache
+def normal_levels(bits: int) -> tuple[float, ...]:
+    """The 2^bits levels of least mean square error for a standard normal number: each the mean of what is nearer to it than to the others."""
+    density = lambda x: math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    below = lambda x: (1 + math.erf(x / math.sqrt(2))) / 2
+    levels = np.linspace(-2, 2, 2**bits)
+    for _ in range(2000):
+        edges = [-math.inf, *(levels[1:] + levels[:-1]) / 2, math.inf]
+        mean = lambda low, high: (density(low) - density(high)) / (below(high) - below(low))
+        levels = np.array([mean(*each) for each in itertools.pairwise(edges)])
+    levels = (levels - levels[::-1]) / 2
+    return tuple(levels.astype(np.float32).tolist())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +232,7 @@ class Fp8(Codec):
 class NVFP4(Codec):
     """4-bit floats (e2m1), an e4m3 scale for every 16 channels, and a bf16 scale per vector: x ≈ scale · scales[c // 16] · code.
 
-    A head narrower than 32 has two blocks. Codes are packed as in Int4: a sign bit over the index of 0, ½, 1, 1½, 2, 3, 4, 6.
+    A head narrower than 32 has two blocks. Codes are packed as in `pack`: a sign bit over the index of 0, ½, 1, 1½, 2, 3, 4, 6.
     (NVIDIA's NVFP4 has its outer scale per tensor, which a cache cannot know before its last token.)
     """
 
@@ -178,9 +282,46 @@ def _hadamard(head_dim: int):
 f32 = Plain("f32", "float32")
 bf16 = Plain("bf16", "bfloat16")
 int8 = Int8("int8")
-int4 = Int4("int4")
-int4h = Int4("int4h", turned=True)
 fp8 = Fp8("fp8")
 nvfp4 = NVFP4("nvfp4")
+planes = Uniform("planes", bits=8, fine=4)
+int4 = Uniform("int4")
+int3 = Uniform("int3", bits=3, fine=1)
+int2 = Uniform("int2", bits=2)
+lloyd4 = LloydMax("lloyd4")
+lloyd3 = LloydMax("lloyd3", bits=3, fine=1)
+lloyd2 = LloydMax("lloyd2", bits=2)
 
-CODECS = {codec.name: codec for codec in (f32, bf16, fp8, int8, int4, int4h, nvfp4)}
+BASES = {
+    "h": "turned by a Hadamard matrix",
+    "r": "signs drawn by lot, then a Hadamard matrix (TurboQuant's random rotation)",
+    "m": "less the head's mean, then a Hadamard matrix; of a calibration",
+    "s": "less the head's mean, each channel over its deviation; of a calibration",
+    "o": "the eigenvectors of what attention reads, then a Hadamard matrix (OSCAR); of a calibration",
+}
+"""What the last letter of a codec's name says of the basis that it encodes in (cache/basis.py)."""
+TURNED = "hrmo"
+
+
+def in_basis(codec: Packed, letter: str) -> Packed:
+    """The codec in a basis."""
+    basis = "" if letter == "h" else letter
+    return dataclasses.replace(codec, name=codec.name + letter, basis=basis, turned=letter in TURNED)
+
+
+int4h, int3h, int2h = (in_basis(codec, "h") for codec in (int4, int3, int2))
+lloyd4h, lloyd3h, lloyd2h = (in_basis(codec, "h") for codec in (lloyd4, lloyd3, lloyd2))
+
+CODECS = {
+    codec.name: codec
+    for codec in (
+        *(f32, bf16, fp8, int8, planes, int4, int4h, nvfp4, int3, int3h, int2, int2h, lloyd4h, lloyd3h, lloyd2h),
+    )
+}
+"""Those that need to know nothing of a model."""
+NAMES = CODECS | {
+    codec.name + letter: in_basis(codec, letter)
+    for codec in (planes, int4, int3, int2, lloyd4, lloyd3, lloyd2)
+    for letter in BASES
+}
+"""All, by their names."""

@@ -19,7 +19,7 @@ class Hints(Memory):
 
     count: int = 8
 
-    def init(self, batch, heads, layer):
+    def init(self, batch, heads, ids):
         return jnp.zeros((batch, heads.kv, self.count, 4), jnp.int32)
 
     def filled(self, held_BKR4: jax.Array, rows: Sequence[Sequence[Hint]]) -> jax.Array:

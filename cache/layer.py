@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from kvcascade.cache.basis import Bases, attend_in
 from kvcascade.cache.cascade import Cascade
 from kvcascade.cache.checks import promise
 from kvcascade.cache.codec import f32
+from kvcascade.cache.errors import BadInput
 from kvcascade.cache.hints import Hints
 from kvcascade.cache.policies import Full
 from kvcascade.cache.retention import Hint
@@ -21,7 +23,7 @@ from kvcascade.cache.tier import empty, take_in
 from kvcascade.kernels.causal import causal_attention
 from kvcascade.kernels.decode import decode
 from kvcascade.kernels.heads import Heads
-from kvcascade.kernels.partial import Partial, Weights, attend_each, normalise
+from kvcascade.kernels.partial import Partial, Weights, attend_each, joined, normalise
 from kvcascade.kernels.prefill import observed_attention
 from kvcascade.kernels.slots import Codecs, Entry, Held, Slots
 
@@ -70,7 +72,7 @@ class Look:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["slots", "memories"],
+    data_fields=["slots", "memories", "bases"],
     meta_fields=["cascade", "heads", "context", "prompting"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +85,22 @@ class LayerCache:
     """The number of positions that it was made for: a full tier has room for no more."""
     slots: tuple[Slots, ...]
     memories: tuple[Any, ...]
+    bases: tuple[Bases | None, ...] = ()
+    """Of each tier; they are a model's, whatever the rows. (): none is in a basis of its own."""
     prompting: bool = False
     """Whether there are tiers in front, and calls of many tokens are a prompt's, which goes past them."""
 
     @classmethod
-    def empty(cls, cascade: Cascade, batch: int, heads: Heads, context: int, layer: int = 0) -> "LayerCache":
-        """Tiers that hold nothing, for rows of up to `context` tokens; `layer` is its number in the model.
+    def empty(
+        cls,
+        cascade: Cascade,
+        batch: int,
+        heads: Heads,
+        context: int,
+        ids: tuple[int, ...] | None = None,
+        bases: tuple[Bases | None, ...] = (),
+    ) -> "LayerCache":
+        """Tiers that hold nothing, for rows of up to `context` tokens; `ids` are the KV heads' numbers among those of all layers.
 
         Raises BadInput if a codec cannot store vectors of these heads.
         """
@@ -96,8 +108,12 @@ class LayerCache:
         numbers = [len(cascade.numbers(index)) for index in range(len(cascade.tiers))]
         tiers = zip(cascade.tiers, numbers, strict=True)
         slots = tuple(empty(tier, batch, heads, context, count) for tier, count in tiers)
-        memories = tuple(each.init(batch, heads, layer) for each in cascade.memories)
-        return cls(cascade, heads, context, slots, memories, prompting=cascade.front > 0)
+        memories = tuple(each.init(batch, heads, ids or range(heads.kv)) for each in cascade.memories)
+        if any(codec.basis for tier in cascade.tiers for codec in tier.codecs) and not any(bases):
+            raise ValueError(f"{cascade} has codecs in a model's bases, and none are given")
+        if heads.soft_cap and any(each and each.k.shift_KH is not None for each in bases):
+            raise BadInput(f"{cascade}: keys are stored less their mean, which the logits' soft cap does not allow")
+        return cls(cascade, heads, context, slots, memories, bases, prompting=cascade.front > 0)
 
     def step(
         self,
@@ -122,14 +138,16 @@ class LayerCache:
         if positions_BT.shape[1] > 1 and (beside or not fresh):
             look = self.look(q_BTNH, k_BTKH, v_BTKW, positions_BT, written_BTK=written_BTK, beside=beside)
             return look.out_BTNW, self.commit(look)
+        if positions_BT.shape[1] == 1:
+            cache = self.entered(q_BTNH, k_BTKH, v_BTKW, positions_BT, written_BTK)
+            if beside and not self.bases:
+                found = beside(cache.held, self.cascade.observed)
+            else:
+                more = [beside([], False)] if beside else []
+                found = joined([*more, cache.decoded(q_BTNH, positions_BT)])
+            return cache.attended(found, q_BTNH, positions_BT)
         entry, written_BTK = self._entry(k_BTKH, v_BTKW, positions_BT, written_BTK)
         entry = self._begun(entry, q_BTNH, positions_BT, written_BTK)
-        if positions_BT.shape[1] == 1:
-            cache = self._take(q_BTNH, entry, positions_BT)
-            alone = lambda held, observed: decode(q_BTNH[:, 0], positions_BT[:, 0], held, self.heads, observed)
-            found = (beside or alone)(cache.held, self.cascade.observed)
-            out_BTNW, mass = normalise([found])
-            return cache._watch(mass, positions_BT)._before(out_BTNW.astype(q_BTNH.dtype))
         promise(lambda: jnp.all(jnp.asarray([(slots.pos_BKS < 0).all() for slots in self.slots])), NOT_EMPTY)
         index_T, length_B = jnp.arange(positions_BT.shape[1]), (positions_BT >= 0).sum(-1)
         promise(lambda: (positions_BT == jnp.where(index_T < length_B[:, None], index_T, -1)).all(), NOT_FROM_ZERO)
@@ -144,6 +162,37 @@ class LayerCache:
         pairs = zip(self.cascade.statistics, numbers, strict=True)
         numbers = tuple(reread[each] if reread and each in reread else number for each, number in pairs)
         return out_BTNW, self._take(q_BTNH, dataclasses.replace(entry, numbers=numbers), positions_BT)
+
+    def entered(
+        self,
+        q_BTNH: Float[Array, "B 1 N H"],
+        k_BTKH: Float[Array, "B 1 K H"],
+        v_BTKW: Float[Array, "B 1 K W"],
+        positions_BT: Int[Array, "B 1"],
+        written_BTK: Float[Array, "B 1 K"] | None = None,
+    ) -> "LayerCache":
+        """The first half of a decode step: a token of each row is in the cache, and has not attended yet."""
+        entry, written_BTK = self._entry(k_BTKH, v_BTKW, positions_BT, written_BTK)
+        entry = self._begun(entry, q_BTNH, positions_BT, written_BTK)
+        return self._take(q_BTNH, entry, positions_BT)
+
+    def decoded(
+        self, q_BTNH: Float[Array, "B 1 N H"], positions_BT: Int[Array, "B 1"]
+    ) -> tuple[Partial, list[Weights]]:
+        """Attention of one query per row to what is held, not yet normalised; with the weights of slots, if some number depends on them."""
+        observed = self.cascade.observed
+        attend = lambda q, held: decode(q[:, 0], positions_BT[:, 0], held, self.heads, observed)
+        return attend_in(self.bases, q_BTNH, self.held, self.heads, attend)
+
+    def attended(
+        self,
+        found: tuple[Partial, list[Weights]],
+        q_BTNH: Float[Array, "B 1 N H"],
+        positions_BT: Int[Array, "B 1"],
+    ) -> tuple[Float[Array, "B 1 N W"], "LayerCache"]:
+        """The second half: what the tokens saw, and the cache with the numbers that attention changes."""
+        out_BTNW, mass = normalise([found])
+        return self._watch(mass, positions_BT)._before(out_BTNW.astype(q_BTNH.dtype))
 
     def look(
         self,
@@ -163,8 +212,9 @@ class LayerCache:
         offered = [entry] if pending is None else [pending.entry, entry]
         as_slots = lambda each: Slots(f32.encode(each.k), f32.encode(each.v), each.pos_BKT)
         held = [*self.held, *((as_slots(each), Codecs(f32, f32)) for each in offered)]
-        found = attend_each(q_BTNH, positions_BT, held, self.heads, self.cascade.observed)
-        out_BTNW, mass = normalise([*found, *([beside([], False)] if beside else [])])
+        attend = lambda q, some: joined(attend_each(q, positions_BT, some, self.heads, self.cascade.observed))
+        found = attend_in(self.bases, q_BTNH, held, self.heads, attend)
+        out_BTNW, mass = normalise([found, *([beside([], False)] if beside else [])])
         kept = written_BTK if self.cascade.statistics else None
         look = Look(out_BTNW.astype(q_BTNH.dtype), q_BTNH, positions_BT, entry, kept, tuple(mass))
         return look if pending is None else pending.then(look)
@@ -188,6 +238,14 @@ class LayerCache:
     def held(self) -> list[Held]:
         """Every tier's slots, and how they are stored."""
         return [(slots, tier.codecs) for tier, slots in zip(self.cascade.tiers, self.slots, strict=True)]
+
+    def _vectors(
+        self, bases: tuple[Bases | None, ...]
+    ) -> list[tuple[Float[Array, "B K S H"], Float[Array, "B K S W"]]]:
+        """What the tiers hold, in the model's basis."""
+        found = [(codecs.k.decode(slots.k), codecs.v.decode(slots.v)) for slots, codecs in self.held]
+        pairs = zip(found, bases or (None,) * len(found), strict=True)
+        return [(each.k.back(k), each.v.back(v)) if each else (k, v) for (k, v), each in pairs]
 
     @property
     def kept(self) -> int:
@@ -279,14 +337,14 @@ class LayerCache:
 
         def anew(numbers, cache, entry, now_B11):
             join = lambda parts: jnp.concatenate(parts, 2)
-            k = join([*(codecs.k.decode(slots.k) for slots, codecs in cache.held), entry.k])
-            v = join([*(codecs.v.decode(slots.v) for slots, codecs in cache.held), entry.v])
+            k, v = (join([*each]) for each in zip(*cache._vectors(self.bases), (entry.k, entry.v), strict=True))
             pos = join([*(slots.pos_BKS for slots in cache.slots), entry.pos_BKT])
             tokens = Tokens(pos, k, v, now_B11, cache._memories(statistic), cache._here)
             new = statistic.review(join(numbers), tokens)
             return jnp.split(new, [sum(x.shape[2] for x in numbers[: i + 1]) for i in range(len(numbers) - 1)], 2)
 
-        arguments = lax.stop_gradient((numbers, self, entry, now_B11))
+        # But for the bases, which have no rows.
+        arguments = lax.stop_gradient((numbers, dataclasses.replace(self, bases=()), entry, now_B11))
 
         def row(index, numbers):
             one = lambda tree: jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, index, 1), tree)
@@ -332,7 +390,8 @@ class LayerCache:
             kept, carried = self.cascade.numbers(index), dict(zip(statistics, entry.numbers, strict=True))
             offered = dataclasses.replace(entry, numbers=tuple(carried[each] for each in kept))
             last = index == len(self.slots) - 1
-            slots, left = take_in(tier, slots, offered, kept, cache._memory, now_B11, window, last)
+            bases = self.bases[index] if self.bases else None
+            slots, left = take_in(tier, slots, offered, kept, cache._memory, now_B11, window, last, bases)
             held.append(slots)
             if left is not None:
                 # Where a tier does not keep a number, nothing leaves it: those left over are the tokens that were offered.
@@ -353,13 +412,13 @@ class LayerCache:
         cache = dataclasses.replace(self, prompting=True)
         # The lowest first: it holds what is oldest. A tier's tokens are offered in the order of their positions.
         for index in reversed(range(front)):
-            slots, (_, codecs), kept = cache.slots[index], self.held[index], self.cascade.numbers(index)
+            slots, kept = cache.slots[index], self.cascade.numbers(index)
             order = jnp.argsort(jnp.where(slots.pos_BKS < 0, jnp.iinfo(jnp.int32).max, slots.pos_BKS), 2)
             take = lambda x, order=order: jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 3)), 2)
             carried = dict(zip(kept, map(take, slots.numbers), strict=True))
             none = jnp.zeros(slots.pos_BKS.shape, jnp.float32)
             numbers = tuple(carried.get(each, none) for each in self.cascade.statistics)
-            k, v = take(codecs.k.decode(slots.k)), take(codecs.v.decode(slots.v))
+            k, v = map(take, cache._vectors(self.bases)[index])
             entry = Entry(k, v, take(slots.pos_BKS), numbers)
             gone = dataclasses.replace(slots, pos_BKS=jnp.full_like(slots.pos_BKS, -1))
             cache = dataclasses.replace(cache, slots=(*cache.slots[:index], gone, *cache.slots[index + 1 :]))

@@ -5,10 +5,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kvcascade.cache.codec import f32
+from kvcascade.cache.groups import Vectors
 from kvcascade.cache.layer import LayerCache
 from kvcascade.cache.queries import shares
 from kvcascade.cache.statistic import Statistic
@@ -40,8 +42,8 @@ class Prompt:
     """The context of the caches."""
     rereads: tuple[Statistic, ...] = ()
     """The numbers for which it is read a second time."""
-    parts: tuple[tuple[Float[Array, "B T ..."] | None, ...], ...] = ()
-    """Queries, keys, values and what those write, of each layer that it has gone through."""
+    parts: tuple[Vectors, ...] = ()
+    """Of each layer that it has gone through."""
     numbers: tuple[tuple[Float[Array, "B K T"], ...], ...] = ()
     """Of each layer those that the second reading made."""
 
@@ -61,15 +63,18 @@ class Prompt:
                 "a prompt for several caches enters whole: what a later part sees is not the same for all of them"
             )
         out_BTNW = causal_attention(q_BTNH, k_BTKH, v_BTKW, self.heads[index])
-        return out_BTNW, dataclasses.replace(self, parts=(*self.parts, (q_BTNH, k_BTKH, v_BTKW, written_BTK)))
+        return out_BTNW, dataclasses.replace(self, parts=(*self.parts, Vectors(q_BTNH, k_BTKH, v_BTKW, written_BTK)))
 
     def enter(self, cache: Cache, positions_BT: Int[Array, "B T"]) -> Cache:
         """The cache, which is donated and must be empty, with the prompts in it."""
         layers = list(cache.layers)
         none = ((),) * len(self.parts)
-        for place, part, numbers in zip(cache.of, self.parts, self.numbers or none, strict=True):
+        for groups, part, numbers in zip(cache.of, self.parts, self.numbers or none, strict=True):
             reread = dict(zip(self.rereads, numbers, strict=True)) if numbers else {}
-            layers[place] = _enter(layers[place], positions_BT, *part, reread)
+            for place, chosen in groups:
+                some = part.of(chosen)
+                own = {each: number_BKT[:, np.asarray(chosen)] for each, number_BKT in reread.items()}
+                layers[place] = _enter(layers[place], positions_BT, *some, own)
         return dataclasses.replace(cache, layers=tuple(layers)).answering()
 
     def answering(self) -> "Prompt":
@@ -124,7 +129,6 @@ class Reread:
         """Attention to the whole prompt and causally to the part itself. The shares are over the prompt's part, its first tokens and the
         queries' own (KVzip, §3.3)."""
         heads, (_, k, v, _) = self.prompt.heads[index], self.prompt.parts[index]
-        assert k is not None and v is not None
         stored = lambda x: f32.encode(x.astype(jnp.float32).swapaxes(1, 2))
         slots = lambda k, v, pos_BT: Slots(stored(k), stored(v), _per_head(pos_BT, k))
         there, own = slots(k, v, self.positions_BT), slots(k_BTKH, v_BTKW, positions_BT)

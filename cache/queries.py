@@ -17,7 +17,7 @@ class QueryMean(Memory):
 
     skip: int = 0
 
-    def init(self, batch, heads, layer):
+    def init(self, batch, heads, ids):
         return jnp.zeros((batch, heads.kv, heads.queries // heads.kv, heads.width))
 
     def update(self, memory, q_BTNH, positions_BT, heads):
@@ -31,7 +31,7 @@ class QueryMoments(Memory):
     outer: bool = False
     skip: int = 0
 
-    def init(self, batch, heads, layer):
+    def init(self, batch, heads, ids):
         shape = (batch, heads.kv, heads.queries // heads.kv, heads.width)
         squares = jnp.zeros((*shape, heads.width) if self.outer else shape)
         return jnp.zeros((batch, heads.kv)), jnp.zeros(shape), squares
@@ -49,7 +49,7 @@ class QueryMoments(Memory):
 class QueryPairs(Memory):
     """The number, the sum, and the sum of the sizes of RoPE's pairs of channels of a layer's queries before RoPE, of each query head."""
 
-    def init(self, batch, heads, layer):
+    def init(self, batch, heads, ids):
         shape = (batch, heads.kv, heads.queries // heads.kv, heads.width)
         return jnp.zeros((batch, heads.kv)), jnp.zeros(shape), jnp.zeros((*shape[:3], heads.width // 2))
 
@@ -65,7 +65,7 @@ class LastQueries(Memory):
 
     count: int = 32
 
-    def init(self, batch, heads, layer):
+    def init(self, batch, heads, ids):
         shape = (batch, heads.kv, self.count)
         return jnp.zeros((*shape, heads.queries // heads.kv, heads.width)), jnp.full(shape, -1, jnp.int32)
 

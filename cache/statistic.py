@@ -4,6 +4,7 @@ A statistic is a frozen dataclass with some of three rules; the laws (tests/test
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -40,8 +41,8 @@ class Tokens(NamedTuple):
 class Memory:
     """Something that a layer remembers beside its tokens: arrays [B, K, …], which a policy or a statistic `reads`."""
 
-    def init(self, batch: int, heads: Heads, layer: int) -> Any:
-        """What is remembered at first by the layer of that number."""
+    def init(self, batch: int, heads: Heads, ids: Sequence[int]) -> Any:
+        """What is remembered at first by KV heads of these numbers."""
         raise NotImplementedError
 
     def update(
@@ -55,7 +56,7 @@ class Memory:
 
     def nbytes(self, heads: Heads) -> int:
         """Bytes per row and layer."""
-        shapes = jax.eval_shape(lambda: self.init(1, heads, 0))
+        shapes = jax.eval_shape(lambda: self.init(1, heads, range(heads.kv)))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
@@ -154,5 +155,5 @@ class Mass(Statistic):
 class HeadIds(Memory):
     """A number for every KV head of every layer, the same however the heads are shared among devices: [B, K] int32."""
 
-    def init(self, batch, heads, layer):
-        return jnp.broadcast_to(layer * heads.kv + jnp.arange(heads.kv, dtype=jnp.int32), (batch, heads.kv))
+    def init(self, batch, heads, ids):
+        return jnp.broadcast_to(jnp.asarray([*ids], jnp.int32), (batch, heads.kv))

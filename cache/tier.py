@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from kvcascade.cache.basis import Bases
 from kvcascade.cache.codec import bf16
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.policies import Full, Heavy, PositionAware, Random, Recent, Sink, text
@@ -115,6 +116,7 @@ def take_in(
     now_B11: Int[Array, "B 1 1"],
     window: int,
     last: bool,
+    bases: Bases | None = None,
 ) -> tuple[Slots, Entry | None]:
     """Offer T tokens to a tier; return its slots after it kept the S best of S + T, and the T tokens that it did not keep.
 
@@ -130,4 +132,5 @@ def take_in(
     priority = jnp.where(gone, -jnp.inf, priority)
     if last:
         priority = jnp.where((pos >= 0) & (pos == now_B11), jnp.inf, priority)
-    return exchange(slots, entry, priority, tier.codecs, forget=last)
+    slots, left = exchange(slots, bases.into(entry) if bases else entry, priority, tier.codecs, forget=last)
+    return slots, bases.back(left, entry) if bases and left is not None else left

@@ -2,17 +2,20 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from kvcascade.cache.basis import Basis
 from kvcascade.cache.errors import BadInput
+from kvcascade.cache.groups import Group, Share, Vectors, joined
 from kvcascade.cache.hints import Hints
 from kvcascade.cache.layer import LayerCache, Look
 from kvcascade.cache.retention import Hint
 from kvcascade.cache.statistic import Statistic
+from kvcascade.kernels.decode import Members, decode_groups
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=["of"])
@@ -21,8 +24,17 @@ class Cache:
     """What a model's layers hold. It goes through them one after the other: each step returns the cache for the next."""
 
     layers: tuple[LayerCache, ...]
-    of: tuple[int, ...]
-    """Which of them each of the model's layers uses; -1: none, where all is on blocks."""
+    """Layers, or groups of their KV heads that have cascades of their own."""
+    of: tuple[tuple[Share, ...], ...]
+    """Which of them each of the model's layers uses; none where all is on blocks."""
+
+    @classmethod
+    def of_groups(cls, groups: Sequence[Group], made: Iterable[LayerCache]) -> "Cache":
+        """What groups of heads hold, in their order, as a model's cache."""
+        shares: dict[int, tuple[Share, ...]] = {}
+        for place, group in enumerate(groups):
+            shares[group.layer] = (*shares.get(group.layer, ()), Share(place, group.chosen))
+        return cls(tuple(made), tuple(shares.values()))
 
     def step(
         self,
@@ -34,10 +46,28 @@ class Cache:
         fresh: bool = False,
         written_BTK: Float[Array, "B T K"] | None = None,
     ) -> tuple[Float[Array, "B T N W"], "Cache"]:
-        """`LayerCache.step` of the model's layer of that number."""
-        place = self.of[index]
-        out_BTNW, layer = self.layers[place].step(q_BTNH, k_BTKH, v_BTKW, positions_BT, fresh, written_BTK)
-        return out_BTNW, dataclasses.replace(self, layers=put(self.layers, place, layer))
+        """`LayerCache.step` of the model's layer of that number; a decode step attends once for all groups of its heads."""
+        shares, whole = self.of[index], Vectors(q_BTNH, k_BTKH, v_BTKW, written_BTK)
+        layers = [(self.layers[share.place], whole.of(share.chosen)) for share in shares]
+        if positions_BT.shape[1] == 1:
+            layers = [(layer.entered(*some[:3], positions_BT, some.written_BTK), some) for layer, some in layers]
+            if len(shares) == 1 or any(layer.bases for layer, _ in layers):
+                found = [layer.decoded(some.q_BTNH, positions_BT) for layer, some in layers]
+            else:
+                groups = [
+                    Members(share.chosen, layer.held, layer.cascade.observed)
+                    for share, (layer, _) in zip(shares, layers, strict=True)
+                ]
+                heads = layers[0][0].heads.part(k_BTKH.shape[2])
+                found = decode_groups(q_BTNH[:, 0], positions_BT[:, 0], groups, heads)
+            pairs = zip(layers, found, strict=True)
+            made = [layer.attended(each, some.q_BTNH, positions_BT) for (layer, some), each in pairs]
+        else:
+            made = [layer.step(*some[:3], positions_BT, fresh, some.written_BTK) for layer, some in layers]
+        cache = self
+        for share, (_, layer) in zip(shares, made, strict=True):
+            cache = dataclasses.replace(cache, layers=put(cache.layers, share.place, layer))
+        return joined(shares, [out for out, _ in made]), cache
 
     @property
     def context(self) -> int:
@@ -54,12 +84,17 @@ class Cache:
         return max(layer.tokens for layer in self.layers)
 
     def places(self, row: int, tokens: int) -> Int[np.ndarray, "L K T"]:
-        """Which tier of its layer holds each of a row's first so many positions, the first tier being 0; -1: none does."""
-        found = np.full((len(self.of), max(each.heads.kv for each in self.layers), tokens), -1, np.int8)
-        for index, place in enumerate(self.of):
-            for tier, slots in enumerate(self.layers[place].slots):
-                for head, pos_S in enumerate(np.asarray(slots.pos_BKS[row])):
-                    found[index, head, pos_S[(pos_S >= 0) & (pos_S < tokens)]] = tier
+        """Which tier of its layer holds each of a row's first so many positions, the first tier being 0; -1: none does.
+
+        The tiers of a second group of heads are numbered on from those of the first.
+        """
+        heads = max(1 + max(share.chosen) for shares in self.of for share in shares)
+        found = np.full((len(self.of), heads, tokens), -1, np.int8)
+        for index, shares in enumerate(self.of):
+            tiers = ((share.chosen, slots) for share in shares for slots in self.layers[share.place].slots)
+            for number, (chosen, slots) in enumerate(tiers):
+                for head, pos_S in zip(chosen, np.asarray(slots.pos_BKS[row]), strict=True):
+                    found[index, head, pos_S[(pos_S >= 0) & (pos_S < tokens)]] = number
         return found
 
     @property
@@ -114,9 +149,14 @@ class Draft:
         written_BTK: Float[Array, "B T K"] | None = None,
     ) -> tuple[Float[Array, "B T N W"], "Draft"]:
         """`LayerCache.look` of the model's layer of that number."""
-        place = self.cache.of[index]
-        look = self.cache.layers[place].look(q_BTNH, k_BTKH, v_BTKW, positions_BT, self.looks[place], written_BTK)
-        return look.out_BTNW, dataclasses.replace(self, looks=put(self.looks, place, look))
+        shares, draft, outs = self.cache.of[index], self, []
+        whole = Vectors(q_BTNH, k_BTKH, v_BTKW, written_BTK)
+        for place, chosen in shares:
+            some = whole.of(chosen)
+            look = self.cache.layers[place].look(*some[:3], positions_BT, self.looks[place], some.written_BTK)
+            draft = dataclasses.replace(draft, looks=put(draft.looks, place, look))
+            outs.append(look.out_BTNW)
+        return joined(shares, outs), draft
 
     def accept(self, accepted_BT: Bool[Array, "B T"]) -> "Draft":
         """The draft with the rejected ones of all its tokens turned into padding."""
@@ -136,5 +176,6 @@ def put[T](parts: tuple[T, ...], place: int, part: T) -> tuple[T, ...]:
 
 
 def nbytes(cache: Cache | LayerCache) -> int:
-    """Measured bytes: the sum over the cache's device buffers, positions and numbers included."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    """Measured bytes: the sum over the cache's device buffers, positions and numbers included; but for bases, which are a model's."""
+    leaves = jax.tree.leaves(cache, is_leaf=lambda leaf: isinstance(leaf, Basis))
+    return sum(leaf.nbytes for leaf in leaves if not isinstance(leaf, Basis))

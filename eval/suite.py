@@ -10,6 +10,7 @@ import jax
 
 from kvcascade.cache.codec import CODECS
 from kvcascade.cache.spec import CacheSpec, parse
+from kvcascade.cache.tier import Tier
 from kvcascade.eval.measure import Job
 from kvcascade.eval.memory import buffers
 from kvcascade.eval.memory.arithmetic import full_bytes
@@ -81,14 +82,12 @@ def group_of(spec: str, context: int) -> str:
 
 
 def _shrink(spec: CacheSpec, share: float) -> CacheSpec:
-    parts = []
-    for start, stop, cascade in spec.parts:
-        tiers = [
-            t if isinstance(t.count, str) else dataclasses.replace(t, count=max(1, round(t.count * share)))
-            for t in cascade.tiers
-        ]
-        parts.append((start, stop, type(cascade)(*tiers)))
-    return CacheSpec(tuple(parts))
+    def smaller(tier: Tier) -> Tier:
+        return (
+            tier if isinstance(tier.count, str) else dataclasses.replace(tier, count=max(1, round(tier.count * share)))
+        )
+
+    return spec.mapped(smaller)
 
 
 def run_name(model: str, seed: int) -> str:

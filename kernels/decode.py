@@ -13,13 +13,28 @@ from kvcascade.kernels import launch, native
 from kvcascade.kernels.backend import Implementation, Kernel, run
 from kvcascade.kernels.heads import Heads
 from kvcascade.kernels.partial import Partial, Weights, attend_each, join, joined
-from kvcascade.kernels.slots import Codecs, Held, Pair, Stored
+from kvcascade.kernels.slots import Codecs, Held, Pair, Stored, payload
 
 type Flat = tuple[Float[Array, "B N W"], Float[Array, "B N"], Float[Array, "B N"], list[Float[Array, "B K G _"]]]
 """A partial's arrays and the weights of each tier's slots, without the axis of the one query."""
 
 
-@jax.named_scope("attention")
+class Members(NamedTuple):
+    """KV heads of a layer that hold the same tiers, and whether the weights of their slots are wanted."""
+
+    chosen: tuple[int, ...]
+    held: Sequence[Held]
+    observed: bool
+
+
+class _About(NamedTuple):
+    """What is known of such heads before anything runs."""
+
+    chosen: tuple[int, ...]
+    codecs: tuple[Codecs, ...]
+    observed: bool
+
+
 def decode(
     q_BNH: Float[Array, "B N H"],
     q_pos_B: Int[Array, " B"],
@@ -34,17 +49,56 @@ def decode(
     `xla` runs everywhere, `native` is C++ for a CPU, `mosaic` takes all tiers in one launch on Hopper, `triton` a tier in each on other
     GPUs; None takes the best that there is on the platform compiled for.
     """
-    slots, codecs = zip(*held, strict=True)
-    reference, by_cpu, on_hopper, on_gpu = (
-        functools.partial(each, codecs, heads, observed) for each in (_xla, _native, _mosaic, _triton)
-    )
+    return decode_groups(q_BNH, q_pos_B, [Members((*range(heads.kv),), held, observed)], heads, implementation)[0]
+
+
+@jax.named_scope("attention")
+def decode_groups(
+    q_BNH: Float[Array, "B N H"],
+    q_pos_B: Int[Array, " B"],
+    groups: Sequence[Members],
+    heads: Heads,
+    implementation: Implementation | None = None,
+) -> list[tuple[Partial, list[Weights]]]:
+    """The same of each group of a layer's KV heads, for the query heads that read them; `native` takes all groups in one call."""
+    slots = tuple(tuple(each for each, _ in group.held) for group in groups)
+    about = tuple(_About(each.chosen, tuple(codecs for _, codecs in each.held), each.observed) for each in groups)
+    by_group = lambda call: functools.partial(_by_group, call, about, heads)
+    every = lambda slots: [each for some in slots for each in some]
     kernels = {
-        "native": native.kernel(by_cpu, lambda q, q_pos, slots: one_width(heads) or native.unread(*slots)),
-        "mosaic": Kernel(on_hopper, lambda q, q_pos, slots: one_width(heads) or _mosaic_refuses(heads, q, slots)),
-        "triton": Kernel(on_gpu, lambda q, q_pos, slots: one_width(heads) or triton_refuses(*slots)),
+        "native": native.kernel(
+            functools.partial(_native, about, heads),
+            lambda q, q_pos, slots: one_width(heads) or native.unread(*every(slots)),
+        ),
+        "mosaic": Kernel(
+            by_group(_mosaic), lambda q, q_pos, slots: one_width(heads) or _mosaic_refuses(about, heads, q, slots)
+        ),
+        "triton": Kernel(by_group(_triton), lambda q, q_pos, slots: one_width(heads) or triton_refuses(*every(slots))),
     }
-    out_BNW, max_BN, sum_BN, weights = run(implementation, reference, kernels, q_BNH, q_pos_B, slots)
-    return Partial(out_BNW[:, None], max_BN[:, None], sum_BN[:, None]), [each[:, :, :, None] for each in weights]
+    # Groups have unlike numbers of heads, which devices cannot divide among them alike.
+    axes = "BK -> BK" if len(groups) == 1 else "B -> B"
+    found = run(implementation, by_group(_xla), kernels, q_BNH, q_pos_B, slots, axes=axes)
+    return [
+        (Partial(out[:, None], top[:, None], total[:, None]), [each[:, :, :, None] for each in weights])
+        for out, top, total, weights in found
+    ]
+
+
+def _by_group(call, about: Sequence[_About], heads, q_BNH, q_pos_B, slots, **more) -> list[Flat]:
+    """Each group by a call of its own."""
+    found = []
+    for each, some in zip(about, slots, strict=True):
+        q = _of_heads(q_BNH, each.chosen, heads)
+        found.append(call(each.codecs, heads.part(len(each.chosen)), each.observed, q, q_pos_B, some, **more))
+    return found
+
+
+def _of_heads(x_BN: Float[Array, "B N ..."], chosen: Sequence[int], heads: Heads) -> Float[Array, "B N2 ..."]:
+    """What belongs to the query heads that read these KV heads."""
+    if [*chosen] == [*range(heads.kv)]:
+        return x_BN
+    x_BKG = x_BN.reshape(len(x_BN), heads.kv, -1, *x_BN.shape[2:])
+    return x_BKG[:, np.asarray(chosen)].reshape(len(x_BN), -1, *x_BN.shape[2:])
 
 
 def one_width(heads: Heads) -> str | None:
@@ -63,9 +117,21 @@ def _xla(codecs: Sequence[Codecs], heads, observed, q_BNH, q_pos_B, slots) -> Fl
     return _flat(*joined(attend_each(q_BNH[:, None], q_pos_B[:, None], held, heads, observed)))
 
 
-def _native(codecs: Sequence[Codecs], heads, observed, q_BNH, q_pos_B, slots) -> Flat:
-    tiers = [NativeTier(tier.pos_BKS, tier.k, tier.v, each) for tier, each in zip(slots, codecs, strict=True)]
-    return on_cpu(tiers, heads, observed, q_BNH, q_pos_B)
+def _native(about: Sequence[_About], heads, q_BNH, q_pos_B, slots) -> list[Flat]:
+    """All groups by one call."""
+    tiers = [
+        NativeTier(tier.pos_BKS, tier.k, tier.v, codecs, each.observed, each.chosen)
+        for each, some in zip(about, slots, strict=True)
+        for tier, codecs in zip(some, each.codecs, strict=True)
+    ]
+    out, top, total, weights = on_cpu(tiers, heads, q_BNH, q_pos_B)
+    left = iter(weights)
+
+    def of(each: _About) -> Flat:
+        pick = functools.partial(_of_heads, chosen=each.chosen, heads=heads)
+        return pick(out), pick(top), pick(total), [next(left) for _ in each.codecs if each.observed]
+
+    return [*map(of, about)]
 
 
 class NativeTier(NamedTuple):
@@ -76,6 +142,10 @@ class NativeTier(NamedTuple):
     k: Stored
     v: Stored
     codecs: Codecs
+    observed: bool = False
+    """Whether the weights of its slots are wanted, which those in blocks have not."""
+    chosen: tuple[int, ...] | None = None
+    """The KV heads of the layer that it is of; None: all."""
     place: tuple[int, int, int] = (0, 0, 0)
     """In blocks: the slots of one, the layer, and how many slots a row has at most."""
 
@@ -83,17 +153,20 @@ class NativeTier(NamedTuple):
 def on_cpu(
     tiers: Sequence[NativeTier],
     heads: Heads,
-    observed: bool,
     q_BNH: Float[Array, "B N H"],
     q_pos_B: Int[Array, " B"],
     row_B: Int[Array, " B"] | None = None,
 ) -> Flat:
-    """Attention of queries over all tiers of their rows, by default of a row each; `observed`: with the weights of slots that are not in blocks."""
+    """Attention of queries over all tiers of their rows, by default of a row each, and the weights of those tiers that are observed."""
     B, N, _ = q_BNH.shape
     buffers = [x for tier in tiers for x in (tier.where, *native.arrays(tier.k), *native.arrays(tier.v))]
     like = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    own = [tier.where for tier in tiers if not tier.place[0]]
-    weights = [like(B, pos.shape[1], N // pos.shape[1], pos.shape[2]) for pos in own if observed]
+    # Where devices divide the heads among them, each has fewer than the layer.
+    alike = all(tier.chosen is None or len(tier.chosen) == heads.kv for tier in tiers)
+    K = payload(tiers[0].k).shape[-3] if alike else heads.kv
+    index = lambda tier: {head: at for at, head in enumerate(range(K) if alike else tier.chosen)}
+    own = [tier.where for tier in tiers if tier.observed]
+    weights = [like(B, pos.shape[1], N // K, pos.shape[2]) for pos in own]
     call = jax.ffi.ffi_call("kvcascade_decode", [like(*q_BNH.shape), like(B, N), like(B, N), *weights])
     each = lambda numbers: np.array([number for some in numbers for number in some], np.int64)
     out_BNW, max_BN, sum_BN, *found = call(
@@ -101,9 +174,13 @@ def on_cpu(
         q_pos_B.astype(jnp.int32),
         *([] if row_B is None else [row_B.astype(jnp.int32)]),
         *buffers,
-        arrays=each((len(tier.k), len(tier.v)) for tier in tiers),
-        turned=each((tier.codecs.k.turned, tier.codecs.v.turned) for tier in tiers),
+        **native.formats(
+            [stored for tier in tiers for stored in (tier.k, tier.v)],
+            [codec for tier in tiers for codec in tier.codecs],
+        ),
         places=each(tier.place for tier in tiers),
+        members=each([index(tier).get(head, -1) for head in range(K)] for tier in tiers),
+        observed=each([tier.observed] for tier in tiers),
         rows=row_B is not None,
         window=np.int64(heads.window),
         scale=np.float32(heads.scale),
@@ -119,10 +196,12 @@ def _mosaic(codecs, heads, observed, q_BNH, q_pos_B, slots, interpret) -> Flat:
     return of_splits(codecs, *decode_mosaic.attend(turned, q_pos_B, slots, heads, observed, interpret))
 
 
-def _mosaic_refuses(heads, q_BNH, slots) -> str | None:
+def _mosaic_refuses(about: Sequence[_About], heads, q_BNH, slots) -> str | None:
     from kvcascade.kernels import decode_mosaic
 
-    return decode_mosaic.refuses(q_BNH, slots, heads)
+    parts = zip(about, slots, strict=True)
+    groups = ((_of_heads(q_BNH, each.chosen, heads), some, heads.part(len(each.chosen))) for each, some in parts)
+    return next(filter(None, (decode_mosaic.refuses(*group) for group in groups)), None)
 
 
 def _triton(codecs, heads, observed, q_BNH, q_pos_B, slots, interpret) -> Flat:

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from kvcascade.kernels.backend import capability
 from kvcascade.kernels.heads import Heads
 from kvcascade.kernels.partial import NEVER, TERMS, Partial, terms
-from kvcascade.kernels.slots import Slots, payload
+from kvcascade.kernels.slots import Slots, format_of, payload
 
 TILE = 64  # slots at once: the rows of a matrix instruction
 HEADS = 8  # query heads of a KV head: the fewest columns of a matrix instruction
@@ -88,7 +88,7 @@ def refuses(q_BNH: Float[Array, "B N H"], slots: Sequence[Slots], heads: Heads) 
         stored = payload(tier.k)
         if (payload(tier.v).dtype, *tier.k) != (stored.dtype, *tier.v):
             return "made for keys and values in one codec"
-        if "scales" in tier.k or stored.dtype.name not in ("bfloat16", "float8_e4m3fn", "int8", "uint8"):
+        if format_of(tier.k) not in ("bf16", "fp8", "int8", "int4"):
             return "made for slots in bf16, fp8, int8 and int4"
         if tier.pos_BKS.size % 8:
             return f"made for tiers whose slots in all rows are a multiple of 8, not {tier.pos_BKS.size}"

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from kvcascade.kernels.heads import Heads
 from kvcascade.kernels.launch import launch
 from kvcascade.kernels.partial import Partial
-from kvcascade.kernels.slots import Pair, Slots, Stored, payload, unknown
+from kvcascade.kernels.slots import Pair, Slots, Stored, format_of, payload, unknown
 
 TILE = 64  # slots at once
 BLOCKS = 2 * 132  # what fills an H100
@@ -40,18 +40,6 @@ def refuses(slots: Pair) -> str | None:
         if _head_dim(stored, kind) % 2:
             return "the head width is odd"
     return None
-
-
-def format_of(stored: Stored) -> str | None:
-    """The name under which the kernel knows a format."""
-    known = {
-        ("bfloat16", "values"): "bf16",
-        ("int8", "codes scale"): "int8",
-        ("float8_e4m3fn", "codes scale"): "fp8",
-        ("uint8", "codes low scale"): "int4",
-        ("uint8", "codes scale scales"): "nvfp4",
-    }
-    return known.get((payload(stored).dtype.name, " ".join(sorted(stored))))
 
 
 def _head_dim(stored: Stored, kind: str) -> int:

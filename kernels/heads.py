@@ -57,6 +57,10 @@ class Heads:
         object.__setattr__(self, "value_width", self.value_width or self.width)
         object.__setattr__(self, "scale", self.scale or self.width**-0.5)
 
+    def part(self, kv: int) -> "Heads":
+        """So many of the KV heads, with the query heads that read them."""
+        return dataclasses.replace(self, kv=kv, queries=self.queries // self.kv * kv)
+
     def sees(self, age: Int[Array, "..."]) -> Bool[Array, "..."]:
         """Whether a query sees a key that is so many positions older than itself."""
         return (age >= 0) & (age < self.window) if self.window else age >= 0

@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from jaxtyping import Array
 
 from kvcascade.kernels import processor
 from kvcascade.kernels.backend import Kernel
 from kvcascade.kernels.files import cache_dir, write_whole
-from kvcascade.kernels.slots import Pair, Stored, unknown
+from kvcascade.kernels.slots import Codec, Pair, Stored, unknown
 
 SOURCES = sorted(Path(__file__).parent.glob("native_*.*"))
 HERE = "-march=native"
@@ -66,7 +67,7 @@ def kernel(call: Callable, refuses: Callable[..., str | None] = lambda *argument
     return Kernel(call, lambda *arguments: refuses(*arguments) or missing())
 
 
-ORDER = ("values", "codes", "scale", "low")
+ORDER = ("values", "codes", "codes2", "fine", "scale", "low")
 
 
 def unread(*slots: Pair) -> str | None:
@@ -81,6 +82,16 @@ def unread(*slots: Pair) -> str | None:
 def arrays(stored: Stored) -> list[Array]:
     """The arrays of stored vectors in the order in which the kernels expect them."""
     return [stored[name] for name in ORDER if name in stored]
+
+
+def formats(stored: Sequence[Stored], codecs: Sequence[Codec]) -> dict[str, np.ndarray]:
+    """The attributes by which the kernels know how vectors are stored, in the order of their arrays."""
+    pairs = zip(stored, codecs, strict=True)
+    about = [
+        number for each, codec in pairs for number in (len(each), codec.turned, codec.bits - codec.fine, codec.fine)
+    ]
+    levels = [level for codec in codecs for level in codec.levels]
+    return {"formats": np.array(about, np.int64), "levels": np.array(levels, np.float32)}
 
 
 def named(like: Stored, results: Sequence[Array]) -> Stored:

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "native_call.h"
@@ -42,11 +43,12 @@ class Share {
       memory_ = reinterpret_cast<float*>(own.data());
     }
     weights_ = Memory(share) + RoundUp(2 * G_) + G_ * stride_;
-    memory.assign((3 * G_ + kLanes) * stride_ / kLanes, Register{});
+    memory.assign(((3 * G_ + kLanes) * stride_ + RoundUp(2 * G_)) / kLanes, Register{});
     q_ = reinterpret_cast<float*>(memory.data());
     q_turned_ = q_ + G_ * stride_;
     part_ = q_turned_ + G_ * stride_;
     block_ = part_ + G_ * stride_;
+    sums_ = block_ + kLanes * stride_;
   }
 
   // Floats that a share keeps: maxima and sums [G] each, outputs [G, stride], weights [G, slots].
@@ -64,6 +66,10 @@ class Share {
     if (std::any_of(call_.tiers.begin(), call_.tiers.end(), [](const Tier& tier) { return tier.k.turned; })) {
       for (int64_t g = 0; g < G_; ++g) Turn(q_turned_ + g * stride_, H_);
     }
+    for (int64_t g = 0; g < G_; ++g) {
+      sums_[g] = std::accumulate(q_ + g * stride_, q_ + g * stride_ + H_, 0.0f);
+      sums_[G_ + g] = std::accumulate(q_turned_ + g * stride_, q_turned_ + g * stride_ + H_, 0.0f);
+    }
     int64_t offset = 0;
     for (const Tier& tier : call_.tiers) {
       Logits(tier, weights_ + offset);
@@ -73,7 +79,7 @@ class Share {
     std::fill_n(Outputs(share_), G_ * stride_, 0.0f);
     offset = 0;
     for (const Tier& tier : call_.tiers) {
-      Output(tier, weights_ + offset);
+      if (Last(tier) > First(tier)) Output(tier, weights_ + offset);
       offset += Last(tier) - First(tier);
     }
   }
@@ -88,8 +94,9 @@ class Share {
       const float factor = rescaled(share_), *weights = weights_ + g * slots_;
       for (const Tier& tier : call_.tiers) {
         const int64_t first = First(tier), last = Last(tier);
+        const int64_t row = Head(g, tier.heads, tier.place[head_]);
         for (int64_t s = first; tier.weights && s < std::min(last, tier.slots); ++s) {
-          tier.weights[head * tier.slots + s] = factor * weights[s - first];
+          tier.weights[row * tier.slots + s] = factor * weights[s - first];
         }
         weights += last - first;
       }
@@ -108,20 +115,24 @@ class Share {
 
  private:
   // The query head of the g-th of a group's: those of one query, then those of the next.
-  int64_t Head(int64_t g) const { return ((query_ + g / call_.group) * call_.kv_heads + head_) * call_.group + g % call_.group; }
+  int64_t Head(int64_t g) const { return Head(g, call_.kv_heads, head_); }
+  int64_t Head(int64_t g, int64_t heads, int64_t head) const {
+    return ((query_ + g / call_.group) * heads + head) * call_.group + g % call_.group;
+  }
 
   // The first position that a query at this one sees.
   int32_t Oldest(int32_t now) const { return call_.window ? std::max<int64_t>(0, now - call_.window + 1) : 0; }
 
   // Where slots from one on stand, in vectors; -1: nowhere.
   int64_t Start(const Tier& tier, int64_t first) const {
-    if (!tier.table) return (row_ * call_.kv_heads + head_) * tier.slots + first;
+    if (!tier.table) return (row_ * tier.heads + tier.place[head_]) * tier.slots + first;
     const int64_t block = tier.table[row_ * tier.width + (first >> __builtin_ctzll(tier.page))];
     return block < 0 ? -1 : block * tier.stride + head_ * tier.page + (first & (tier.page - 1));
   }
 
-  // The slots of a share: whole registers. In blocks a row is as long as its newest query says.
+  // The slots of a share: whole registers, none of other heads' tiers. In blocks a row is as long as its newest query says.
   int64_t Bound(const Tier& tier, int64_t share) const {
+    if (tier.place[head_] < 0) return 0;
     const int64_t slots = tier.table ? std::min<int64_t>(tier.slots, now_ + 1) : tier.slots;
     return RoundUp(slots) / kLanes * share / call_.shares * kLanes;
   }
@@ -153,25 +164,35 @@ class Share {
       count += seen;
     }
     // Between two steps the weights pass through the processor's caches, so slots come from memory: ask for them some blocks ahead.
-    const int64_t bytes = RowBytes(stored.format, H_);
+    const int64_t bytes = RowBytes(stored, H_);
     int64_t next = first + kAhead * kLanes;
     if (tier.table) next = std::min(next, Last(tier) - kLanes);
     next = Start(tier, next);
     next = std::max<int64_t>(next, 0);
     const char* ahead = static_cast<const char*>(stored.codes) + next * bytes;
     for (int64_t i = 0; count > 0 && i < kLanes * bytes; i += 64) __builtin_prefetch(ahead + i);
+    const int64_t fine = kLanes * H_ * stored.fine / 8;
+    for (int64_t i = 0; count > 0 && i < fine; i += 64) __builtin_prefetch(stored.fines + next * H_ * stored.fine / 8 + i);
     // In blocks steps do not follow one another for long enough that the processor would see it.
     if (tier.table && stored.scale) __builtin_prefetch(stored.scale + next);
     if (tier.table && stored.low) __builtin_prefetch(stored.low + next);
     if (count == kLanes && stride_ == H_ && !stored.scale) {
       Read(stored, start, kLanes, H_, block_);
     } else if (count > 0) {
+      if (stored.scale && count == kLanes) {
+        scales_ = Widened(stored.scale + start);
+        shifts_ = stored.low ? Widened(stored.low + start) + stored.middle * scales_ : Lanes{};
+      }
       for (int64_t j = 0; j < kLanes; ++j) {
-        if (seen_[j] == 0) {
+        const bool seen = seen_[j] == 0;
+        if (seen) {
           Read(stored, start + j, 1, H_, block_ + j * stride_);
         } else {
           std::fill_n(block_ + j * stride_, H_, 0.0f);
         }
+        if (!stored.scale || count == kLanes) continue;
+        scales_[j] = seen ? Scale(stored, start + j) : 0.0f;
+        shifts_[j] = seen ? Shift(stored, start + j) : 0.0f;
       }
     }
     return count > 0;
@@ -197,6 +218,7 @@ class Share {
           for (int64_t i = 1; i < wide(); ++i) products[j] += q[i] * block[j * wide() + i];
         }
         result = Sums(products);
+        if (tier.k.scale) result = result * scales_ + shifts_ * sums_[tier.k.turned * G_ + g];
         if (call_.soft_cap) result = Capped(result, call_.soft_cap);
         result += *reinterpret_cast<const Lanes*>(seen_);
         if (queries_ == 1) continue;
@@ -227,12 +249,20 @@ class Share {
   void Output(const Tier tier, const float* weights) {
     const auto* block = reinterpret_cast<const Lanes*>(block_);
     std::fill_n(part_, G_ * stride_, 0.0f);
+    std::fill_n(sums_, G_, 0.0f);  // from here on of weights times shifts
     const int64_t start = First(tier), end = Last(tier);
     for (int64_t first = start; first < end; first += kLanes) {
       if (!ReadBlock(tier, tier.v, first)) continue;
       for (int64_t g = 0; g < G_; ++g) {
         auto* part = reinterpret_cast<Lanes*>(part_ + g * stride_);
         const float* w = weights + g * slots_ + first - start;
+        alignas(sizeof(Lanes)) float scaled[kLanes];
+        if (tier.v.scale) {
+          const Lanes given = *reinterpret_cast<const Lanes*>(w), shifted = given * shifts_;
+          *reinterpret_cast<Lanes*>(scaled) = given * scales_;
+          for (int j = 0; tier.v.low && j < kLanes; ++j) sums_[g] += shifted[j];
+          w = scaled;
+        }
         for (int64_t i = 0; i < wide(); ++i) {
           // Four sums, because one would wait for each addition.
           Lanes sums[4] = {part[i]};
@@ -244,6 +274,7 @@ class Share {
     }
     for (int64_t g = 0; g < G_; ++g) {
       float *part = part_ + g * stride_, *out = Outputs(share_) + g * stride_;
+      for (int64_t h = 0; h < H_ && tier.v.low; ++h) part[h] += sums_[g];
       if (tier.v.turned) Turn(part, H_);
       for (int64_t h = 0; h < H_; ++h) out[h] += part[h];
     }
@@ -259,9 +290,11 @@ class Share {
   float* weights_;                           // [G, slots]
   float *q_, *q_turned_, *part_;             // [G, stride]
   float* block_;                             // [kLanes, stride]
+  float* sums_;                              // [2, G], of the queries' numbers, and of the turned ones'
   const int32_t* pos_;                       // of the slots of that block
   int32_t numbered_[kLanes];
   alignas(sizeof(Lanes)) float seen_[kLanes];  // 0, or -inf for a slot that nobody sees
+  Lanes scales_, shifts_;                      // of the vectors of that block; zeros of one that nobody sees
 };
 
 constexpr int64_t kShareSlots = 256;  // at least
@@ -287,10 +320,10 @@ void AttendAll(Call& call, int64_t heads, int64_t slots, int64_t threads) {
 }
 
 // args: of each query its row, if `rows`; per tier its positions or its table, the arrays of K, the arrays of V; rets: the partial, and
-// the weights of each tier that is not in blocks, or none at all. places: of each tier the slots of a block, the layer, and the slots that
-// a row has in blocks; zeros where it is not in blocks. A pool's arrays are [P, L, K, Z, …].
-ffi::Error Attend(ffi::ThreadPool pool, ffi::Span<const int64_t> arrays, ffi::Span<const int64_t> turned,
-                  ffi::Span<const int64_t> places, bool rows, int64_t window, float scale, float soft_cap, ffi::Buffer<ffi::F32> q,
+// the weights of each tier that is observed. places: of each tier the slots of a block, the layer, and the slots that a row has in blocks;
+// zeros where it is not in blocks. members: of each tier and KV head which of the tier's heads it is. A pool's arrays are [P, L, K, Z, …].
+ffi::Error Attend(ffi::ThreadPool pool, ffi::Span<const int64_t> formats, ffi::Span<const float> levels,
+                  ffi::Span<const int64_t> places, ffi::Span<const int64_t> members, ffi::Span<const int64_t> observed, bool rows, int64_t window, float scale, float soft_cap, ffi::Buffer<ffi::F32> q,
                   ffi::Buffer<ffi::S32> query_pos, ffi::RemainingArgs args, ffi::ResultBuffer<ffi::F32> out,
                   ffi::ResultBuffer<ffi::F32> maximum, ffi::ResultBuffer<ffi::F32> sum, ffi::RemainingRets weights) {
   const auto dims = q.dimensions();
@@ -304,30 +337,33 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Span<const int64_t> arrays, ffi::Sp
     Grouped(call, dims[0]);
   }
   const int32_t longest = dims[0] ? *std::max_element(call.query_pos, call.query_pos + dims[0]) + 1 : 0;
-  int64_t slots = 0;
-  for (size_t i = 0; i < arrays.size() / 2; ++i) {
+  int64_t slots = 0;  // of all KV heads
+  const size_t tiers = places.size() / 3;
+  Formats about{formats.begin(), levels.begin()};
+  call.kv_heads = members.size() / tiers;
+  for (size_t i = 0; i < tiers; ++i) {
+    const int64_t* place = members.begin() + i * call.kv_heads;
     auto where = args.get<ffi::Buffer<ffi::S32>>(next++);
     if (!where.has_value()) return where.error();
     auto first = args.get<ffi::AnyBuffer>(next);
     if (!first.has_value()) return first.error();
     const auto shape = first->dimensions();
-    auto k = ReadStored(args, next, arrays[2 * i], turned[2 * i]);
+    auto k = ReadStored(args, next, about);
     if (!k.has_value()) return k.error();
-    auto v = ReadStored(args, next, arrays[2 * i + 1], turned[2 * i + 1]);
+    auto v = ReadStored(args, next, about);
     if (!v.has_value()) return v.error();
     const int64_t page = places[3 * i], layer = places[3 * i + 1];
     if (page) {
       const int64_t width = where->dimensions()[1], vectors = shape[2] * page;
       const int64_t room = std::min<int64_t>({width * page, places[3 * i + 2], longest});
-      call.kv_heads = shape[2];
       call.tiers.push_back({From(*k, layer * vectors, call.H), From(*v, layer * vectors, call.H), nullptr, room, nullptr,
-                            where->typed_data(), width, page, shape[1] * vectors});
-      slots += room;
+                            where->typed_data(), width, page, shape[1] * vectors, shape[2], place});
+      slots += room * shape[2];
     } else {
-      float* tier_weights = weights.size() ? (*weights.get<ffi::Buffer<ffi::F32>>(weighed++))->typed_data() : nullptr;
-      call.kv_heads = where->dimensions()[1];
-      call.tiers.push_back({*k, *v, where->typed_data(), where->dimensions()[2], tier_weights, nullptr, 0, 0, 0});
-      slots += where->dimensions()[2];
+      float* tier_weights = observed[i] ? (*weights.get<ffi::Buffer<ffi::F32>>(weighed++))->typed_data() : nullptr;
+      const int64_t heads = where->dimensions()[1];
+      call.tiers.push_back({*k, *v, where->typed_data(), where->dimensions()[2], tier_weights, nullptr, 0, 0, 0, heads, place});
+      slots += where->dimensions()[2] * heads;
     }
   }
   call.group = dims[1] / call.kv_heads;
@@ -342,9 +378,9 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Span<const int64_t> arrays, ffi::Sp
   }
   // A stored number is read at the price of four products.
   const int64_t groups = rows ? call.groups.size() : dims[0];
-  const int64_t work = 2 * call.kv_heads * slots * call.H * (dims[0] * call.group + 4 * groups);
+  const int64_t work = 2 * slots * call.H * (dims[0] * call.group + 4 * groups);
   const int64_t threads = std::min<int64_t>(pool.num_threads(), work / kWorthAThread);
-  run(call, groups * call.kv_heads, slots, threads);
+  run(call, groups * call.kv_heads, slots / call.kv_heads, threads);
   return ffi::Error::Success();
 }
 
@@ -353,9 +389,11 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Span<const int64_t> arrays, ffi::Sp
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_decode, Guarded(Attend),
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Attr<ffi::Span<const int64_t>>("arrays")
-                                  .Attr<ffi::Span<const int64_t>>("turned")
+                                  .Attr<ffi::Span<const int64_t>>("formats")
+                                  .Attr<ffi::Span<const float>>("levels")
                                   .Attr<ffi::Span<const int64_t>>("places")
+                                  .Attr<ffi::Span<const int64_t>>("members")
+                                  .Attr<ffi::Span<const int64_t>>("observed")
                                   .Attr<bool>("rows")
                                   .Attr<int64_t>("window")
                                   .Attr<float>("scale")

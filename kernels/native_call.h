@@ -9,15 +9,17 @@
 
 namespace kvcascade {
 
-// A row's slots are its own, [R, K, S], or stand in blocks of a pool: the one of position p in block table[row, p / page].
+// A row's slots are its own, [R, heads, S], or stand in blocks of a pool: the one of position p in block table[row, p / page].
 struct Tier {
   Stored k, v;
-  const int32_t* pos;    // [R, K, S]; null in blocks, where a slot's number is its position
+  const int32_t* pos;    // [R, heads, S]; null in blocks, where a slot's number is its position
   int64_t slots;         // S; in blocks as many as the longest row can have
-  float* weights;        // [B, N, S], or null
+  float* weights;        // [B, heads G, S], or null
   const int32_t* table;  // [R, width], -1: no block; or null
   int64_t width, page;   // blocks of a row, slots of a block: a power of two, and whole registers
   int64_t stride;        // vectors from one block to the next
+  int64_t heads;         // KV heads that have slots here
+  const int64_t* place;  // [K], of each of the layer's which of those it is; -1: none
 };
 
 // Consecutive queries of one row.

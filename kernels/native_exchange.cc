@@ -28,16 +28,17 @@ int64_t First(const float* ranks, const int32_t* positions, int64_t S) {
 // A row's KV head: the slot that goes first is exchanged for the newcomer if that ranks higher.
 // args: the newcomer's numbers; positions, the arrays of K, those of V, the slots' numbers; rets: the latter, in place, and what was
 // left over: key, value, position, numbers.
-ffi::Error Exchange(ffi::Span<const int64_t> arrays, ffi::Span<const int64_t> turned, int64_t numbers, bool forget,
+ffi::Error Exchange(ffi::Span<const int64_t> formats, ffi::Span<const float> levels, int64_t numbers, bool forget,
                     ffi::Buffer<ffi::F32> priority, ffi::Buffer<ffi::F32> k, ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::S32> pos,
                     ffi::RemainingArgs args, ffi::RemainingRets rets) {
   auto floats = [](auto buffer) { return static_cast<float*>(buffer->untyped_data()); };
   size_t next = numbers;
   auto held_pos = args.get<ffi::Buffer<ffi::S32>>(next++);
   if (!held_pos.has_value()) return held_pos.error();
-  auto held_k = ReadStored(args, next, arrays[0], turned[0]);
+  Formats about{formats.begin(), levels.begin()};
+  auto held_k = ReadStored(args, next, about);
   if (!held_k.has_value()) return held_k.error();
-  auto held_v = ReadStored(args, next, arrays[1], turned[1]);
+  auto held_v = ReadStored(args, next, about);
   if (!held_v.has_value()) return held_v.error();
   std::vector<float*> coming(numbers), held(numbers), left(numbers);
   for (int64_t i = 0; i < numbers; ++i) {
@@ -92,7 +93,7 @@ ffi::Error Exchange(ffi::Span<const int64_t> arrays, ffi::Span<const int64_t> tu
 
 // Tokens written into blocks: each into the slot of a block that its number says, slots counted through all blocks; -1: none.
 // args, and rets in place: the arrays of K, those of V [P, L, K, Z, …].
-ffi::Error WriteBlocks(ffi::Span<const int64_t> arrays, ffi::Span<const int64_t> turned, int64_t layer, ffi::Buffer<ffi::F32> k,
+ffi::Error WriteBlocks(ffi::Span<const int64_t> formats, ffi::Span<const float> levels, int64_t layer, ffi::Buffer<ffi::F32> k,
                        ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::S32> slot, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   for (size_t i = 0; i < args.size(); ++i) {
     if (args.get<ffi::AnyBuffer>(i)->untyped_data() != (*rets.get<ffi::AnyBuffer>(i))->untyped_data()) {
@@ -104,9 +105,10 @@ ffi::Error WriteBlocks(ffi::Span<const int64_t> arrays, ffi::Span<const int64_t>
   if (!first.has_value()) return first.error();
   const auto shape = first->dimensions();
   const int64_t K = shape[2], Z = shape[3];
-  auto held_k = ReadStored(args, next, arrays[0], turned[0]);
+  Formats about{formats.begin(), levels.begin()};
+  auto held_k = ReadStored(args, next, about);
   if (!held_k.has_value()) return held_k.error();
-  auto held_v = ReadStored(args, next, arrays[1], turned[1]);
+  auto held_v = ReadStored(args, next, about);
   if (!held_v.has_value()) return held_v.error();
   std::vector<float> x(std::max(k.dimensions()[2], v.dimensions()[2]));
   for (int64_t n = 0; n < slot.dimensions()[0]; ++n) {
@@ -130,8 +132,8 @@ ffi::Error WriteBlocks(ffi::Span<const int64_t> arrays, ffi::Span<const int64_t>
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_write, Guarded(WriteBlocks),
                               ffi::Ffi::Bind()
-                                  .Attr<ffi::Span<const int64_t>>("arrays")
-                                  .Attr<ffi::Span<const int64_t>>("turned")
+                                  .Attr<ffi::Span<const int64_t>>("formats")
+                                  .Attr<ffi::Span<const float>>("levels")
                                   .Attr<int64_t>("layer")
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
@@ -141,8 +143,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_write, Guarded(WriteBlocks),
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kvcascade_exchange, Guarded(Exchange),
                               ffi::Ffi::Bind()
-                                  .Attr<ffi::Span<const int64_t>>("arrays")
-                                  .Attr<ffi::Span<const int64_t>>("turned")
+                                  .Attr<ffi::Span<const int64_t>>("formats")
+                                  .Attr<ffi::Span<const float>>("levels")
                                   .Attr<int64_t>("numbers")
                                   .Attr<bool>("forget")
                                   .Arg<ffi::Buffer<ffi::F32>>()

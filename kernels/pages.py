@@ -84,8 +84,7 @@ def _write_native(layer, codecs: Codecs, pool: Pool, k_NKH, v_NKW, slot_N) -> Po
         v_NKW.astype(jnp.float32),
         slot_N.astype(jnp.int32),
         *held,
-        arrays=np.array([len(pool.k), len(pool.v)], np.int64),
-        turned=np.array([codecs.k.turned, codecs.v.turned], np.int64),
+        **native.formats((pool.k, pool.v), codecs),
         layer=np.int64(layer),
     )
     return Pool(native.named(pool.k, results[: len(pool.k)]), native.named(pool.v, results[len(pool.k) :]))
@@ -148,10 +147,10 @@ def _xla(layer, codecs, theirs, heads, limit, observed, q_BTNH, q_pos_BT, row_B,
 
 
 def _native(layer, codecs, theirs, heads, limit, observed, q_BTNH, q_pos_BT, row_B, table_RW, pool, own) -> Found:
-    tiers = [NativeTier(table_RW, pool.k, pool.v, codecs, (pool.size, layer, limit))]
-    tiers += [NativeTier(x.pos_BKS, x.k, x.v, each) for x, each in zip(own, theirs, strict=True)]
+    tiers = [NativeTier(table_RW, pool.k, pool.v, codecs, place=(pool.size, layer, limit))]
+    tiers += [NativeTier(x.pos_BKS, x.k, x.v, each, observed) for x, each in zip(own, theirs, strict=True)]
     T = q_pos_BT.shape[1]
-    found = on_cpu(tiers, heads, observed, *_flat(q_BTNH, q_pos_BT), jnp.repeat(row_B, T))
+    found = on_cpu(tiers, heads, *_flat(q_BTNH, q_pos_BT), jnp.repeat(row_B, T))
     return _lines(T, *found)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -25,7 +26,19 @@ class Pair(Protocol):
 
 def payload(stored: Stored) -> Array:
     """The largest of the arrays of stored vectors: their codes, or the values of a codec that keeps them as they are."""
-    return stored["values"] if "values" in stored else stored["codes"]
+    return next(stored[name] for name in ("values", "codes", "codes2") if name in stored)
+
+
+def format_of(stored: Stored) -> str | None:
+    """The name under which the kernels of GPUs know a format; None for one that they do not know."""
+    known = {
+        ("bfloat16", "values"): "bf16",
+        ("int8", "codes scale"): "int8",
+        ("float8_e4m3fn", "codes scale"): "fp8",
+        ("uint8", "codes low scale"): "int4",
+        ("uint8", "codes scale scales"): "nvfp4",
+    }
+    return known.get((payload(stored).dtype.name, " ".join(sorted(stored))))
 
 
 def unknown(stored: Stored) -> str:
@@ -38,9 +51,20 @@ class Codec:
     """Writes vectors of H numbers and reads them back; a subclass says in which bits (cache/codec.py)."""
 
     name: str
+    basis: str = dataclasses.field(default="", kw_only=True)
+    """What vectors are taken to before they are encoded, by whoever calls (cache/basis.py); empty: nothing."""
 
     turned = False
     """Whether vectors are stored in the Walsh-Hadamard basis."""
+    bits = 0
+    """Of a code, where several are packed in a byte."""
+    fine = 0
+    """The lowest of them, which lie in a plane of their own."""
+
+    @property
+    def levels(self) -> Sequence[float]:
+        """What packed codes stand for, in rising order, times a scale; empty: themselves."""
+        return ()
 
     def encode(self, x: Float[Array, "*B H"]) -> Stored:
         """Store each vector by itself."""

@@ -99,8 +99,7 @@ def _native(codecs: Codecs, forget, slots, entry, priority):
             priority,
             *coming,
             *held,
-            arrays=np.array([len(slots.k), len(slots.v)], np.int64),
-            turned=np.array([codecs.k.turned, codecs.v.turned], np.int64),
+            **native.formats((slots.k, slots.v), codecs),
             numbers=np.int64(len(slots.numbers)),
             forget=forget,
         )

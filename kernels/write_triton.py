@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from jaxtyping import Array, Float
 
-from kvcascade.kernels.decode_triton import e2m1, e4m3, format_of
+from kvcascade.kernels.decode_triton import e2m1, e4m3
 from kvcascade.kernels.launch import launch
-from kvcascade.kernels.slots import Codecs, Entry, Slots, Stored, unknown
+from kvcascade.kernels.slots import Codecs, Entry, Slots, Stored, format_of, unknown
 
 NUMBERS = 4  # that a token may carry
 

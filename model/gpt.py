@@ -227,8 +227,8 @@ def _read_parts(model: GPT, prompt: Prompt, tokens_BT, positions_BT, size: int) 
     padded = -T % size
     wide = lambda x, fill: jnp.pad(x, ((0, 0), (LEAD, padded)), constant_values=fill)
     tokens, there = wide(tokens_BT, 0), wide(positions_BT, -1) >= 0
-    longer = lambda x: x if x is None else jnp.pad(x, ((0, 0), (0, padded), *((0, 0),) * (x.ndim - 2)))
-    parts = tuple(tuple(map(longer, each)) for each in prompt.parts)
+    longer = lambda x: jnp.pad(x, ((0, 0), (0, padded), *((0, 0),) * (x.ndim - 2)))
+    parts = jax.tree.map(longer, prompt.parts)
     whole = dataclasses.replace(prompt, parts=parts)
     none = tuple(tuple(jnp.zeros((B, heads.kv, T + padded)) for _ in prompt.rereads) for heads in prompt.heads)
     length_B1 = (positions_BT >= 0).sum(-1, keepdims=True)

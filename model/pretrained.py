@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from kvcascade.cache import calibration
 from kvcascade.cache.errors import BadInput
+from kvcascade.cache.spec import CacheSpec
 from kvcascade.model import kept, quantised, shapes, texts
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
@@ -63,6 +66,21 @@ class Model:
             found.update(f"{jax.tree_util.keystr(path)} {content.dtype} {content.shape}".encode())
             found.update(content.view(np.uint8).data)
         return found.hexdigest()[:16]
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """What tells the model from others, whatever its matrices are kept in: of its norms, rounded to bf16."""
+        found = hashlib.sha256()
+        for path, leaf in jax.tree.leaves_with_path(self.params):
+            if "norm" in jax.tree_util.keystr(path):
+                found.update(np.asarray(leaf).astype(jnp.bfloat16).tobytes())
+        return found.hexdigest()[:16]
+
+    def check(self, spec: CacheSpec) -> None:
+        """BadInput for a cache that is not for this model, or is calibrated for another."""
+        spec.groups(self.config.layer_heads)
+        if spec.calibration and calibration.read(spec.calibration).about.get("model_key") != self.identity:
+            raise BadInput(f"the calibration {spec.calibration} is of another model than {self.name}")
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a whole text, with what its tokeniser puts before and after one."""

@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
     known = pretrained.is_pretrained(args.model)
     if (args.peer or args.variant) and not known:
         raise BadInput(f"{args.model} is a run, which no peer can load; --peer and --variant are for pretrained models")
-    models = [console.open_model(args.model, weights) for weights in args.weights]
+    models = [console.open_model(args.model, weights, specs) for weights in args.weights]
     config, after = models[0].config, bench.room(0, args.steps, args.repeats, prefills)
     contexts = args.context or (64, min(1024, config.context - after))
     for context in contexts:

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a GPT, or go on with a run",
     "convert": "pool a run's KV heads, ready for uptraining",
     "quantize": "round a model's weights to four bits, and measure what that costs",
+    "calibrate": "moments of a model's queries, keys and values, for codecs in a basis of its own",
     "rank": "train a ranker of tokens, for the policy `learned`",
     "evaluate": "perplexity, bytes and speed of a model behind caches",
     "bench": "prefill and decode speed, and the share of the memory bandwidth",

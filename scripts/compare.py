@@ -47,6 +47,8 @@ def main(arguments: list[str]) -> None:
     context = args.context or min(512, *(model.config.context for model in loaded))
     specs = [*dict.fromkeys(map(parse, ("full", *args.cache, f"random {context // 4}")))]
     for model in loaded:
+        for spec in specs:
+            model.check(spec)
         perplexity.check(model.config, specs, context, 0, args.batch)
     rows = kvcascade.windows(first, None, context, args.sequences)
     protocol = Protocol(min(args.batch, args.sequences))

@@ -12,12 +12,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kvcascade.cache.errors import BadInput
+from kvcascade.cache.spec import CacheSpec
 from kvcascade.eval import measure, record_files
 from kvcascade.eval.measure import Job
+from kvcascade.eval.quality import windows
+from kvcascade.eval.quality.windows import Windows
 from kvcascade.eval.records import Record
 from kvcascade.eval.table import Table, on_terminal
 from kvcascade.model import pretrained
 from kvcascade.model.pretrained import Model
+from kvcascade.model.tokenizer import token_bytes
 from kvcascade.scripts.arguments import Recorded
 
 err = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
@@ -113,8 +117,16 @@ def training(title: str, steps: int) -> Iterator[Callable[[int, dict], None]]:
         yield report
 
 
-def open_model(name: str, weights: str = "float32") -> Model:
-    """A model by its name, with a progress bar while it loads; BadInput for a run whose weights are to be other than float32."""
+def open_model(name: str, weights: str = "float32", specs: Sequence[CacheSpec] = ()) -> Model:
+    """A model by its name, with a progress bar while it loads; BadInput for a run whose weights are to be other than float32, and for caches
+    that are not for it."""
+    model = _opened(name, weights)
+    for spec in specs:
+        model.check(spec)
+    return model
+
+
+def _opened(name: str, weights: str) -> Model:
     if not pretrained.is_pretrained(name):
         if weights != "float32":
             raise BadInput(f"{name} is a run, whose weights are float32; --weights {weights} is for pretrained models")
@@ -172,3 +184,14 @@ def show(table: Table, file: TextIO | None = None) -> None:
     # A file or a pipe has no width of its own; rich would take 80 columns and fold every figure.
     width = None if file is None and sys.stdout.isatty() else 160
     Console(file=file, width=width).print(on_terminal(table))
+
+
+def windows_to_learn_from(model: Model, data: str, context: int, count: int) -> Windows:
+    """Windows of a text that nothing is to be evaluated on, as evaluation has them of others: of a file all of it, else the training split."""
+    from kvcascade.train import data as corpus  # a second of imports, which other commands do not need
+
+    text = corpus.unseen(data) if data.startswith("file:") else corpus.load(data).train
+    tokens = corpus.tokenize(text, model.encoding)
+    starts = corpus.document_starts(text, tokens, token_bytes(model.encoding))
+    begin = model.bos if model.begins_with_bos("auto") else None
+    return windows.choose(tokens, starts, data, context, count, bos=begin)

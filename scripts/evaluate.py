@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
     args = arguments_of(Args, "evaluate", arguments)
     specs = [parse(text) for text in args.cache or ("full",)]
     until = share("until", args.until) if args.until is not None else None
-    model = console.open_model(args.model, args.weights)
+    model = console.open_model(args.model, args.weights, specs)
     perplexity.check(model.config, specs, args.context, args.prefix, min(args.batch, args.sequences))
     protocol = Protocol(min(args.batch, args.sequences), args.prefix, args.chunk, args.fidelity)
     choose = lambda count: kvcascade.windows(model, args.data, args.context, count, args.windows, args.seed, args.bos)

@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
     if not args.prompt:
         raise BadInput("there must be a --prompt")
     typed, stops = ([*map(text, some)] for some in (args.prompt, args.stop))
-    model = console.open_model(args.model, args.weights)
+    model = console.open_model(args.model, args.weights, [spec])
     if args.chat:
         prompts = [chat.encode(model, [{"role": "user", "content": prompt}]) for prompt in typed]
     else:

@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
         raise BadInput("harness needs at least one task")
     known = harness.tasks(args.include)
     harness.check(known, names)
-    model = console.open_model(args.model, args.weights)
+    model = console.open_model(args.model, args.weights, specs)
     heads, context = model.config.layer_heads, args.context or model.config.context
     generate.check_context(model.config, context)
     caches: dict[str, Callable[[int], CacheSpec]] = {

@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     """Profile a step behind every cache, print what it says, write the files, append the records."""
     args = arguments_of(Args, "profile", arguments)
     specs = [parse(text) for text in args.cache or ("full",)]
-    model = console.open_model(args.model, args.weights)
+    model = console.open_model(args.model, args.weights, specs)
     context = min(1024, model.config.context) if args.context is None else args.context
     profile.check(model.config, specs, context)
     jobs = [profile.job(model, spec, args.batch, context) for spec in specs]

@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
         raise BadInput(f"{args.model} is a run, which no peer can load; --peer is for pretrained models")
     if args.peer:
         config = console.open_model(args.model).config
-        kept = min(cascade.slots(args.tokens) for spec in specs for _, _, cascade in spec.parts)
+        kept = min(cascade.slots(args.tokens) for spec in specs for cascade in spec.cascades)
         others = peers.find(args.peer, pretrained.locate(args.model), ("kvpress",))
         jobs += [prompt.peer_job(other, args.model, config.vocab, kept, args.tokens) for other in others]
     console.show(prompt.table(console.measured("prompt", jobs, args)))

@@ -10,14 +10,11 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.cache.ranker import Shape
 from kvcascade.eval import record_files, records
 from kvcascade.eval.origin import origin
-from kvcascade.eval.quality import ranking, windows
-from kvcascade.eval.quality.windows import Windows
+from kvcascade.eval.quality import ranking
 from kvcascade.model import generate
-from kvcascade.model.pretrained import Model
-from kvcascade.model.tokenizer import token_bytes
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, CountOrNone, Seed, Window, arguments_of
-from kvcascade.train import data, ranker
+from kvcascade.train import ranker
 from kvcascade.train.ranker import Settings
 
 
@@ -51,15 +48,6 @@ class Args:
     """File that one JSON object is appended to."""
 
 
-def _windows(model: Model, args: Args) -> Windows:
-    """Windows of the text, as evaluation has them of others."""
-    text = data.unseen(args.data) if args.data.startswith("file:") else data.load(args.data).train
-    tokens = data.tokenize(text, model.encoding)
-    starts = data.document_starts(text, tokens, token_bytes(model.encoding))
-    begin = model.bos if model.begins_with_bos("auto") else None
-    return windows.choose(tokens, starts, args.data, args.context, args.windows, bos=begin)
-
-
 def main(arguments: list[str]) -> None:
     """Record what tokens got, train, write the folder, print how well it ranks."""
     args = arguments_of(Args, "rank", arguments)
@@ -78,7 +66,7 @@ def main(arguments: list[str]) -> None:
     model = console.open_model(args.model, args.weights)
     shape = Shape.of(model.config.layer_heads)
     generate.check_context(model.config, args.context)
-    found = _windows(model, args)
+    found = console.windows_to_learn_from(model, args.data, args.context, args.windows)
     # In the order of the text, so that what is held out is its end.
     rows_BT = found.rows_BT[np.argsort(found.documents_B, kind="stable")]
     start = time.monotonic()

@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
     if not (args.task and args.length and args.depth):
         raise BadInput("retrieve needs at least one task, length and depth")
     specs = [parse(text) for text in args.cache]
-    model = console.open_model(args.model, args.weights)
+    model = console.open_model(args.model, args.weights, specs)
     slots = [spec.slots(model.config.layer_heads, max(args.length)) for spec in specs]
     fewest = min(slots, default=max(args.length) // 4)
     specs = list(dict.fromkeys([parse("full"), *specs, parse(f"random {fewest}")]))

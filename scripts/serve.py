@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> None:
     keys = guard.read_keys(args.keys) if args.keys else {}
     rules = guard.Rules(keys, args.body, args.queue, args.per_key, args.timeout)
     guard.log_to(args.log)
-    model = console.open_model(args.model, args.weights)
+    model = console.open_model(args.model, args.weights, specs)
     context = min(args.context, model.config.context)
     metrics = Metrics(args.name or model.name)
     room = Room(context, args.blocks, Limits(args.tokens, args.rows, aside=args.aside))

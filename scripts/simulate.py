@@ -81,6 +81,7 @@ def main(arguments: list[str]) -> None:
         short = trace.shortened(arrivals, args.shorten, model.config.context)
         mine = serving.Trace(args.trace, short, args.shorten, model.seed)
         spec = parse(args.cache or "full on blocks")
+        model.check(spec)
         ours = [serving.job(model, spec, mine, args.blocks, limits, args.batches, args.clock)]
         jobs = [] if args.clients else ours
         jobs += [serving.server_job(model, each, mine, args.clients) for each in servers]

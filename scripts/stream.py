@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     specs = [parse(text) for text in args.cache]
     if args.tokens < stream.STRETCH:
         raise BadInput(f"--tokens is {args.tokens}; it must be at least {stream.STRETCH}")
-    model = console.open_model(args.model, args.weights)
+    model = console.open_model(args.model, args.weights, specs)
     stretch(model.config, args.tokens)
     jobs = [stream.job(model, spec, args.batch, args.tokens) for spec in specs]
     console.show(stream.table(console.measured("stream", jobs, args)))

@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
         raise BadInput(f"{args.page.parent} is not a folder")
     from kvcascade.serve import story
 
-    model = console.open_model(args.model, args.weights)
+    model = console.open_model(args.model, args.weights, [spec])
     prompt = chat.encode(model, [{"role": "user", "content": typed}]) if args.chat else model.encode(typed)
     told = story.watch(model, spec, prompt, args.tokens, args.sampling)
     write_whole(args.page, told.page().encode())

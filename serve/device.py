@@ -130,13 +130,13 @@ class Device:
         self.config, self.params, self.limits = config, params, limits or Limits()
         self.context = config.context if context is None else context
         generate.check_context(config, self.context)
-        layers = spec.layers(config.layer_heads)
-        if any(cascade.shared is None or cascade.own for cascade, _ in layers):
+        groups = spec.groups(config.layer_heads)
+        if any(each.cascade.shared is None or each.cascade.own for each in groups):
             raise BadInput(
                 f"the engine has caches that are wholly on blocks, such as `full@int8 on blocks`, not {spec}"
             )
         self.blocks, self.size, self.vocab = blocks, size, config.vocab
-        self.cache = BlockCache.empty(layers, self.limits.rows, self.context, blocks, size)
+        self.cache = BlockCache.empty(groups, self.limits.rows, self.context, blocks, size, spec.bases(groups))
         self.about: dict[str, str | int] = {
             "model": fingerprint,
             "weights": config.weights,

@@ -53,8 +53,8 @@ def starting(
 
 def _made(model: Model, spec: CacheSpec, room: Room, compiled: Compiled) -> tuple[Engine | Alone, Device | Alone]:
     """An engine, and what it runs on."""
-    layers = spec.layers(model.config.layer_heads)
-    if not any(cascade.shared for cascade, _ in layers):
+    spec.groups(model.config.layer_heads)
+    if not spec.on_blocks:
         alone = Alone(model.config, model.params, spec, room.limits.rows, room.context, compiled)
         return alone, alone
     about = room.limits, room.context
@@ -67,8 +67,8 @@ def _made(model: Model, spec: CacheSpec, room: Room, compiled: Compiled) -> tupl
 def _sizes(model: Model, spec: CacheSpec, context: int) -> dict[str, int]:
     """Bytes of a row's tiers, all layers together, by what they are called."""
     found: dict[str, int] = {}
-    for cascade, heads in spec.layers(model.config.layer_heads):
+    for _, chosen, cascade, heads in spec.groups(model.config.layer_heads):
         for index, tier in enumerate(cascade.tiers):
-            size = heads.kv * tier.nbytes(context, heads, len(cascade.numbers(index)))
+            size = len(chosen) * tier.nbytes(context, heads, len(cascade.numbers(index)))
             found[str(tier)] = found.get(str(tier), 0) + size
     return found

@@ -47,7 +47,7 @@ def watch(
 
     BadInput for a cache on blocks, in which nothing sinks, for one that must have a prompt whole, and where the model's context ends.
     """
-    if any(cascade.shared for cascade, _ in spec.layers(model.config.layer_heads)):
+    if spec.on_blocks:
         raise BadInput(f"{spec} is on blocks, where every token stays: watch the same tiers in rows")
     context = min(len(prompt) + count, model.config.context)
     alone, view = Alone(model.config, model.params, spec, 1, context, compiled), View()

@@ -13,10 +13,14 @@ def card(model: Model, spec: CacheSpec, context: int) -> dict[str, Any]:
     """What a cache is, for who looks at one: of each layer its KV heads, its tiers with the bytes of a slot of one head, and those of a token
     in full."""
     layers = []
-    for cascade, heads in spec.layers(model.config.layer_heads):
+    for layer, _, cascade, heads in spec.groups(model.config.layer_heads):
         slot = lambda index, tier, cascade=cascade, heads=heads: tier.slot_bytes(heads, len(cascade.numbers(index)))
-        tiers = [{"name": str(tier), "bytes": slot(index, tier)} for index, tier in enumerate(cascade.tiers)]
-        layers.append({"heads": heads.kv, "tiers": tiers, "full": 2 * (heads.width + heads.value_width)})
+        if layer == len(layers):
+            layers.append({"heads": heads.kv, "tiers": [], "full": 2 * (heads.width + heads.value_width)})
+        # Of groups of heads one after the other, as `Cache.places` numbers them.
+        layers[layer]["tiers"] += [
+            {"name": str(tier), "bytes": slot(index, tier)} for index, tier in enumerate(cascade.tiers)
+        ]
     return {"cache": str(spec), "layers": layers, "bytes": spec.nbytes(model.config.layer_heads, context)}
 
 

@@ -118,6 +118,7 @@ import sys
 from pathlib import Path
 import jax, jax.numpy as jnp, ml_dtypes, numpy as np
 from kvcascade.cache.codec import CODECS
+from kvcascade.cache.errors import BadInput
 from kvcascade.kernels import linear, native, pages
 from kvcascade.kernels.decode import decode
 from kvcascade.kernels.heads import Heads
@@ -133,9 +134,15 @@ def stored(name, *shape):
     if name == "bf16": return {"values": draw(*shape)}
     scale = {"scale": draw(*most, 1)}
     if name == "int8": return {"codes": jnp.asarray(rng.integers(-127, 128, shape), jnp.int8)} | scale
-    return {"codes": jnp.asarray(rng.integers(0, 256, (*most, H // 2)), jnp.uint8)} | scale | {"low": draw(*most, 1)}
+    arrays = jax.eval_shape(CODECS[name].encode, jax.ShapeDtypeStruct(shape, jnp.float32))
+    bits = lambda x: jnp.asarray(rng.integers(0, 256, x.shape), jnp.uint8)
+    return {name: bits(x) if x.dtype == jnp.uint8 else draw(*x.shape) for name, x in arrays.items()}
+def fits(name, H):
+    try: return CODECS[name].nbytes(H) > 0
+    except BadInput: return False
 shapes = [(2, 1), (8, 7), (64, 33), (72, 5), (72, 700), (80, 17), (256, 16)]
-for (H, S), name in [((H, S), name) for H, S in shapes for name in ("f32", "bf16", "int8", "int4")]:
+names = ("f32", "bf16", "int8", "int4", "int3", "int2", "planes", "lloyd4h", "lloyd3h", "lloyd2h")
+for (H, S), name in [((H, S), name) for H, S in shapes for name in names if fits(name, H)]:
     slots = Slots(stored(name, 1, 2, S, H), stored(name, 1, 2, S, H), jnp.arange(2 * S, dtype=jnp.int32).reshape(1, 2, S), (jnp.ones((1, 2, S)),))
     by, heads = Codecs(CODECS[name], CODECS[name]), Heads(4, 2, H, window=3 if S == 33 else 0)
     q, now = jnp.ones((1, 4, H)), jnp.asarray([S // 2], jnp.int32)

@@ -53,7 +53,7 @@ class KeyNorm(Statistic):
 class QuerySum(Memory):
     """The sum of a layer's queries, those of a group together."""
 
-    def init(self, batch, heads, layer):
+    def init(self, batch, heads, ids):
         return jnp.zeros((batch, heads.kv, heads.width))
 
     def update(self, memory, q_BTNH, positions_BT, heads):

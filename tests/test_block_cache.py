@@ -106,8 +106,7 @@ def test_content_does_not_depend_on_how_tokens_came(codec: str, groups: list[int
 def test_rows_that_begin_alike_share_blocks(codec: str) -> None:
     """Two rows over the same first block, in a pool whose blocks are in no order: as if each had its own."""
     spec = parse(f"full@{codec} on blocks")
-    layers = spec.layers(HEADS)
-    cache = BlockCache.empty(layers, 2, CONTEXT, blocks=9)
+    cache = BlockCache.empty(spec.groups(HEADS), 2, CONTEXT, blocks=9)
     cache = dataclasses.replace(cache, table_RW=jnp.asarray([[5, 2, -1], [5, 7, -1]], jnp.int32))
     alone = spec.init(1, HEADS, CONTEXT)
     lines = dataclasses.replace(cache, row_B=jnp.asarray([0], jnp.int32))

@@ -269,10 +269,10 @@ def test_users_have_the_lengths_of_requests(nano, spec: str, room: int) -> None:
         named = np.asarray(cache.table_RW)[np.asarray(cache.table_RW) >= 0]
         most = 24 if "50%" in spec else 20 if "sink" in spec else 48
         assert needed == [-(-min(length, most) // 16) for length in lengths] and sorted(named) == [*range(sum(needed))]
-    for index, place in enumerate(cache.of):
-        if place < 0:
+    for index, shares in enumerate(cache.of):
+        if not shares:
             continue
-        layer, first = cache.layers[place], 0
+        layer, first = cache.layers[shares[0].place], 0
         if isinstance(cache, BlockCache) and (shared := cache.shared[index]):
             first = shared.limit
         pos_BKS = np.concatenate([slots.pos_BKS for slots in layer.slots], -1)

@@ -42,7 +42,7 @@ def test_a_number_is_what_the_network_of_its_layer_and_head_says() -> None:
     pos = np.random.default_rng(1).integers(0, 500, (3, 2, 5))
     by = rotation(jnp.asarray(pos.reshape(6, 5)), 8, Rope(base=100.0))
     turned = turn(jnp.asarray(k.reshape(6, 5, 1, 8)), by).reshape(k.shape)
-    ids = HeadIds().init(3, HEADS, 1)
+    ids = HeadIds().init(3, HEADS, (2, 3))
     tokens = Tokens(jnp.asarray(pos), turned, jnp.asarray(v), jnp.full((3, 1, 1), 500), (ids,), HEADS)
     got = Predicted(ranker=planted()).enter(tokens)
     for b, h, s in np.ndindex(3, 2, 5):
@@ -53,7 +53,7 @@ def test_a_device_with_one_of_the_heads_asks_that_ones_network() -> None:
     """Which heads there are is what the layer remembers, not how many there are."""
     draw = np.random.default_rng(0).standard_normal
     k, v = (jnp.asarray(draw((2, 2, 5, 8), np.float32)) for _ in range(2))
-    pos, now, ids = jnp.broadcast_to(jnp.arange(5), (2, 2, 5)), jnp.full((2, 1, 1), 4), HeadIds().init(2, HEADS, 0)
+    pos, now, ids = jnp.broadcast_to(jnp.arange(5), (2, 2, 5)), jnp.full((2, 1, 1), 4), HeadIds().init(2, HEADS, (0, 1))
     whole = Predicted(ranker=planted()).enter(Tokens(pos, k, v, now, (ids,), HEADS))
     for head in (0, 1):
         cut = lambda x, head=head: x[:, head : head + 1]
@@ -63,7 +63,7 @@ def test_a_device_with_one_of_the_heads_asks_that_ones_network() -> None:
 
 def test_the_tier_keeps_what_the_networks_rank_highest() -> None:
     """Of all that left the window, behind a sink."""
-    cascade = parse(SPEC).cascades(1)[0]
+    cascade = parse(SPEC).cascades[0]
     cache = LayerCache.empty(cascade, 1, Heads(4, 2, 8), 32)
     draw = np.random.default_rng(0).standard_normal
     k, v = draw((20, 2, 8), np.float32), draw((20, 2, 8), np.float32)

@@ -57,8 +57,8 @@ def test_bytes_are_those_of_caches_that_are_really_allocated(name, context):
     allocate = jax.jit(LayerCache.empty, static_argnums=(0, 1, 2, 3))
     for text in SPECS:
         spec = parse(text)
-        layers = zip(spec.cascades(config.layers), config.layer_heads, strict=True)
-        cache = Cache(tuple(allocate(each, 1, heads, context) for each, heads in layers), (*range(config.layers),))
+        groups = spec.groups(config.layer_heads)
+        cache = Cache.of_groups(groups, (allocate(each.cascade, 1, each.of, context) for each in groups))
         buffers = sum(shard.data.nbytes for leaf in jax.tree.leaves(cache) for shard in leaf.addressable_shards)
         assert len(cache.layers) == config.layers
         assert arithmetic.decode_step(config, spec, context).cache == nbytes(cache) == buffers, text

@@ -9,7 +9,9 @@ from kvcascade.kernels.heads import Heads
 
 def lots(policy: Random, heads: int, positions: int, layer: int = 0) -> np.ndarray:
     pos = jnp.broadcast_to(jnp.arange(positions), (1, heads, positions))
-    read = tuple(each.init(1, Heads(heads, heads, 8), layer) for each in policy.reads())
+    read = tuple(
+        each.init(1, Heads(heads, heads, 8), range(layer * heads, (layer + 1) * heads)) for each in policy.reads()
+    )
     return np.asarray(policy.priority(pos, read, jnp.full((1, 1, 1), positions)))[0]
 
 

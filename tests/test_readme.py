@@ -38,7 +38,7 @@ def test_the_policy_of_the_readme_works(monkeypatch):
     monkeypatch.setitem(policies.POLICIES, "stride", names["Stride"])
     spec = parse("stride[step=8] 6")
     assert str(spec) == "stride[step=8] 6"
-    cache = LayerCache.empty(spec.cascades(1)[0], batch=1, heads=Heads(1, 1, 4), context=40)
+    cache = LayerCache.empty(spec.cascades[0], batch=1, heads=Heads(1, 1, 4), context=40)
     for position in range(40):
         x = jax.random.normal(jax.random.key(position), (1, 1, 1, 4))
         _, cache = cache.step(x, x, x, jnp.full((1, 1), position))

@@ -12,6 +12,7 @@ from flax import nnx
 
 from kvcascade.cache import prompt as prompts
 from kvcascade.cache.errors import BadInput
+from kvcascade.cache.groups import Vectors
 from kvcascade.cache.prompt import Prompt
 from kvcascade.cache.scores import Repeated, Sensitivity
 from kvcascade.cache.spec import parse
@@ -186,5 +187,7 @@ def test_a_prompt_that_cannot_be_read_twice_is_told_in_one_line() -> None:
         generate.begin(CONFIG, PARAMS, empty(), [[1] * 130, [2]])
     with pytest.raises(ValueError, match="read twice"):
         Prompt(
-            CONFIG.layer_heads, 256, parts=((jnp.zeros((2, 3, 4, 8)), *(jnp.zeros((2, 3, 2, 8)),) * 2, None),) * 2
+            CONFIG.layer_heads,
+            256,
+            parts=(Vectors(jnp.zeros((2, 3, 4, 8)), jnp.zeros((2, 3, 2, 8)), jnp.zeros((2, 3, 2, 8)), None),) * 2,
         ).enter(empty(), jnp.arange(3)[None].repeat(2, 0))

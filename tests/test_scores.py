@@ -52,7 +52,7 @@ class Case:
     def tokens(self, memory: Memory | None = None) -> Tokens:
         memories = ()
         if memory:
-            held = memory.init(B, HEADS, 0)
+            held = memory.init(B, HEADS, range(HEADS.kv))
             for start, stop in ((0, 20), (20, 21), (21, 40)):
                 positions = np.broadcast_to(np.arange(start, stop), (B, stop - start))
                 held = memory.update(held, jnp.asarray(self.q[:, start:stop]), jnp.asarray(positions), HEADS)

@@ -6,8 +6,9 @@ from kvcascade.cache.cascade import Cascade
 from kvcascade.cache.codec import int4, int8
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.policies import POLICIES, Heavy, PositionAware, Random, Recent
-from kvcascade.cache.spec import PRESETS, CacheSpec, everywhere, parse
+from kvcascade.cache.spec import PRESETS, CacheSpec, Part, everywhere, parse
 from kvcascade.cache.tier import Tier, full, heavy, recent, sink
+from kvcascade.kernels.heads import Heads
 from kvcascade.kernels.slots import Codecs
 
 FORM = "a tier is written POLICY[ARGUMENT=VALUE] COUNT@CODEC"
@@ -45,7 +46,7 @@ def told(text: str) -> str:
         ("sink 4, recent 4", FORM, "→sink 4, recent 4←"),
         ("heavy 64@", FORM, "→heavy 64@←"),
         ("heavy 64@int9", "no codec 'int9'; did you mean 'int8'?", "heavy 64@→int9←"),
-        ("heavy 64@x", "there are f32, bf16, fp8, int8, int4, int4h, nvfp4", "heavy 64@→x←"),
+        ("heavy 64@x", "there are f32, bf16, fp8, int8, planes, int4, int4h, nvfp4, int3, int3h", "heavy 64@→x←"),
         ("heavy\n64@x", "no codec 'x'", "heavy 64@→x←"),
         ("full@int8/int5", "no codec 'int5'; did you mean 'int8'?", "full@→int8/int5←"),
         ("full@int8/int4/int4", FORM, "→full@int8/int4/int4←"),
@@ -101,7 +102,7 @@ def test_a_preset_inside_a_cascade_is_not_suggested_to_itself() -> None:
 def test_each_layer_of_a_model_is_in_one_part(text: str, reason: str) -> None:
     """A part too many, too few or too far is told with the layer and the spec."""
     with pytest.raises(BadInput) as caught:
-        parse(text).cascades(3)
+        parse(text).groups([Heads(1, 1, 8)] * 3)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -118,7 +119,7 @@ def test_a_text_is_the_value_that_python_would_build() -> None:
         Cascade(Tier(PositionAware(mass=1.0, sinks=2), 8))
     )
     assert parse("layers[0:2]: full ; layers [ 2 : ] : heavy 8") == CacheSpec(
-        ((0, 2, Cascade(full)), (2, None, Cascade(Tier(Heavy(), 8))))
+        (Part(0, 2, Cascade(full)), Part(2, None, Cascade(Tier(Heavy(), 8))))
     )
     assert str(parse("layers[0:]:full")) == "full"
     assert parse("heavy 8 @ int8 / int4") == everywhere(Cascade(heavy(8, codec=Codecs(int8, int4))))
@@ -160,7 +161,12 @@ def test_arguments_of_every_type_come_back_as_they_were(monkeypatch: pytest.Monk
 def test_parts_are_laid_out_over_the_layers() -> None:
     """`layers[A:B]` is from A to before B, in any order of parts."""
     spec = parse("layers[2:]: sink 2 ; layers[0:1]: full ; layers[1:2]: recent 3")
-    assert [str(cascade) for cascade in spec.cascades(4)] == ["full", "recent 3", "sink 2", "sink 2"]
+    assert [str(group.cascade) for group in spec.groups([Heads(1, 1, 8)] * 4)] == [
+        "full",
+        "recent 3",
+        "sink 2",
+        "sink 2",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -190,4 +196,4 @@ def test_a_preset_may_be_said_to_be_one() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_a_cascade_for_every_model(name: str) -> None:
     """Presets say nothing about layers."""
-    assert len(set(parse(name).cascades(5))) == 1
+    assert len(parse(name).cascades) == 1

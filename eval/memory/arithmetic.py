@@ -1,18 +1,19 @@
 """The arithmetic of memory: what a decode step holds, from a model's shape and a cache's spec alone."""
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kvcascade.cache.cascade import Cascade
 from kvcascade.cache.errors import BadInput
+from kvcascade.cache.groups import Group
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.eval.table import CONTEXT, Column, Table
 from kvcascade.kernels import aot
-from kvcascade.kernels.heads import Heads
 from kvcascade.kernels.nonlinear import GATED
 from kvcascade.model import gpt
 from kvcascade.model.config import ModelConfig
@@ -111,16 +112,24 @@ def workspace(config: ModelConfig, spec: CacheSpec, context: int, alone: bool = 
             the MLP, M · d + matrices · F · d with d the bytes of `dtype`; S the slots of all tiers, `matrices` 3 with a gate, else 2.
             K and V go to their slots in float32, as attention's output comes from them; the logits of all slots make the mass.
     """
-    layers = spec.layers(config.layer_heads)
     number = jnp.dtype(config.dtype).itemsize
-    ranks = [4 * heads.kv * (each.tiers[0].slots(context, heads.window) + 1) for each, heads in layers]
+    layers = [[*found] for _, found in itertools.groupby(spec.groups(config.layer_heads), lambda group: group.layer)]
 
-    def attend(cascade: Cascade, heads: Heads) -> int:
-        slots = sum(tier.slots(context, heads.window) for tier in cascade.tiers) if cascade.observed else 0
+    def rank(group: Group) -> int:
+        return 4 * len(group.chosen) * (group.cascade.tiers[0].slots(context, group.of.window) + 1)
+
+    def attend(groups: Sequence[Group]) -> int:
+        heads = groups[0].of
+        logits = [
+            each.heads.queries * sum(tier.slots(context, heads.window) for tier in each.cascade.tiers)
+            for each in groups
+            if each.cascade.observed
+        ]
         wide = (heads.queries + heads.kv) * heads.width + heads.kv * heads.value_width
-        return wide * (number + 4) + 4 * heads.queries * slots
+        return wide * (number + 4) + 4 * sum(logits)
 
-    attention = max(attend(*layer) for layer in layers)
+    ranks = [sum(map(rank, groups)) for groups in layers]
+    attention = max(map(attend, layers))
     mlp = (3 if config.activation in GATED else 2) * config.mlp * number
     return (max(ranks) if alone else sum(ranks)) + config.width * number + max(attention, mlp)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from kvcascade.cache.policies import Random
 from kvcascade.cache.spec import CacheSpec, parse
+from kvcascade.cache.tier import Tier
 from kvcascade.eval import stats
 from kvcascade.eval.measure import Job
 from kvcascade.eval.memory.arithmetic import full_bytes
@@ -122,22 +123,18 @@ def _scored(
 
 def _draws(spec: CacheSpec, batch: int, windows: int) -> list[CacheSpec]:
     """A spec's random evictions by other seeds, as many as there are batches, at most DRAWS; the spec alone where nothing is random."""
-    if not any(isinstance(tier.policy, Random) for _, _, cascade in spec.parts for tier in cascade.tiers):
+    if not any(isinstance(tier.policy, Random) for cascade in spec.cascades for tier in cascade.tiers):
         return [spec]
     return [_reseeded(spec, by) for by in range(min(DRAWS, -(-windows // batch)))]
 
 
 def _reseeded(spec: CacheSpec, by: int) -> CacheSpec:
-    parts = []
-    for start, stop, cascade in spec.parts:
-        tiers = [
-            dataclasses.replace(tier, policy=dataclasses.replace(tier.policy, seed=tier.policy.seed + by))
-            if isinstance(tier.policy, Random)
-            else tier
-            for tier in cascade.tiers
-        ]
-        parts.append((start, stop, type(cascade)(*tiers)))
-    return CacheSpec(tuple(parts))
+    def other(tier: Tier) -> Tier:
+        policy = tier.policy
+        new = dataclasses.replace(policy, seed=policy.seed + by) if isinstance(policy, Random) else policy
+        return dataclasses.replace(tier, policy=new)
+
+    return spec.mapped(other)
 
 
 def paired[T](record: Evaluation, other: Evaluation, of: Callable[..., T] = stats.interval) -> T:

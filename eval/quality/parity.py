@@ -121,7 +121,7 @@ def spec(method: Method, kept: int, prefix: int, context: int) -> CacheSpec:
 
 def behind(cache: CacheSpec) -> Sequence[Tier]:
     """The tiers that a prompt enters."""
-    cascade = cache.parts[0][2]
+    cascade = cache.parts[0].cascade
     return cascade.tiers[cascade.front :]
 
 

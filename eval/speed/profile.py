@@ -55,7 +55,7 @@ def check(config: ModelConfig, specs: list[CacheSpec], context: int) -> None:
         raise BadInput(f"a profile needs a context of at least {LEAST} tokens, not {context}")
     generate.check_context(config, context)
     for spec in specs:
-        spec.cascades(config.layers)
+        spec.groups(config.layer_heads)
         spec.check_in_rows("a profile")
 
 
