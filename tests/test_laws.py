@@ -912,7 +912,8 @@ any_parts = st.builds(Part, st.integers(0, 9), st.none() | st.integers(10, 99), 
 @settings(max_examples=100)
 @given(
     st.one_of(
-        st.lists(any_parts, min_size=1, max_size=3), st.tuples(st.builds(Part, st.just(0), st.none(), any_cascades))
+        st.lists(any_parts, min_size=1, max_size=3),
+        st.tuples(st.builds(Part, st.just(0), st.none(), any_cascades, st.none())),
     )
 )
 def test_a_spec_prints_as_the_text_that_it_is_parsed_from(parts) -> None:
