@@ -122,6 +122,9 @@ Shape = TypedDict("Shape", {"heads": Count, "kv_heads": Count})
 Puzzle = TypedDict("Puzzle", {"name": Text, "answers": Some[Text], "said": Some[Text], "right": Some[Flag]})
 Metric = TypedDict("Metric", {"metric": Text, "filter": Text, "value": Finite, "stderr": Finite | None})
 Correlations = TypedDict("Correlations", {"learned": Number, "key_norm": Number, "position": Number})
+Candidate = TypedDict(
+    "Candidate", {"name": Text, "cache": Text, "kv_bytes": Count, "predicted": Number, "losses": list[Number]}
+)
 Weights = TypedDict("Weights", {"weights": Size})
 Longest = TypedDict("Longest", {"context": Size | None, "explanation": NotRequired[Any]})
 Child = TypedDict("Child", {"users": Count, "lived": Flag, "peak": NotRequired[Any]})
@@ -285,6 +288,27 @@ class Ranking(Record):
     unexplained: Size
     ranker_bytes: Positive
     correlations: Some[Correlations]
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Tuned(Named):
+    """What a search found the best cache of so many bytes to be, and all that it scored."""
+
+    kind: Literal["tune"] = "tune"
+    weights: Text
+    weights_key: Text
+    data: Text
+    rows: Text
+    context: Count
+    windows: Count
+    budget: Count
+    objective: Text
+    calibration: Any = None
+    kv_bytes: Count
+    kv_bytes_full: Count
+    options: Count
+    candidates: Some[Candidate]
+    correlation: Number
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -667,8 +691,8 @@ def _uneven(growth: Mapping[str, Any]) -> str | None:
 
 
 KINDS: dict[str, type[Record]] = {
-    "train": Training, "evaluate": Evaluation, "quantize": Quantization, "rank": Ranking, "retrieve": Retrieval, "harness": TaskResult, "layer": Layer,
-    "growth": Growth, "bench": Bench, "stream": Stream, "fit": Fit, "crash": Crash, "prompt": Prompting, "profile": Profile,
+    "train": Training, "evaluate": Evaluation, "quantize": Quantization, "rank": Ranking, "tune": Tuned,
+    "retrieve": Retrieval, "harness": TaskResult, "layer": Layer, "growth": Growth, "bench": Bench, "stream": Stream, "fit": Fit, "crash": Crash, "prompt": Prompting, "profile": Profile,
     "parity": Parity, "simulate": Served,
 }  # fmt: skip
 OTHERS = {("evaluate", "kl"): Compared, ("bench", "reason"): BenchFailed, ("fit", "failed"): FitFailed}

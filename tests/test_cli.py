@@ -16,6 +16,7 @@ import pytest
 import tensorstore
 import yaml
 
+from kvcascade.eval.search import options
 from kvcascade.scripts import cli
 
 SETTINGS = {
@@ -434,3 +435,53 @@ def test_a_run_is_known_by_its_shape(here: Path, capsys):
     shutil.rmtree(here / "run" / "checkpoints")
     cli.main(["memory", "--model", "run", "--cache", "full", "--context", "32", "--weights", "bfloat16"])
     assert f" {2 * (2 * 8 * 2 + 4)} " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_search_ends_with_a_cache_that_fits_and_is_scored_on_what_was_held_out(
+    here: Path, capsys, monkeypatch
+) -> None:
+    """A winner within the budget, at least as good as every rival where it was tuned; what is recorded is not done again."""
+    monkeypatch.setattr(options, "SHARES", (0.25,))
+    monkeypatch.setattr(options, "POLICIES", ("observed", "recent"))
+    monkeypatch.setattr(options, "METHODS", ("random {}", "heavy {}"))
+    cli.main(
+        [
+            "calibrate",
+            "--model",
+            "run",
+            "--data",
+            "file:text.txt",
+            "--windows",
+            "4",
+            "--context",
+            "16",
+            "--to",
+            "run.safetensors",
+        ]
+    )
+    arguments = [
+        "tune",
+        "--model",
+        "run",
+        "--data",
+        "file:text.txt",
+        "--budget",
+        "40%",
+        "--context",
+        "16",
+        "--windows",
+        "6",
+    ]
+    arguments += ["--calibration", "run.safetensors", "--out", "tune.jsonl"]
+    cli.main(arguments)
+    tuned, *held = map(json.loads, Path("tune.jsonl").read_text().splitlines())
+    assert tuned["kind"] == "tune" and tuned["kv_bytes"] <= 0.4 * tuned["kv_bytes_full"]
+    assert {tuned["cache"], "full"} <= {each["cache"] for each in held}
+    assert all(each["kv_bytes"] == each["kv_bytes_predicted"] and each["traces"] == 1 for each in held)
+    deepest = max(len(each["losses"]) for each in tuned["candidates"])
+    best = min(each["losses"][-1] for each in tuned["candidates"] if len(each["losses"]) == deepest)
+    assert next(each for each in tuned["candidates"] if each["cache"] == tuned["cache"])["losses"][-1] == best
+    cli.main(arguments)
+    assert len(Path("tune.jsonl").read_text().splitlines()) == 1 + len(held)
+    assert tuned["cache"] in capsys.readouterr().out
