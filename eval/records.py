@@ -691,9 +691,9 @@ def _uneven(growth: Mapping[str, Any]) -> str | None:
 
 
 KINDS: dict[str, type[Record]] = {
-    "train": Training, "evaluate": Evaluation, "quantize": Quantization, "rank": Ranking, "tune": Tuned,
-    "retrieve": Retrieval, "harness": TaskResult, "layer": Layer, "growth": Growth, "bench": Bench, "stream": Stream, "fit": Fit, "crash": Crash, "prompt": Prompting, "profile": Profile,
-    "parity": Parity, "simulate": Served,
+    "train": Training, "evaluate": Evaluation, "quantize": Quantization, "rank": Ranking, "tune": Tuned, "retrieve": Retrieval,
+    "harness": TaskResult, "layer": Layer, "growth": Growth, "bench": Bench, "stream": Stream, "fit": Fit, "crash": Crash,
+    "prompt": Prompting, "profile": Profile, "parity": Parity, "simulate": Served,
 }  # fmt: skip
 OTHERS = {("evaluate", "kl"): Compared, ("bench", "reason"): BenchFailed, ("fit", "failed"): FitFailed}
 """The classes of records that have a certain key."""

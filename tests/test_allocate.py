@@ -63,7 +63,7 @@ def test_layers_and_heads_that_are_alike_are_one_part() -> None:
 
 def test_a_pyramid_falls_from_layer_to_layer_and_has_its_mean() -> None:
     spec = allocate.pyramid(lambda count: Cascade(heavy(count)), 100, 30, window=8, beta=20.0)
-    counts = [part.cascade.tiers[0].count for part in spec.parts for _ in range(part.start, part.stop)]
+    counts = [each.cascade.tiers[0].slots(512) for each in spec.groups(HEADS[:1] * 30)]
     assert counts == sorted(counts, reverse=True) and len(counts) == 30
     assert np.mean(counts) == pytest.approx(100, abs=0.5)
     assert counts[-1] == 8 + round(92 / 20) and counts[0] == 8 + round(2 * 92 - 92 / 20)
@@ -82,6 +82,6 @@ def test_a_layer_shares_its_slots_above_a_floor() -> None:
     shares = np.array([[1.0, 1.0, 2.0]] * 4)
     spec = allocate.shared(lambda count: Cascade(recent(count)), shares, 40, floor=0.25)
     groups = spec.groups(HEADS)
-    counts = {head: each.cascade.tiers[0].count for each in groups[:2] for head in each.chosen}
+    counts = {head: each.cascade.tiers[0].slots(512) for each in groups[:2] for head in each.chosen}
     assert counts == {0: 32, 1: 32, 2: 55}  # 10 and a quarter, or half, of 90
     assert sum(counts.values()) == pytest.approx(120, abs=3)

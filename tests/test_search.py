@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -56,7 +57,8 @@ def test_errors_are_those_of_the_cache_and_none_of_a_full_one() -> None:
         cache, vectors = LayerCache.empty(group.cascade, 3, group.of, 32, group.ids), part.vectors
         missed = []
         for t in range(32):
-            q, k, v, written = (x[:, t : t + 1] for x in vectors)
+            some = jax.tree.map(lambda x, t=t: x[:, t : t + 1], vectors)
+            q, k, v, written = some
             out, cache = cache.step(q, k, v, jnp.full((3, 1), t), written_BTK=written)
             missed.append(np.asarray(out)[:, 0] - np.asarray(part.out_BTNW)[:, t])
         missed, slope = np.stack(missed, 1), np.asarray(part.slope_BTNW)

@@ -28,6 +28,8 @@ CURVES = 4
 STAGES = (2, 4, 8)
 """Windows of the tuning half that candidates are scored on: all, then the better third of those that are left, and so on."""
 LEFT = 1 / 3
+RIVALS = 20
+"""Of what is known without a search, those that are scored on the tuning half: of which least is predicted to be lost."""
 TASKS = ("single", "passkey")
 DEPTHS = (0.25, 0.75)
 
@@ -104,11 +106,13 @@ def tune(model: Model, search: Search, tuning: Windows, about: dict, tell: Calla
     others = [spec for spec in unique if spec not in nats]
     for place, spec in enumerate(others):
         nats[spec] = float(replayed(spec, place, len(others), "rival").nats_LK.sum())
+    others = sorted(others, key=nats.__getitem__)[:RIVALS]
     candidates = {
         spec: Candidate(
             name=name, cache=str(spec), kv_bytes=spec.nbytes(heads, context), predicted=nats[spec], losses=[]
         )
         for spec, name in unique.items()
+        if spec in others or name.startswith("search")
     }
     left = [*candidates]
     for count in [each for each in STAGES if each <= len(tuning.rows_BT)]:
