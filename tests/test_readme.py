@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 CACHES = (ROOT / "docs" / "caches.md").read_text()
 SHORT, STRIDE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-EXAMPLE, POLICY, ENGINE, DRAFT = re.findall(r"```python\n(.*?)```", CACHES, re.DOTALL)
+EXAMPLE, ALLOCATED, POLICY, ENGINE, DRAFT = re.findall(r"```python\n(.*?)```", CACHES, re.DOTALL)
 
 
 def test_the_example_runs():
@@ -29,6 +29,13 @@ def test_the_example_runs():
     names: dict = {}
     exec(EXAMPLE, names)
     assert names["logits"].shape == (1, 256)
+
+
+def test_a_pyramid_is_allocated_as_shown():
+    """Layers of fewer slots from the first to the last."""
+    names: dict = {}
+    exec(EXAMPLE.split("spec = ")[0] + ALLOCATED, names)
+    assert names["spec"].slots([Heads(9, 3, 64)] * 30, 2048) == 4 + 8 + round(2 * 92 - 92 / 20)
 
 
 def test_the_policy_of_the_readme_works(monkeypatch):
@@ -94,7 +101,7 @@ def test_the_readme_is_short_and_says_the_same_as_the_pages():
 def test_each_spec_of_the_readme_parses():
     """The table of specs shows real ones."""
     specs = re.findall(
-        r"^\| `([^`]+)` \|", README + CACHES.split("## The idea")[1].split("## Add a policy")[0], re.MULTILINE
+        r"^\| `([^`]+)` \|", README + CACHES.split("## The idea")[1].split("## Layers and heads")[0], re.MULTILINE
     )
     specs = [text for text in specs if not text.startswith("--")]
     assert len(specs) >= 14

@@ -102,17 +102,18 @@ def tune(model: Model, search: Search, tuning: Windows, about: dict, tell: Calla
     unique = {
         spec: name for name, spec in reversed([*known.items(), *((name, spec) for name, (spec, _) in chosen.items())])
     }
-    nats: dict[CacheSpec, float] = {spec: value for spec, value in chosen.values()}
-    others = [spec for spec in unique if spec not in nats]
-    for place, spec in enumerate(others):
-        nats[spec] = float(replayed(spec, place, len(others), "rival").nats_LK.sum())
-    others = sorted(others, key=nats.__getitem__)[:RIVALS]
+    nats = {spec: float(errors.nats_LK.sum()) for spec, errors in zip(every, found, strict=True)}
+    nats |= {spec: value for spec, value in chosen.values()}
+    unheard = [spec for spec in unique if spec not in nats]
+    for place, spec in enumerate(unheard):
+        nats[spec] = float(replayed(spec, place, len(unheard), "rival").nats_LK.sum())
+    searched = {spec for spec, _ in chosen.values()}
+    rivals = sorted((spec for spec in unique if spec not in searched), key=nats.__getitem__)[:RIVALS]
     candidates = {
         spec: Candidate(
-            name=name, cache=str(spec), kv_bytes=spec.nbytes(heads, context), predicted=nats[spec], losses=[]
+            name=unique[spec], cache=str(spec), kv_bytes=spec.nbytes(heads, context), predicted=nats[spec], losses=[]
         )
-        for spec, name in unique.items()
-        if spec in others or name.startswith("search")
+        for spec in [*searched, *rivals]
     }
     left = [*candidates]
     for count in [each for each in STAGES if each <= len(tuning.rows_BT)]:
