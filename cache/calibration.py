@@ -62,6 +62,11 @@ class Calibration:
 
     k: tuple[Moments, ...]
     v: tuple[Moments, ...]
+    gates: tuple[np.ndarray, ...]
+    """Of each layer's heads the share of attention that goes neither to the first tokens nor to recent ones: what a streaming head would lose,
+    after DuoAttention (arXiv 2410.10819), which trains a gate for it; for `allocate.duo`."""
+    shares: tuple[np.ndarray, ...]
+    """Of each layer's heads their part of the tokens that the layer attends to most; for `allocate.shared`."""
     about: dict[str, Any]
 
     @functools.cached_property
@@ -90,6 +95,8 @@ class Calibration:
             for which, every in (("k", self.k), ("v", self.v))
             for layer, moments in enumerate(every)
             for field in fields
+        } | {
+            f"{layer}.{name}": array for name in ("gates", "shares") for layer, array in enumerate(getattr(self, name))
         }
 
     def write(self, path: Path) -> None:
@@ -139,7 +146,8 @@ def _read(path: Path, place: str) -> Calibration:
             *(arrays[f"{layer}.{which}.{name}"] for name in ("mean", "covariance", "read"))
         )
         k, v = (tuple(moments(layer, which) for layer in range(layers)) for which in "kv")
-        found = Calibration(k, v, json.loads(about["about"]))
+        gates, shares = (tuple(arrays[f"{layer}.{name}"] for layer in range(layers)) for name in ("gates", "shares"))
+        found = Calibration(k, v, gates, shares, json.loads(about["about"]))
     except (LookupError, ValueError) as error:
         raise BadInput(f"{place} is damaged: {error}") from None
     if found.fingerprint != about.get("fingerprint"):

@@ -37,7 +37,13 @@ def moments(seed: int, K: int, H: int) -> Moments:
 @functools.cache
 def written(folder) -> str:
     path = folder / "some.safetensors"
-    Calibration((moments(0, 2, 16),), (moments(1, 2, 16),), {"model_key": "x"}).write(path)
+    Calibration(
+        (moments(0, 2, 16),),
+        (moments(1, 2, 16),),
+        (np.ones(2, np.float32),) * 1,
+        (np.ones(2, np.float32),),
+        {"model_key": "x"},
+    ).write(path)
     return str(path)
 
 
@@ -132,6 +138,34 @@ def test_moments_are_those_of_what_a_cache_is_given() -> None:
             want = 2 * asked.T @ asked / len(asked)
             np.testing.assert_allclose(found.k[layer].read_KHH[head], want, rtol=1e-4, atol=1e-5)
             np.testing.assert_allclose(found.v[layer].mean_KH[head], v[:, :, head].mean((0, 1)), atol=1e-5)
+
+
+def test_gates_and_shares_say_which_heads_look_back(monkeypatch) -> None:
+    """Against dense attention in numpy: what goes to tokens that are neither first nor recent, and whose tokens get most."""
+    monkeypatch.setattr(training, "NEAR", 5)
+    params, T = gpt.init(CONFIG, 0), 44  # a length that nothing is compiled for yet
+    rows = np.random.default_rng(0).integers(0, 64, (3, T)).astype(np.int32)
+    found = training.calibrate(CONFIG, jax.tree.map(lambda x: 6 * x if x.ndim > 1 else x, params), rows, {})
+    prompt = training.Prompt(CONFIG.layer_heads, T)
+    params = jax.tree.map(lambda x: 6 * x if x.ndim > 1 else x, params)
+    positions = jnp.broadcast_to(jnp.arange(T), (3, T))
+    _, prompt = generate.prefill_step(CONFIG, params, prompt, jnp.asarray(rows), positions)
+    t = np.arange(T)
+    for layer, part in enumerate(prompt.parts):
+        q, k = (np.asarray(x, np.float64) for x in part[:2])
+        logits = np.einsum("btkgh,bskh->bkgts", q.reshape(3, T, 2, 2, -1), k) * CONFIG.layer_heads[layer].scale
+        logits = np.where(t[:, None] >= t, logits, -np.inf)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        old = (t[:, None] - t >= 5) & (t >= training.SKIP)
+        far = (weights * old).sum(-1).mean(2)[:, :, 10:].mean((0, 2))
+        np.testing.assert_allclose(found.gates[layer], far, rtol=1e-3, atol=1e-5)
+        mass = weights.sum((2, 3))[:, :, training.SKIP :]
+        part_of = []
+        for row in mass:
+            most = row >= np.sort(row.ravel())[-round(training.TOP * 2 * T)]
+            part_of.append(most.sum(1) / most.sum())
+        np.testing.assert_allclose(found.shares[layer], np.mean(part_of, 0), atol=1e-5)
 
 
 def test_what_does_not_belong_is_refused(file: str, tmp_path) -> None:

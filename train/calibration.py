@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from kvcascade.cache.calibration import Calibration, Moments
 from kvcascade.cache.prompt import Prompt
 from kvcascade.kernels.heads import Heads
+from kvcascade.kernels.partial import attend, times
 from kvcascade.kernels.prefill import observed_attention
 from kvcascade.model import generate
 from kvcascade.model.config import ModelConfig
@@ -21,6 +22,11 @@ ROWS = 4
 """Windows that go through the model together."""
 SKIP = 4
 """The first tokens of a window, which are unlike all others: a cache that knows them keeps them in full."""
+
+NEAR = 64
+"""Positions back that count as recent, and twice as many that a query must have before it to count."""
+TOP = 0.25
+"""Of a layer's tokens and heads, those that attention goes to most."""
 
 type Sums = dict[str, Float[Array, "K ..."]]
 """Of a layer's tokens: of keys and values the sum and that of outer products, of queries the latter, of values also as often as attended to."""
@@ -50,7 +56,8 @@ def calibrate(
                 sums[layer][name] = sums[layer].get(name, 0) + np.asarray(found, np.float64)
         tell(min(first + ROWS, windows))
     pairs = [*map(_moments, sums)]
-    return Calibration(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), about)
+    gates, shares = ([(each[name] / each["rows"]).astype(np.float32) for each in sums] for name in ("gate", "share"))
+    return Calibration(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), tuple(gates), tuple(shares), about)
 
 
 @functools.partial(jax.jit, static_argnames="heads")
@@ -71,7 +78,33 @@ def _sums(q_BTNH, k_BTKH, v_BTKW, there_BT, heads: Heads) -> Sums:
         "v": total(v),
         "v2": outer(weight_BTK, v, v),
         "read": outer(weight_BTK * mass_BKT.swapaxes(1, 2), v, v),
+        "rows": there_BT.any(-1).sum() * jnp.ones(K),
+        "gate": _far(q, k, heads, there_BT),
+        "share": _among_most(mass_BKT * there_BT[:, None], there_BT),
     }
+
+
+def _far(q_BTNH, k_BTKH, heads: Heads, there_BT) -> Float[Array, " K"]:
+    """Of each head, summed over rows: the share of attention, a query's mean, that goes neither to the first tokens nor to recent ones."""
+    B, T = there_BT.shape
+    positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+    k = k_BTKH.swapaxes(1, 2)
+    part, weights_BKGTS = attend(
+        q_BTNH, k, k, positions_BT, jnp.broadcast_to(positions_BT[:, None], k.shape[:3]), heads
+    )
+    share_BKGTS = times(weights_BKGTS, 1 / jnp.maximum(part.sum_BTN, 1e-30))
+    old_TS = (jnp.arange(T)[:, None] - jnp.arange(T) >= NEAR) & (jnp.arange(T) >= SKIP)
+    far_BKT = (share_BKGTS * old_TS).sum(-1).mean(2)
+    asks_BT = there_BT & (jnp.arange(T) >= 2 * NEAR)
+    return (far_BKT * asks_BT[:, None]).sum((0, 2)) / jnp.maximum(asks_BT[0].sum(), 1)
+
+
+def _among_most(mass_BKT, there_BT) -> Float[Array, " K"]:
+    """Of each head, summed over rows: its share of the tokens that attention goes to most, of all heads of the layer together."""
+    B, K, T = mass_BKT.shape
+    least_B = jnp.sort(mass_BKT.reshape(B, -1))[:, -max(1, round(TOP * K * T))]
+    most_BKT = (mass_BKT >= least_B[:, None, None]) & there_BT[:, None]
+    return (most_BKT.sum(-1) / jnp.maximum(most_BKT.sum((1, 2)), 1)[:, None]).sum(0)
 
 
 def _moments(sums: dict[str, np.ndarray]) -> tuple[Moments, Moments]:

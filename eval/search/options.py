@@ -1,13 +1,17 @@
 """What a search may choose from, and what it is compared with: cascades of every size and codec, and methods as they stand, at so many bytes."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from kvcascade.cache.calibration import CALIBRATED as CALIBRATED_BASES
+import numpy as np
+
+from kvcascade.cache import allocate, calibration
+from kvcascade.cache.cascade import Cascade
 from kvcascade.cache.codec import NAMES
+from kvcascade.cache.policies import POLICIES as EVERY
 from kvcascade.cache.policies import Sink
 from kvcascade.cache.spec import PRESETS, CacheSpec, parse
-from kvcascade.cache.tier import Tier
+from kvcascade.cache.tier import Tier, full, recent, sink
 from kvcascade.kernels.heads import Heads
 
 SHARES = (0.03, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7)
@@ -42,24 +46,24 @@ MIXTURES = (
 """Made by hand, for a context of 512."""
 
 
-def options(context: int, calibration: str, slots: bool = True, bits: bool = True) -> list[CacheSpec]:
+def options(context: int, known: str, slots: bool = True, bits: bool = True) -> list[CacheSpec]:
     """What each head may get: with `slots` alone all in bf16, with `bits` alone every token."""
-    codecs = (CALIBRATED if calibration else PLAIN) if bits else ("bf16",)
+    codecs = (CALIBRATED if known else PLAIN) if bits else ("bf16",)
     near = min(NEAR, max(1, context // 16))
     found = [parse("full"), *([parse(f"sink {SINKS} | recent {near}")] if slots else [])]
     for codec in codecs:
-        found.append(_in(f"sink {SINKS} | full@", codec, calibration))
+        found.append(_in(f"sink {SINKS} | full@", codec, known))
         for count in sorted({max(1, round(share * context)) for share in SHARES if slots}):
             for policy in POLICIES:
                 front = f"sink {SINKS} | " + ("" if policy == "recent" else f"recent {near} | ")
-                found.append(_in(f"{front}{policy} {count}@", codec, calibration))
+                found.append(_in(f"{front}{policy} {count}@", codec, known))
     return found
 
 
-def _in(text: str, codec: str, calibration: str) -> CacheSpec:
+def _in(text: str, codec: str, known: str) -> CacheSpec:
     """A text with a codec at its end, and with the calibration if that needs one."""
-    needed = any(NAMES[name].basis in CALIBRATED_BASES for name in codec.split("/"))
-    return parse(f"{text}{codec}" + f" with {calibration}" * needed)
+    needed = any(NAMES[name].basis in calibration.CALIBRATED for name in codec.split("/"))
+    return parse(f"{text}{codec}" + f" with {known}" * needed)
 
 
 def fitted(spec: CacheSpec, heads: Sequence[Heads], context: int, budget: int) -> CacheSpec | None:
@@ -85,12 +89,39 @@ def fitted(spec: CacheSpec, heads: Sequence[Heads], context: int, budget: int) -
     return scaled(low)
 
 
-def rivals(heads: Sequence[Heads], context: int, budget: int, calibration: str) -> dict[str, CacheSpec]:
+def largest(
+    made: Callable[[int], CacheSpec], most: int, heads: Sequence[Heads], context: int, budget: int
+) -> CacheSpec | None:
+    """What is made of the largest number up to `most` that fits into so many bytes a row; None where none does."""
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if made(middle).nbytes(heads, context) <= budget else (low, middle)
+    return made(low) if low else None
+
+
+def allocations(heads: Sequence[Heads], context: int, budget: int, known: str) -> dict[str, CacheSpec]:
+    """Published ways of dividing bytes among layers and heads; those by heads are of a calibration."""
+    kept = lambda count: Cascade(sink(SINKS), recent(NEAR), Tier(EVERY["observed"](), count))
+    fit = lambda made, most: largest(made, most, heads, context, budget)
+    found = {"allocation: pyramid": fit(lambda count: allocate.pyramid(kept, count + 8, len(heads)), context)}
+    if known and len({each.kv for each in heads}) == 1:
+        about = calibration.read(known)
+        gates, shares = np.stack(about.gates), np.stack(about.shares)
+        stream = Cascade(sink(SINKS), recent(max(1, context // 16)))
+        found["allocation: duo"] = fit(
+            lambda count: allocate.duo(gates, count / gates.size, Cascade(full), stream), gates.size
+        )
+        found["allocation: Ada-KV"] = fit(lambda count: allocate.shared(kept, shares, count), context)
+    return {name: spec for name, spec in found.items() if spec}
+
+
+def rivals(heads: Sequence[Heads], context: int, budget: int, known: str) -> dict[str, CacheSpec]:
     """What is known without a search, at so many bytes: every preset, every single method, mixtures made by hand, every codec that fits."""
     near = f"sink {SINKS} | recent {min(28, max(1, context // 16))} | "
     found = {f"method: {each.split()[0]}": parse(near + each.format(64)) for each in METHODS}
     found |= {f"mixture: {each}": parse(each) for each in MIXTURES}
-    found |= {f"codec: {each}": _in("full@", each, calibration) for each in (CALIBRATED if calibration else PLAIN)}
+    found |= {f"codec: {each}": _in("full@", each, known) for each in (CALIBRATED if known else PLAIN)}
     found |= {f"preset: {each}": parse(PRESETS[each]) for each in PRESETS}
     fits = {name: fitted(spec, heads, context, budget) for name, spec in found.items() if not spec.rereads}
-    return {name: fit for name, fit in fits.items() if fit}
+    return {name: fit for name, fit in fits.items() if fit} | allocations(heads, context, budget, known)
