@@ -312,6 +312,32 @@ class Tuned(Named):
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Distortion(Record):
+    """What a codec does to a model's keys and values, and to what attention makes of them: errors over norms, the mean over layers."""
+
+    kind: Literal["codec"] = "codec"
+    model: Name
+    weights: Text
+    weights_key: Text
+    codec: Text
+    data: Text
+    rows: Text
+    context: Count
+    windows: Count
+    first: Size
+    """So many tokens of a window are in full, and do not count."""
+    width: Count
+    vector_bytes: Positive
+    """Of a key and a value of one head together, scales included."""
+    key_error: Size
+    value_error: Size
+    output_error: Size
+    """Of attention with both."""
+    keys_alone: Size
+    values_alone: Size
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Retrieval(Named):
     """A task at one length and depth behind a cache; bytes are of the context with room for the turns."""
 
@@ -691,8 +717,8 @@ def _uneven(growth: Mapping[str, Any]) -> str | None:
 
 
 KINDS: dict[str, type[Record]] = {
-    "train": Training, "evaluate": Evaluation, "quantize": Quantization, "rank": Ranking, "tune": Tuned, "retrieve": Retrieval,
-    "harness": TaskResult, "layer": Layer, "growth": Growth, "bench": Bench, "stream": Stream, "fit": Fit, "crash": Crash,
+    "train": Training, "evaluate": Evaluation, "quantize": Quantization, "rank": Ranking, "tune": Tuned, "codec": Distortion,
+    "retrieve": Retrieval, "harness": TaskResult, "layer": Layer, "growth": Growth, "bench": Bench, "stream": Stream, "fit": Fit, "crash": Crash,
     "prompt": Prompting, "profile": Profile, "parity": Parity, "simulate": Served,
 }  # fmt: skip
 OTHERS = {("evaluate", "kl"): Compared, ("bench", "reason"): BenchFailed, ("fit", "failed"): FitFailed}

@@ -22,6 +22,7 @@ COMMANDS = {
     "calibrate": "moments of a model's queries, keys and values, for codecs in a basis of its own",
     "rank": "train a ranker of tokens, for the policy `learned`",
     "evaluate": "perplexity, bytes and speed of a model behind caches",
+    "codecs": "what codecs do to keys, values and what attention makes of them",
     "tune": "the best cache of so many bytes, by layer and head, for a model and a text",
     "bench": "prefill and decode speed, and the share of the memory bandwidth",
     "stream": "decode on and on: whether time and memory per token stay flat",

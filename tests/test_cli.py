@@ -485,3 +485,42 @@ def test_a_search_ends_with_a_cache_that_fits_and_is_scored_on_what_was_held_out
     cli.main(arguments)
     assert len(Path("tune.jsonl").read_text().splitlines()) == 1 + len(held)
     assert tuned["cache"] in capsys.readouterr().out
+    cli.main(["report", "tune.jsonl", "--page", "tune.html"])
+    assert "Searches for the best cache" in Path("tune.html").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_codecs_are_measured_where_a_cache_uses_them(here: Path, capsys) -> None:
+    """What more bits and a model's own basis do; a codec that needs to know the model says so."""
+    cli.main(
+        [
+            "calibrate",
+            "--model",
+            "run",
+            "--data",
+            "file:text.txt",
+            "--windows",
+            "4",
+            "--context",
+            "16",
+            "--to",
+            "run.safetensors",
+        ]
+    )
+    names = ["f32", "bf16", "int8", "int4", "int4m", "int2", "int8/int2"]
+    arguments = ["codecs", "--model", "run", "--data", "file:text.txt", "--context", "16", "--out", "codecs.jsonl"]
+    cli.main([*arguments, "--calibration", "run.safetensors", "--codec", *names])
+    found = {each["codec"]: each for each in map(json.loads, Path("codecs.jsonl").read_text().splitlines())}
+    assert [*found] == names
+    output = [found[name]["output_error"] for name in ("f32", "bf16", "int8", "int4", "int2")]
+    assert output == sorted(output) and output[0] < 1e-6
+    assert found["int4m"]["key_error"] < found["int4"]["key_error"]
+    mixed = found["int8/int2"]
+    assert mixed["key_error"] == found["int8"]["key_error"] and mixed["value_error"] == found["int2"]["value_error"]
+    assert mixed["values_alone"] == pytest.approx(found["int2"]["values_alone"])
+    assert found["int4"]["vector_bytes"] == 2 * (8 // 2 + 4)
+    cli.main(["report", "codecs.jsonl", "--page", "codecs.html"])
+    assert "What codecs do" in Path("codecs.html").read_text("utf-8")
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--codec", "int4s"])
+    assert "int4s needs a --calibration" in capsys.readouterr().err

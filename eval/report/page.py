@@ -10,21 +10,27 @@ import markupsafe
 
 from kvcascade.cache.errors import BadInput
 from kvcascade.eval import stats, suite
-from kvcascade.eval.quality import evaluation, retrieval
+from kvcascade.eval.quality import codecs, evaluation, parity, ranking, retrieval, tasks
 from kvcascade.eval.records import (
     Compared,
+    Distortion,
     Evaluation,
     Growth,
     Layer,
     Named,
+    Parity,
+    Ranking,
     Record,
     Retrieval,
+    TaskResult,
     Training,
+    Tuned,
     baseline,
     grouped,
     of,
 )
 from kvcascade.eval.report import costs, figures
+from kvcascade.eval.search import tune
 from kvcascade.eval.table import CACHE, KV_BYTES, SAVED, Column, Table
 from kvcascade.kernels.files import write_whole
 
@@ -58,8 +64,8 @@ def _templates() -> jinja2.Environment:
 def sections(found: list[Record]) -> dict:
     """What the page shows of what there is: figures, the table behind each, the findings in words, the protocol."""
     trainings, evaluations, retrievals = of(found, Training), of(found, Evaluation), of(found, Retrieval)
-    layers, grown, costly = of(found, Layer), of(found, Growth), costs.sections(found)
-    if not evaluations and not retrievals and not any(costly.values()):
+    layers, grown, costly, more = of(found, Layer), of(found, Growth), costs.sections(found), others(found)
+    if not evaluations and not retrievals and not more and not any(costly.values()):
         raise BadInput("there is nothing to report in these records")
     return {
         "findings": findings(found),
@@ -74,9 +80,27 @@ def sections(found: list[Record]) -> dict:
         ],
         "layers": layers and {"figure": _svg(figures.bytes_by_kind, layers), "table": _layers_table(layers)},
         "growth": grown and {"figure": _svg(figures.growth, grown), "table": _growth_table(grown)},
+        "others": more,
         **costly,
         "protocol": _protocol(found),
     }
+
+
+def others(found: list[Record]) -> list[dict]:
+    """What is a table for each measurement: its heading, and the tables; none where there are none."""
+    tables = {
+        "Searches for the best cache of so many bytes": [*map(tune.table, of(found, Tuned))],
+        "What codecs do to keys and values": [*map(codecs.table, alike(of(found, Distortion)))],
+        "Methods beside kvpress' versions of them": [*map(parity.table, comparable(of(found, Parity)))],
+        "Rankers that were trained": [*map(ranking.table, of(found, Ranking))],
+        "Standard tasks": [*map(tasks.table, comparable(of(found, TaskResult)))],
+    }
+    return [{"heading": heading, "tables": some} for heading, some in tables.items() if some]
+
+
+def alike(found: list[Distortion]) -> list[list[Distortion]]:
+    """Codecs of one model on the same windows."""
+    return grouped(found, lambda r: (r.model, r.weights_key, r.rows))
 
 
 def _svg(draw: Callable[..., str], *arguments: object) -> markupsafe.Markup:
