@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
-import math
 import operator
 
 import jax.numpy as jnp
@@ -12,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Integer
 
 from kvcascade.cache.errors import BadInput
+from kvcascade.kernels.levels import normal_levels
 from kvcascade.kernels.slots import Codec, Stored
 
 
@@ -192,20 +191,6 @@ class LloydMax(Packed):
 
     def nbytes(self, width):
         return self.check(width) + 2
-
-
-@functools.lru_cache
-def normal_levels(bits: int) -> tuple[float, ...]:
-    """The 2^bits levels of least mean square error for a standard normal number: each the mean of what is nearer to it than to the others."""
-    density = lambda x: math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
-    below = lambda x: (1 + math.erf(x / math.sqrt(2))) / 2
-    levels = np.linspace(-2, 2, 2**bits)
-    for _ in range(2000):
-        edges = [-math.inf, *(levels[1:] + levels[:-1]) / 2, math.inf]
-        mean = lambda low, high: (density(low) - density(high)) / (below(high) - below(low))
-        levels = np.array([mean(*each) for each in itertools.pairwise(edges)])
-    levels = (levels - levels[::-1]) / 2
-    return tuple(levels.astype(np.float32).tolist())
 
 
 @dataclasses.dataclass(frozen=True)

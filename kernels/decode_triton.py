@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from kvcascade.kernels.heads import Heads
 from kvcascade.kernels.launch import launch
+from kvcascade.kernels.levels import normal_levels
 from kvcascade.kernels.partial import Partial
 from kvcascade.kernels.slots import Pair, Slots, Stored, format_of, payload, unknown
 
@@ -39,11 +40,14 @@ def refuses(slots: Pair) -> str | None:
             return unknown(stored)
         if _head_dim(stored, kind) % 2:
             return "the head width is odd"
+        if "fine" in stored and _head_dim(stored, kind) % 16:
+            return f"made for planes of heads whose width is a multiple of 16, not of {_head_dim(stored, kind)}"
     return None
 
 
 def _head_dim(stored: Stored, kind: str) -> int:
-    return payload(stored).shape[-1] * (2 if kind in ("int4", "nvfp4") else 1)
+    each = 4 if "codes2" in stored else 2 if kind in ("int4", "nvfp4", "planes", "lloyd4") else 1
+    return payload(stored).shape[-1] * each
 
 
 def attend(
@@ -76,7 +80,8 @@ def attend(
         interpret=interpret,
         registers=255,
         K=K, G=G, S=S, Z=Z, H=H, ROWS=max(16, triton.next_power_of_2(G)), HALF=max(16, triton.next_power_of_2(H // 2)),
-        FORM=format_of(slots.k), FORM_V=format_of(slots.v), BLOCK=min(16, H // 2), WIDTH=blocks.table_BW.shape[1] if blocks else 0,
+        FORM=format_of(slots.k), FORM_V=format_of(slots.v), LEVELS=_levels(slots.k), LEVELS_V=_levels(slots.v),
+        BLOCK=min(16, H // 2), WIDTH=blocks.table_BW.shape[1] if blocks else 0,
         LAYERS=payload(slots.k).shape[1] if blocks else 1, LAYER=blocks.layer if blocks else 0, OBSERVED=observed,
         WINDOW=heads.window, SCALE=heads.scale, CAP=heads.soft_cap, TILE=TILE, TILES=tiles,
     )  # fmt: skip
@@ -84,14 +89,20 @@ def attend(
 
 
 def _arrays(stored: Stored) -> list[Array]:
-    """Codes, a scale per vector, and what else the format has; what it has not is the codes again, which nobody reads."""
+    """Codes, a scale per vector, what else the format has, and a plane of lower bits; what it has not is the codes again, which nobody reads."""
     codes = payload(stored)
     if codes.dtype == jnp.float8_e4m3fn:  # which Triton does not read on cards older than Ada
         codes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
     more = stored.get("low", stored.get("scales", codes))
     if more.dtype == jnp.float8_e4m3fn:
         more = jax.lax.bitcast_convert_type(more, jnp.uint8)
-    return [codes, stored.get("scale", codes), more]
+    return [codes, stored.get("scale", codes), more, stored.get("fine", codes)]
+
+
+def _levels(stored: Stored) -> tuple[float, ...]:
+    """What codes stand for, where it is not themselves."""
+    kind = format_of(stored) or ""
+    return normal_levels(int(kind[-1])) if kind.startswith("lloyd") else ()
 
 
 def _bytes_per_slot(slots: Pair) -> int:
@@ -110,9 +121,9 @@ def _split(rows: int, S: int, own_bytes: int, bytes_per_slot: int) -> tuple[int,
 @triton.jit
 @no_type_check
 def _attend(
-    q, q_pos, where, k, k_scale, k_more, v, v_scale, v_more, out, top, total, logits,
+    q, q_pos, where, k, k_scale, k_more, k_fine, v, v_scale, v_more, v_fine, out, top, total, logits,
     K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, Z: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
-    FORM: tl.constexpr, FORM_V: tl.constexpr, BLOCK: tl.constexpr,
+    FORM: tl.constexpr, FORM_V: tl.constexpr, LEVELS: tl.constexpr, LEVELS_V: tl.constexpr, BLOCK: tl.constexpr,
     WIDTH: tl.constexpr, LAYERS: tl.constexpr, LAYER: tl.constexpr, OBSERVED: tl.constexpr,
     WINDOW: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -146,13 +157,13 @@ def _attend(
             slot = row * S + s
             held = tl.load(where + slot, mask=there, other=-1)
         seen = (held >= 0) & sees(now - held, WINDOW)
-        k1, k2 = _read(k, k_more, slot, seen, j, H, HALF, FORM, BLOCK, TILE)
+        k1, k2 = _read(k, k_more, k_fine, slot, seen, j, H, HALF, FORM, LEVELS, BLOCK, TILE)
         score = tl.zeros((ROWS, TILE), tl.float32)
         score = _product(first1, first2, first3, tl.trans(k1), score)
         score = _product(second1, second2, second3, tl.trans(k2), score)
         if FORM != "bf16":
             score = score * tl.load(k_scale + slot, mask=seen, other=0).to(tl.float32)[None, :]
-        if FORM == "int4":
+        if FORM == "int4" or FORM == "int3" or FORM == "int2" or FORM == "planes":
             score += whole[:, None] * tl.load(k_more + slot, mask=seen, other=0).to(tl.float32)[None, :]
         score = tl.where(seen[None, :], capped(score, CAP), float("-inf"))
         if OBSERVED:
@@ -162,12 +173,12 @@ def _attend(
         p = tl.exp(score - larger[:, None])
         largest = larger
         weight = weight * shrink + tl.sum(p, 1)
-        if FORM_V == "int4":
+        if FORM_V == "int4" or FORM_V == "int3" or FORM_V == "int2" or FORM_V == "planes":
             lows = lows * shrink + tl.sum(p * tl.load(v_more + slot, mask=seen, other=0).to(tl.float32)[None, :], 1)
         if FORM_V != "bf16":
             p = p * tl.load(v_scale + slot, mask=seen, other=0).to(tl.float32)[None, :]
         p1, p2, p3 = _terms(p)
-        v1, v2 = _read(v, v_more, slot, seen, j, H, HALF, FORM_V, BLOCK, TILE)
+        v1, v2 = _read(v, v_more, v_fine, slot, seen, j, H, HALF, FORM_V, LEVELS_V, BLOCK, TILE)
         out1 = _product(p1, p2, p3, v1, out1 * shrink[:, None])
         out2 = _product(p1, p2, p3, v2, out2 * shrink[:, None])
 
@@ -219,12 +230,36 @@ def _product(high, middle, low, tile, total):
 @triton.jit
 @no_type_check
 def _read(
-    codes, scales, slot, seen, j,
-    H: tl.constexpr, HALF: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    codes, scales, fine, slot, seen, j,
+    H: tl.constexpr, HALF: tl.constexpr, FORM: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The codes of channels j and j + H/2 as numbers in bf16, which has them exactly."""
+    """The codes of channels j and j + H/2, or what they stand for, as numbers in bf16, which has them exactly."""
     mask = seen[:, None] & (j < H // 2)[None, :]
-    if FORM == "int4" or FORM == "nvfp4":
+    if FORM == "int3" or FORM == "int2" or FORM == "lloyd3" or FORM == "lloyd2" or FORM == "lloyd4" or FORM == "planes":
+        if FORM == "lloyd4" or FORM == "planes":
+            pair = tl.load(codes + slot[:, None] * (H // 2) + j[None, :], mask=mask, other=0)
+            first, second = pair & 15, pair >> 4
+        else:
+            # Of the four channels of a byte, H/4 apart, two are in each half.
+            if HALF == H // 2:
+                byte = tl.arange(0, HALF // 2)
+                four = tl.load(codes + slot[:, None] * (H // 4) + byte[None, :], mask=seen[:, None], other=0)
+                first, second = (
+                    _pairs(four & 3, (four >> 2) & 3, TILE, HALF),
+                    _pairs((four >> 4) & 3, four >> 6, TILE, HALF),
+                )
+            else:
+                four = tl.load(codes + slot[:, None] * (H // 4) + (j % (H // 4))[None, :], mask=mask, other=0)
+                shift = (2 * (j // (H // 4)))[None, :].to(tl.uint8)
+                first, second = (four >> shift) & 3, (four >> (shift + 4)) & 3
+        if FORM == "planes":
+            more = tl.load(fine + slot[:, None] * (H // 2) + j[None, :], mask=mask, other=0)
+            first, second = (first << 4) | (more & 15), (second << 4) | (more >> 4)
+        elif FORM == "int3" or FORM == "lloyd3":
+            first = (first << 1) | _bits(fine, slot * (H // 8), seen, H, HALF, TILE)
+            second = (second << 1) | _bits(fine, slot * (H // 8) + H // 16, seen, H, HALF, TILE)
+        return _standing(first, LEVELS).to(tl.bfloat16), _standing(second, LEVELS).to(tl.bfloat16)
+    elif FORM == "int4" or FORM == "nvfp4":
         pair = tl.load(codes + slot[:, None] * (H // 2) + j[None, :], mask=mask, other=0)
         first, second = pair & 15, pair >> 4
         if FORM == "int4":
@@ -245,6 +280,34 @@ def _read(
             return e4m3(first).to(tl.bfloat16), e4m3(second).to(tl.bfloat16)
         else:
             return first.to(tl.float32).to(tl.bfloat16), second.to(tl.float32).to(tl.bfloat16)
+
+
+@triton.jit
+@no_type_check
+def _pairs(first, second, TILE: tl.constexpr, HALF: tl.constexpr):
+    """The channels of one array, and then those of the other."""
+    return tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (TILE, HALF))
+
+
+@triton.jit
+@no_type_check
+def _bits(fine, start, seen, H: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr):
+    """One bit of each of HALF channels."""
+    byte = tl.arange(0, HALF // 8)
+    mask = seen[:, None] & (byte < H // 16)[None, :]
+    held = tl.load(fine + start[:, None] + byte[None, :], mask=mask, other=0)
+    bits = (held[:, :, None] >> tl.arange(0, 8).to(tl.uint8)[None, None, :]) & 1
+    return tl.reshape(bits, (TILE, HALF))
+
+
+@triton.jit
+@no_type_check
+def _standing(code, LEVELS: tl.constexpr):
+    """What codes stand for: one of the levels, or themselves where there are none."""
+    found = code.to(tl.float32)
+    for index in tl.static_range(len(LEVELS)):
+        found = tl.where(code == index, LEVELS[index], found)
+    return found
 
 
 @triton.jit

@@ -37,6 +37,12 @@ def format_of(stored: Stored) -> str | None:
         ("float8_e4m3fn", "codes scale"): "fp8",
         ("uint8", "codes low scale"): "int4",
         ("uint8", "codes scale scales"): "nvfp4",
+        ("uint8", "codes fine low scale"): "planes",
+        ("uint8", "codes2 fine low scale"): "int3",
+        ("uint8", "codes2 low scale"): "int2",
+        ("uint8", "codes scale"): "lloyd4",
+        ("uint8", "codes2 fine scale"): "lloyd3",
+        ("uint8", "codes2 scale"): "lloyd2",
     }
     return known.get((payload(stored).dtype.name, " ".join(sorted(stored))))
 

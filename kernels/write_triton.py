@@ -28,7 +28,10 @@ def refuses(slots: Slots, entry: Entry) -> str | None:
 
 
 def _format(stored: Stored) -> str | None:
-    return "f32" if "values" in stored and stored["values"].dtype == jnp.float32 else format_of(stored)
+    if "values" in stored and stored["values"].dtype == jnp.float32:
+        return "f32"
+    found = format_of(stored)
+    return found if found in ("bf16", "fp8", "int8", "int4", "nvfp4") else None
 
 
 def exchange(

@@ -21,8 +21,8 @@ def codecs(names: str) -> Codecs:
     return Codecs(CODECS[k], CODECS[v or k])
 
 
-GPU_FORMATS = ("bf16", "f32", "fp8", "int4", "int4h", "int8", "nvfp4")
-"""What the kernels of GPUs know; slots in other codecs go through XLA."""
+WRITTEN = ("bf16", "f32", "fp8", "int4", "int4h", "int8", "nvfp4")
+"""What the Triton kernel for an exchange writes; slots in other codecs go through XLA."""
 
 
 def fits(names: str, width: int) -> bool:

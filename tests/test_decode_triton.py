@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from slots_reference import GPU_FORMATS, attended, codecs, dense, held
+from slots_reference import attended, codecs, dense, held
 
 from kvcascade.cache.codec import CODECS
 from kvcascade.cache.errors import BadInput
@@ -17,7 +17,7 @@ from kvcascade.kernels.slots import Codecs, Slots
 pytest.importorskip("triton")
 from kvcascade.kernels.traffic import counting  # noqa: E402
 
-FORMATS = sorted({*GPU_FORMATS} - {"f32"})
+FORMATS = sorted({*CODECS} - {"f32"})
 
 
 def queries(rng: np.random.Generator, *shape: int):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from slots_reference import GPU_FORMATS, check_exchange, held, offered
+from slots_reference import WRITTEN, check_exchange, held, offered
 
 from kvcascade.cache.codec import CODECS
 from kvcascade.cache.errors import BadInput
@@ -18,7 +18,7 @@ from kvcascade.kernels.traffic import counting  # noqa: E402
 
 @pytest.mark.slow
 @given(
-    names=st.sampled_from([*GPU_FORMATS, "int8/int4", "bf16/int4h"]),
+    names=st.sampled_from([*WRITTEN, "int8/int4", "bf16/int4h"]),
     batch=st.integers(1, 2),
     kv_heads=st.integers(1, 2),
     slots=st.integers(1, 40),
@@ -34,7 +34,7 @@ def test_exchange_equals_the_reference(names, batch, kv_heads, slots, head_dim, 
 
 
 @pytest.mark.parametrize("head_dim", [80, 96, 128])
-@pytest.mark.parametrize("codec_name", GPU_FORMATS)
+@pytest.mark.parametrize("codec_name", WRITTEN)
 def test_other_head_widths(codec_name, head_dim):
     try:
         CODECS[codec_name].nbytes(head_dim)
@@ -44,7 +44,7 @@ def test_other_head_widths(codec_name, head_dim):
 
 
 @pytest.mark.parametrize("forget", [False, True])
-@pytest.mark.parametrize("codec_name", GPU_FORMATS)
+@pytest.mark.parametrize("codec_name", WRITTEN)
 def test_it_moves_the_priorities_the_newcomer_and_one_slot(codec_name, forget):
     """Each byte once, the positions of all slots, and nothing else; of a newcomer that is refused nothing is written."""
     rng = np.random.default_rng(0)

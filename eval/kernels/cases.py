@@ -78,6 +78,8 @@ HEADS = ((3, 3, 64), (8, 4, 128), (32, 1, 80), (4, 8, 96))
 SLOTS = 4096
 BATCH = 8
 CODEC_NAMES = ("bf16", "fp8", "int8", "int4", "nvfp4")
+LOW = ("planes", "int3", "int2", "lloyd4h", "lloyd3h", "lloyd2h")
+"""Codecs that Triton alone reads on a GPU, and XLA writes."""
 # Rows of a step's tokens and MLP width, small and in use.
 HIDDEN = {False: (64, 1024), True: (8192, 4096)}
 RATE = 0.1
@@ -95,20 +97,20 @@ def _decoding() -> Iterator[Case]:
     from kvcascade.kernels import decode_mosaic, decode_triton
 
     assert decode_mosaic.TILE == decode_triton.TILE
-    for codec in CODEC_NAMES:
+    for codec in (*CODEC_NAMES, *LOW):
         for heads in HEADS:
-            if codec in ("fp8", "nvfp4") and heads not in HEADS[:2]:
+            if codec in ("fp8", "nvfp4", *LOW) and heads not in HEADS[:2]:
                 continue
             shape = f"{codec}, H {heads[2]}, G {heads[1]}"
             turn = decode_triton.TILE * 2 * CODECS[codec].nbytes(heads[2])
             # Under `observed` the logits are written, and read again for the mass once all tiers have been seen.
             ways = [("decode", 1.1, functools.partial(_decode, codec, *heads, False))]
-            if heads == HEADS[1]:
+            if heads == HEADS[1] and codec not in LOW:
                 ways.append(("decode observed", 1.45, functools.partial(_decode, codec, *heads, True)))
                 ways.append(("decode paged", 1.1, functools.partial(_paged, codec, *heads)))
             for operation, most, build in ways:
                 peer = functools.partial(build, "xla")
-                for name in ("triton",) if operation == "decode paged" else ("mosaic", "triton"):
+                for name in ("triton",) if operation == "decode paged" or codec in LOW else ("mosaic", "triton"):
                     yield Case(operation, shape, name, functools.partial(build, name), "KV byte", most, turn, peer)
 
 
