@@ -542,7 +542,8 @@ def test_who_goes_away_frees_his_blocks(running: Running, stream: bool, cache: s
     running.until(lambda: engine.stats["tokens"] > 5 and engine.busy)
     sock.close()
     running.until(lambda: not engine.busy)
-    assert engine.stats["cancelled"] == before + 2
+    # Where much else runs, one of the two may have come to its end before anybody noticed.
+    assert engine.stats["cancelled"] in (before + 1, before + 2)
     if isinstance(engine, Engine):
         engine.check()
         assert engine.blocks.states()["used"] == 0
