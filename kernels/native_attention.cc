@@ -72,14 +72,14 @@ class Share {
     }
     int64_t offset = 0;
     for (const Tier& tier : call_.tiers) {
-      Logits(tier, weights_ + offset);
+      tier.k.scale ? Logits<true>(tier, weights_ + offset) : Logits<false>(tier, weights_ + offset);
       offset += Last(tier) - First(tier);
     }
     for (int64_t g = 0; g < G_; ++g) Softmax(weights_ + g * slots_, Maxima(share_) + g, Maxima(share_) + G_ + g);
     std::fill_n(Outputs(share_), G_ * stride_, 0.0f);
     offset = 0;
     for (const Tier& tier : call_.tiers) {
-      if (Last(tier) > First(tier)) Output(tier, weights_ + offset);
+      if (Last(tier) > First(tier)) tier.v.scale ? Output<true>(tier, weights_ + offset) : Output<false>(tier, weights_ + offset);
       offset += Last(tier) - First(tier);
     }
   }
@@ -146,6 +146,7 @@ class Share {
   int64_t wide() const { return kWide ? kWide : stride_ / kLanes; }
 
   // Read a block of slots, zeros in place of those that are not seen; false if none is.
+  template <bool kScaled>
   bool ReadBlock(const Tier& tier, const Stored& stored, int64_t first) {
     const int64_t start = Start(tier, first), slots = std::min<int64_t>(kLanes, tier.slots - first);
     pos_ = tier.table ? numbered_ : tier.pos + start;
@@ -171,15 +172,17 @@ class Share {
     next = std::max<int64_t>(next, 0);
     const char* ahead = static_cast<const char*>(stored.codes) + next * bytes;
     for (int64_t i = 0; count > 0 && i < kLanes * bytes; i += 64) __builtin_prefetch(ahead + i);
-    const int64_t fine = kLanes * H_ * stored.fine / 8;
-    for (int64_t i = 0; count > 0 && i < fine; i += 64) __builtin_prefetch(stored.fines + next * H_ * stored.fine / 8 + i);
+    if (kScaled && stored.fine && count > 0) {
+      const int64_t fine = H_ * stored.fine / 8;
+      for (int64_t i = 0; i < kLanes * fine; i += 64) __builtin_prefetch(stored.fines + next * fine + i);
+    }
     // In blocks steps do not follow one another for long enough that the processor would see it.
-    if (tier.table && stored.scale) __builtin_prefetch(stored.scale + next);
-    if (tier.table && stored.low) __builtin_prefetch(stored.low + next);
-    if (count == kLanes && stride_ == H_ && !stored.scale) {
+    if (kScaled && tier.table) __builtin_prefetch(stored.scale + next);
+    if (kScaled && tier.table && stored.low) __builtin_prefetch(stored.low + next);
+    if (!kScaled && count == kLanes && stride_ == H_) {
       Read(stored, start, kLanes, H_, block_);
     } else if (count > 0) {
-      if (stored.scale && count == kLanes) {
+      if (kScaled && count == kLanes) {
         scales_ = Widened(stored.scale + start);
         shifts_ = stored.low ? Widened(stored.low + start) + stored.middle * scales_ : Lanes{};
       }
@@ -190,7 +193,7 @@ class Share {
         } else {
           std::fill_n(block_ + j * stride_, H_, 0.0f);
         }
-        if (!stored.scale || count == kLanes) continue;
+        if (!kScaled || count == kLanes) continue;
         scales_[j] = seen ? Scale(stored, start + j) : 0.0f;
         shifts_[j] = seen ? Shift(stored, start + j) : 0.0f;
       }
@@ -198,12 +201,13 @@ class Share {
     return count > 0;
   }
 
+  template <bool kScaled>
   void Logits(const Tier tier, float* logits) {
     const float* queries = tier.k.turned ? q_turned_ : q_;
     const auto* block = reinterpret_cast<const Lanes*>(block_);
     const int64_t start = First(tier), end = Last(tier);
     for (int64_t first = start; first < end; first += kLanes) {
-      const bool any = ReadBlock(tier, tier.k, first);
+      const bool any = ReadBlock<kScaled>(tier, tier.k, first);
       for (int64_t g = 0; g < G_; ++g) {
         auto& result = *reinterpret_cast<Lanes*>(logits + g * slots_ + first - start);
         if (!any) {
@@ -218,7 +222,7 @@ class Share {
           for (int64_t i = 1; i < wide(); ++i) products[j] += q[i] * block[j * wide() + i];
         }
         result = Sums(products);
-        if (tier.k.scale) result = result * scales_ + shifts_ * sums_[tier.k.turned * G_ + g];
+        if (kScaled) result = result * scales_ + shifts_ * sums_[tier.k.turned * G_ + g];
         if (call_.soft_cap) result = Capped(result, call_.soft_cap);
         result += *reinterpret_cast<const Lanes*>(seen_);
         if (queries_ == 1) continue;
@@ -246,18 +250,19 @@ class Share {
     for (int j = 0; j < kLanes; ++j) *total += sums[j];
   }
 
+  template <bool kScaled>
   void Output(const Tier tier, const float* weights) {
     const auto* block = reinterpret_cast<const Lanes*>(block_);
     std::fill_n(part_, G_ * stride_, 0.0f);
     std::fill_n(sums_, G_, 0.0f);  // from here on of weights times shifts
     const int64_t start = First(tier), end = Last(tier);
     for (int64_t first = start; first < end; first += kLanes) {
-      if (!ReadBlock(tier, tier.v, first)) continue;
+      if (!ReadBlock<kScaled>(tier, tier.v, first)) continue;
       for (int64_t g = 0; g < G_; ++g) {
         auto* part = reinterpret_cast<Lanes*>(part_ + g * stride_);
         const float* w = weights + g * slots_ + first - start;
         alignas(sizeof(Lanes)) float scaled[kLanes];
-        if (tier.v.scale) {
+        if (kScaled) {
           const Lanes given = *reinterpret_cast<const Lanes*>(w), shifted = given * shifts_;
           *reinterpret_cast<Lanes*>(scaled) = given * scales_;
           for (int j = 0; tier.v.low && j < kLanes; ++j) sums_[g] += shifted[j];

@@ -79,7 +79,7 @@ inline int CodeOf(const uint8_t* plane, int bits, int64_t c, int64_t H) {
 }
 
 template <int kBits, int kFine>
-inline void ReadPacked(const Stored& stored, int64_t row, int64_t H, float* __restrict x) {
+__attribute__((noinline)) void ReadPacked(const Stored& stored, int64_t row, int64_t H, float* __restrict x) {
   constexpr int kEach = 8 / kBits;
   const int64_t part = H / kEach;
   const auto* codes = static_cast<const uint8_t*>(stored.codes) + row * part;
