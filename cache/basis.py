@@ -35,7 +35,9 @@ class Basis:
         """Vectors in the basis."""
         if self.shift_KH is not None:
             x_BKTH = x_BKTH - self.shift_KH[:, None]
-        return self._times(x_BKTH, self.scale_KH, self.matrix_KHH)
+        if self.scale_KH is not None:
+            x_BKTH = x_BKTH * self.scale_KH[:, None]
+        return x_BKTH if self.matrix_KHH is None else _product(x_BKTH, self.matrix_KHH)
 
     def back(self, y_BKTH: Float[Array, "B K T H"]) -> Float[Array, "B K T H"]:
         """The inverse of that."""
@@ -58,11 +60,6 @@ class Basis:
         """Sums of vectors in the basis as sums of the vectors, given the sum of the weights."""
         plain = dataclasses.replace(self, shift_KH=None).back(out_BKTH)
         return plain if self.shift_KH is None else plain + sum_BKT1 * self.shift_KH[:, None]
-
-    @staticmethod
-    def _times(x_BKTH, scale_KH, matrix_KHH):
-        x_BKTH = x_BKTH if scale_KH is None else x_BKTH * scale_KH[:, None]
-        return x_BKTH if matrix_KHH is None else _product(x_BKTH, matrix_KHH)
 
 
 class Bases(NamedTuple):

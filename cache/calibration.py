@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from kvcascade.cache.basis import Bases, Basis
-from kvcascade.cache.codec import BASES
+from kvcascade.cache.codec import BASES, NAMES
 from kvcascade.cache.errors import BadInput
 from kvcascade.kernels.files import write_whole
 from kvcascade.kernels.heads import Heads
@@ -84,10 +84,6 @@ class Calibration:
         if (shape(self.k), shape(self.v)) != wanted:
             raise BadInput(f"the calibration {place} is of another model: its layers have not this one's heads")
 
-    def bases(self, codecs: Codecs, layer: int, chosen: Sequence[int]) -> Bases | None:
-        """Those of a tier of some of a layer's KV heads; None where its codecs need none."""
-        return bases(codecs, self.k[layer], self.v[layer], chosen)
-
     def _arrays(self) -> dict[str, np.ndarray]:
         fields = [field.name for field in dataclasses.fields(Moments)]
         return {
@@ -121,6 +117,11 @@ def unknown(heads: Heads) -> tuple[Moments, Moments]:
 
 CALIBRATED = frozenset(BASES) - set("hr")
 """The bases that a calibration is needed for."""
+
+
+def needed(codecs: str) -> bool:
+    """Whether a codec of this name, or one of two for keys and values apart, needs a calibration."""
+    return any(NAMES[name].basis in CALIBRATED for name in codecs.split("/") if name in NAMES)
 
 
 def read(place: str) -> Calibration:

@@ -299,9 +299,7 @@ lloyd4h, lloyd3h, lloyd2h = (in_basis(codec, "h") for codec in (lloyd4, lloyd3, 
 
 CODECS = {
     codec.name: codec
-    for codec in (
-        *(f32, bf16, fp8, int8, planes, int4, int4h, nvfp4, int3, int3h, int2, int2h, lloyd4h, lloyd3h, lloyd2h),
-    )
+    for codec in (f32, bf16, fp8, int8, planes, int4, int4h, nvfp4, int3, int3h, int2, int2h, lloyd4h, lloyd3h, lloyd2h)
 }
 """Those that need to know nothing of a model."""
 NAMES = CODECS | {

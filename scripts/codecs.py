@@ -4,7 +4,7 @@ import dataclasses
 
 import kvcascade
 from kvcascade.cache import calibration
-from kvcascade.cache.codec import CODECS, NAMES
+from kvcascade.cache.codec import NAMES
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec, parse
 from kvcascade.eval.quality import codecs
@@ -38,7 +38,7 @@ class Args(Recorded):
 def main(arguments: list[str]) -> None:
     """Measure each codec, print a table, append the records."""
     args = arguments_of(Args, "codecs", arguments)
-    specs = [*map(lambda name: _spec(name, args.calibration), args.codec or _all(args.calibration))]
+    specs = [_spec(name, args.calibration) for name in args.codec or _all(args.calibration)]
     model = console.open_model(args.model, args.weights, specs)
     generate.check_context(model.config, args.context)
     rows = kvcascade.windows(model, args.data, args.context, args.windows, "spread", args.seed)
@@ -46,14 +46,11 @@ def main(arguments: list[str]) -> None:
 
 
 def _all(known: str) -> list[str]:
-    return [
-        name for name, codec in NAMES.items() if name in CODECS or codec.basis not in calibration.CALIBRATED or known
-    ]
+    return [name for name in NAMES if known or not calibration.needed(name)]
 
 
 def _spec(name: str, known: str) -> CacheSpec:
-    found = [NAMES[each] for each in name.split("/") if each in NAMES]
-    needed = any(codec.basis in calibration.CALIBRATED for codec in found)
+    needed = calibration.needed(name)
     if needed and not known:
         raise BadInput(f"{name} needs a --calibration, which kvcascade calibrate makes")
     return parse(f"full@{name}" + f" with {known}" * needed)

@@ -65,10 +65,9 @@ def main(arguments: list[str]) -> None:
         (found,) = measure.measure([job], args.out, args.again).records
     console.show(tune.table(found))
     rivals = options.rivals(model.config.layer_heads, args.context, budget, args.calibration)
-    best = [each["cache"] for each in found.candidates]
-    # The full cache, what was found, and every rival once.
-    specs = [*dict.fromkeys([parse(found.cache), parse("full"), *rivals.values()])]
-    specs += [spec for text in best[:3] if (spec := parse(text)) not in specs]
+    best = [parse(each["cache"]) for each in found.candidates[:3]]
+    # What was found, the full cache, every rival, and what came next, each once.
+    specs = dict.fromkeys([parse(found.cache), parse("full"), *rivals.values(), *best])
     protocol = Protocol(min(8, len(held.rows_BT)), fidelity=args.objective == "kl")
     records = console.measured("held out", [evaluation.job(model, spec, held, protocol) for spec in specs], args)
     console.show(tune.held_out(records[0], records[1:]))

@@ -437,6 +437,9 @@ def test_a_run_is_known_by_its_shape(here: Path, capsys):
     assert f" {2 * (2 * 8 * 2 + 4)} " in capsys.readouterr().out
 
 
+CALIBRATE = "calibrate --model run --data file:text.txt --windows 4 --context 16 --to run.safetensors".split()
+
+
 @pytest.mark.slow
 def test_a_search_ends_with_a_cache_that_fits_and_is_scored_on_what_was_held_out(
     here: Path, capsys, monkeypatch
@@ -445,21 +448,7 @@ def test_a_search_ends_with_a_cache_that_fits_and_is_scored_on_what_was_held_out
     monkeypatch.setattr(options, "SHARES", (0.25,))
     monkeypatch.setattr(options, "POLICIES", ("observed", "recent"))
     monkeypatch.setattr(options, "METHODS", ("random {}", "heavy {}"))
-    cli.main(
-        [
-            "calibrate",
-            "--model",
-            "run",
-            "--data",
-            "file:text.txt",
-            "--windows",
-            "4",
-            "--context",
-            "16",
-            "--to",
-            "run.safetensors",
-        ]
-    )
+    cli.main(CALIBRATE)
     arguments = [
         "tune",
         "--model",
@@ -492,21 +481,7 @@ def test_a_search_ends_with_a_cache_that_fits_and_is_scored_on_what_was_held_out
 @pytest.mark.slow
 def test_codecs_are_measured_where_a_cache_uses_them(here: Path, capsys) -> None:
     """What more bits and a model's own basis do; a codec that needs to know the model says so."""
-    cli.main(
-        [
-            "calibrate",
-            "--model",
-            "run",
-            "--data",
-            "file:text.txt",
-            "--windows",
-            "4",
-            "--context",
-            "16",
-            "--to",
-            "run.safetensors",
-        ]
-    )
+    cli.main(CALIBRATE)
     names = ["f32", "bf16", "int8", "int4", "int4m", "int2", "int8/int2"]
     arguments = ["codecs", "--model", "run", "--data", "file:text.txt", "--context", "16", "--out", "codecs.jsonl"]
     cli.main([*arguments, "--calibration", "run.safetensors", "--codec", *names])

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -91,7 +91,6 @@ def errors(
     config: ModelConfig,
     spec: CacheSpec,
     recorded: Sequence[Sequence[Recorded]],
-    tell: Callable[[], None] = lambda: None,
 ) -> Errors:
     """What each head of each layer loses behind a spec that is the same for all, token by token, as an evaluation goes."""
     groups, found, tokens = spec.groups(config.layer_heads), [], 0
@@ -103,7 +102,6 @@ def errors(
             cache = LayerCache.empty(group.cascade, B, group.of, T, group.ids, bases)
             some.append(_replayed(cache, *layer))
         found.append(np.asarray(jax.device_get(some)))
-        tell()
     return Errors(*(np.sum(found, 0) / tokens).transpose(1, 0, 2))
 
 

@@ -7,7 +7,6 @@ import numpy as np
 
 from kvcascade.cache import allocate, calibration
 from kvcascade.cache.cascade import Cascade
-from kvcascade.cache.codec import NAMES
 from kvcascade.cache.policies import POLICIES as EVERY
 from kvcascade.cache.policies import Sink
 from kvcascade.cache.spec import PRESETS, CacheSpec, parse
@@ -62,8 +61,7 @@ def options(context: int, known: str, slots: bool = True, bits: bool = True) -> 
 
 def _in(text: str, codec: str, known: str) -> CacheSpec:
     """A text with a codec at its end, and with the calibration if that needs one."""
-    needed = any(NAMES[name].basis in calibration.CALIBRATED for name in codec.split("/"))
-    return parse(f"{text}{codec}" + f" with {known}" * needed)
+    return parse(f"{text}{codec}" + f" with {known}" * calibration.needed(codec))
 
 
 def fitted(spec: CacheSpec, heads: Sequence[Heads], context: int, budget: int) -> CacheSpec | None:
