@@ -437,7 +437,10 @@ def test_a_run_is_known_by_its_shape(here: Path, capsys):
     assert f" {2 * (2 * 8 * 2 + 4)} " in capsys.readouterr().out
 
 
-CALIBRATE = "calibrate --model run --data file:text.txt --windows 4 --context 16 --to run.safetensors".split()
+CALIBRATE = [
+    *("calibrate", "--model", "run", "--data", "file:text.txt", "--windows", "4", "--context", "16"),
+    *("--to", "run.safetensors"),
+]
 
 
 @pytest.mark.slow
