@@ -9,7 +9,6 @@ from kvcascade.cache.spec import parse
 from kvcascade.eval import measure, record_files
 from kvcascade.eval.memory.arithmetic import full_bytes
 from kvcascade.eval.quality import evaluation, perplexity
-from kvcascade.eval.quality.evaluation import Protocol
 from kvcascade.eval.search import options, tune
 from kvcascade.scripts import console
 from kvcascade.scripts.arguments import Count, Recorded, Seed, Window, arguments_of, share
@@ -23,8 +22,8 @@ class Args(Recorded):
     """A run's folder, smollm2, gguf:FILE, or a Hugging Face directory or name."""
     data: str | None = None
     """Text: file:PATH, stdlib or a hub data set; its first half is tuned on, its second held out."""
-    budget: str = "25%"
-    """Of the bytes of the full cache in bf16 for this context, such as 25%."""
+    budget: tuple[str, ...] = ("25%",)
+    """Of the bytes of the full cache in bf16 for this context, such as 25%; several share what is found out of the model."""
     objective: Literal["ppl", "kl", "retrieval"] = "ppl"
     """What counts: perplexity, the divergence from the full cache, or puzzles answered."""
     slots_only: bool = False
@@ -46,7 +45,7 @@ class Args(Recorded):
 def main(arguments: list[str]) -> None:
     """Search, print the winner and its rivals on the half that was held out, append the records."""
     args = arguments_of(Args, "tune", arguments)
-    part = share("budget", args.budget)
+    parts = [share("budget", each) for each in args.budget]
     record_files.check_writable(args.out)
     if args.slots_only and args.bits_only:
         raise BadInput(
@@ -57,18 +56,18 @@ def main(arguments: list[str]) -> None:
     )
     chosen = kvcascade.windows(model, args.data, args.context, args.windows, "spread", args.seed)
     tuning, held = tune.halves(chosen)
-    budget = int(part * full_bytes(model.config, args.context))
-    search = tune.Search(budget, args.objective, not args.bits_only, not args.slots_only, args.calibration)
-    perplexity.check(model.config, [parse("full")], args.context, 0, 8)
+    budgets = [int(part * full_bytes(model.config, args.context)) for part in parts]
+    search = tune.Search(0, args.objective, not args.bits_only, not args.slots_only, args.calibration)
+    perplexity.check(model.config, [parse("full")], args.context, 0, tune.BATCH)
     with console.progress("search", None) as show:
-        job = tune.job(model, search, tuning, lambda words: show(None, words))
-        (found,) = measure.measure([job], args.out, args.again).records
-    console.show(tune.table(found))
-    rivals = options.rivals(model.config.layer_heads, args.context, budget, args.calibration)
-    best = [parse(each["cache"]) for each in found.candidates[:3]]
-    # What was found, the full cache, every rival, and what came next, each once.
-    specs = dict.fromkeys([parse(found.cache), parse("full"), *rivals.values(), *best])
-    protocol = Protocol(min(8, len(held.rows_BT)), fidelity=args.objective == "kl")
-    records = console.measured("held out", [evaluation.job(model, spec, held, protocol) for spec in specs], args)
-    console.show(tune.held_out(records[0], records[1:]))
-    print(found.cache)
+        jobs = tune.jobs(model, budgets, search, tuning, lambda words: show(None, words))
+        searches = measure.measure(jobs, args.out, args.again).records
+    protocol = tune.protocol(held, args.objective == "kl")
+    for found in searches:
+        console.show(tune.table(found))
+        lot = options.rivals(model.config.layer_heads, args.context, found.budget, args.calibration)["method: random"]
+        # What was found, the full cache, random eviction, and what came to the last round, each once.
+        specs = dict.fromkeys([parse(each) for each in (found.cache, "full", str(lot), *tune.last(found))])
+        records = console.measured("held out", [evaluation.job(model, spec, held, protocol) for spec in specs], args)
+        console.show(tune.held_out(records[0], records[1:]))
+    print("\n".join(found.cache for found in searches))

@@ -450,7 +450,7 @@ def test_a_search_ends_with_a_cache_that_fits_and_is_scored_on_what_was_held_out
     """A winner within the budget, at least as good as every rival where it was tuned; what is recorded is not done again."""
     monkeypatch.setattr(options, "SHARES", (0.25,))
     monkeypatch.setattr(options, "POLICIES", ("observed", "recent"))
-    monkeypatch.setattr(options, "METHODS", ("random {}", "heavy {}"))
+    monkeypatch.setattr(options, "METHODS", ("random", "heavy"))
     cli.main(CALIBRATE)
     arguments = [
         "tune",

@@ -22,21 +22,10 @@ CALIBRATED = ("int8", "int4m", "int8/int4m", "int4m/lloyd3m", "lloyd3m", "lloyd3
 SINKS, NEAR = 4, 12
 """Tokens that are kept in full whatever else is: the first, which are unlike all others, and the newest."""
 
-METHODS = (
-    *(
-        "recent {}",
-        "heavy {}",
-        "observed {}",
-        "decayed {}",
-        "expected {}",
-        "snap {}",
-        "keydiff {}",
-        "tova {}",
-        "vatp {}",
-    ),
-    *("lru {}", "lag {}", "position-aware {}", "chunks {}", "key-norm {}", "random {}"),
+METHODS = tuple(
+    name for name in EVERY if name not in ("full", "sink", "hinted", "learned") and not parse(f"{name} 64").rereads
 )
-"""Single methods, each behind the same sinks and window."""
+"""Policies that choose by themselves: each is a rival as soon as it is in `POLICIES`, behind the same sinks and window."""
 MIXTURES = (
     "sink 2 | recent 62 | heavy 256@int4h",
     "sink 1 | recent 256 | heavy 32 | heavy 64@int8",
@@ -116,10 +105,11 @@ def allocations(heads: Sequence[Heads], context: int, budget: int, known: str) -
 
 def rivals(heads: Sequence[Heads], context: int, budget: int, known: str) -> dict[str, CacheSpec]:
     """What is known without a search, at so many bytes: every preset, every single method, mixtures made by hand, every codec that fits."""
-    near = f"sink {SINKS} | recent {min(28, max(1, context // 16))} | "
-    found = {f"method: {each.split()[0]}": parse(near + each.format(64)) for each in METHODS}
+    front = f"sink {SINKS} | recent {min(28, max(1, context // 16))}"
+    found = {f"method: {each}": parse(f"{front} | {each} 64") for each in METHODS}
     found |= {f"mixture: {each}": parse(each) for each in MIXTURES}
     found |= {f"codec: {each}": _in("full@", each, known) for each in (CALIBRATED if known else PLAIN)}
     found |= {f"preset: {each}": parse(PRESETS[each]) for each in PRESETS}
-    fits = {name: fitted(spec, heads, context, budget) for name, spec in found.items() if not spec.rereads}
+    alone = lambda spec: not spec.rereads and not any(each.front for each in spec.cascades)  # from the first token on
+    fits = {name: fitted(spec, heads, context, budget) for name, spec in found.items() if alone(spec)}
     return {name: fit for name, fit in fits.items() if fit} | allocations(heads, context, budget, known)

@@ -1,8 +1,9 @@
 """The best cache of so many bytes for a model and a text: error curves by head, an exact choice, and the true loss of those that look best."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from kvcascade.eval.quality.ranking import spearman
 from kvcascade.eval.quality.windows import Windows
 from kvcascade.eval.records import Candidate, Evaluation, Tuned
 from kvcascade.eval.search import curves, options
-from kvcascade.eval.search.curves import Errors
+from kvcascade.eval.search.curves import Errors, Recorded
 from kvcascade.eval.table import CACHE, KV_BYTES, Column, Table
 from kvcascade.model.pretrained import Model
 
@@ -25,8 +26,10 @@ type Objective = Literal["ppl", "kl", "retrieval"]
 
 CURVES = 4
 """Windows that error curves are of."""
-STAGES = (2, 4, 8)
+STAGES = (4, 12)
 """Windows of the tuning half that candidates are scored on: all, then the better third of those that are left, and so on."""
+BATCH = 16
+"""Windows that are scored at once."""
 LEFT = 1 / 3
 RIVALS = 20
 """Of what is known without a search, those that are scored on the tuning half: of which least is predicted to be lost."""
@@ -67,8 +70,33 @@ def halves(windows: Windows) -> tuple[Windows, Windows]:
     return pick(left), pick(~left)
 
 
-def job(model: Model, search: Search, tuning: Windows, tell: Callable[[str], None] = lambda words: None) -> Job[Tuned]:
-    """The search as one measurement."""
+class Heard(NamedTuple):
+    """What is known of a model before a budget is: what its attention is about, what each head may get, and what it loses by it."""
+
+    recorded: list[list[Recorded]]
+    every: list[CacheSpec]
+    found: list[Errors]
+
+
+def jobs(
+    model: Model,
+    budgets: Sequence[int],
+    search: Search,
+    tuning: Windows,
+    tell: Callable[[str], None] = lambda words: None,
+) -> list[Job[Tuned]]:
+    """A search for each number of bytes; what each option loses is found once, by the first that runs."""
+
+    @functools.cache
+    def heard() -> Heard:
+        return _heard(model, search, tuning, tell)
+
+    return [_job(model, dataclasses.replace(search, budget=budget), tuning, heard, tell) for budget in budgets]
+
+
+def _job(
+    model: Model, search: Search, tuning: Windows, heard: Callable[[], Heard], tell: Callable[[str], None]
+) -> Job[Tuned]:
     about = {
         "kind": "tune", "model": model.name, "weights": model.config.weights, "weights_key": model.fingerprint,
         "data": tuning.data, "text": tuning.text, "rows": tuning.key, "context": tuning.rows_BT.shape[1], "windows": len(tuning.rows_BT),
@@ -76,26 +104,38 @@ def job(model: Model, search: Search, tuning: Windows, tell: Callable[[str], Non
     return Job(
         about,
         "eval/search",
-        lambda: [tune(model, search, tuning, about, tell)],
+        lambda: [tune(model, search, tuning, heard(), about, tell)],
         f"search in {search.budget:,} bytes",
         ("eval/quality",),
     )
 
 
-def tune(model: Model, search: Search, tuning: Windows, about: dict, tell: Callable[[str], None]) -> Tuned:
-    """Record, replay every option, choose, score by successive halving; BadInput where nothing fits or there are too few windows."""
-    context, heads = tuning.rows_BT.shape[1], model.config.layer_heads
+def _heard(model: Model, search: Search, tuning: Windows, tell: Callable[[str], None]) -> Heard:
+    """Record, and replay every option; BadInput where there are too few windows."""
     if len(tuning.rows_BT) < STAGES[0]:
         raise BadInput(f"a search needs {STAGES[0]} windows to tune on, and there are {len(tuning.rows_BT)}")
-    every = options.options(context, search.calibration, search.slots, search.bits)
+    every = options.options(tuning.rows_BT.shape[1], search.calibration, search.slots, search.bits)
     tell("what the model's attention is about")
     recorded = curves.record(model.config, model.params, tuning.rows_BT[:CURVES])
+    return Heard(recorded, every, _replayed(model, every, recorded, "option", tell))
 
-    def replayed(spec: CacheSpec, place: int, of: int, what: str) -> Errors:
-        tell(f"{what} {place + 1} of {of}: {spec}")
-        return curves.errors(model.config, spec, recorded)
 
-    found = [replayed(spec, place, len(every), "option") for place, spec in enumerate(every)]
+def _replayed(
+    model: Model, specs: Sequence[CacheSpec], recorded, what: str, tell: Callable[[str], None]
+) -> list[Errors]:
+    found = []
+    for place, spec in enumerate(specs, 1):
+        tell(f"{what} {place} of {len(specs)}: {spec}")
+        found.append(curves.errors(model.config, spec, recorded))
+    return found
+
+
+def tune(
+    model: Model, search: Search, tuning: Windows, heard: Heard, about: dict, tell: Callable[[str], None]
+) -> Tuned:
+    """Choose by what is known, and score by successive halving; BadInput where nothing fits."""
+    context, heads = tuning.rows_BT.shape[1], model.config.layer_heads
+    recorded, every, found = heard
     chosen = _chosen(model, search, every, found, context)
     known = options.rivals(heads, context, search.budget, search.calibration)
     known |= {f"option: {spec}": spec for spec in _whole(every, found, heads, context, search.budget)}
@@ -105,8 +145,8 @@ def tune(model: Model, search: Search, tuning: Windows, about: dict, tell: Calla
     nats = {spec: float(errors.nats_LK.sum()) for spec, errors in zip(every, found, strict=True)}
     nats |= {spec: value for spec, value in chosen.values()}
     unheard = [spec for spec in unique if spec not in nats]
-    for place, spec in enumerate(unheard):
-        nats[spec] = float(replayed(spec, place, len(unheard), "rival").nats_LK.sum())
+    for spec, errors in zip(unheard, _replayed(model, unheard, recorded, "rival", tell), strict=True):
+        nats[spec] = float(errors.nats_LK.sum())
     searched = {spec for spec, _ in chosen.values()}
     rivals = sorted((spec for spec in unique if spec not in searched), key=nats.__getitem__)[:RIVALS]
     candidates = {
@@ -182,14 +222,18 @@ def _loss(model: Model, spec: CacheSpec, windows: Windows, objective: Objective)
         jobs = retrieval.jobs(model, [spec], TASKS, [windows.rows_BT.shape[1]], DEPTHS, len(windows.rows_BT), 0, 8)
         found = [record for each in jobs for record in each.run()]
         return 1 - sum(record.answered for record in found) / sum(record.turns for record in found)
-    protocol = Protocol(min(8, len(windows.rows_BT)), fidelity=objective == "kl")
-    return float(evaluation.evaluate(model, spec, windows, protocol)["kl" if objective == "kl" else "nll"])
+    fidelity = objective == "kl"
+    found = evaluation.evaluate(model, spec, windows, protocol(windows, fidelity))
+    return float(found["kl" if fidelity else "nll"])
+
+
+def protocol(windows: Windows, fidelity: bool) -> Protocol:
+    """How windows are scored, here and on the leaderboard, so that neither scores again what the other has."""
+    return Protocol(min(BATCH, len(windows.rows_BT)), fidelity=fidelity)
 
 
 def table(found: Tuned) -> Table:
     """The candidates that were scored on most windows."""
-    most = max(len(each["losses"]) for each in found.candidates)
-    last = [each for each in found.candidates if len(each["losses"]) == most]
     columns = [
         Column("candidate", lambda each: each["name"]),
         Column("bytes", lambda each: each["kv_bytes"] / found.kv_bytes_full, "{:.1%}"),
@@ -200,7 +244,17 @@ def table(found: Tuned) -> Table:
         f"{found.model}: {found.options} options for each head, {len(found.candidates)} candidates scored; rank correlation of predicted and true "
         f"loss {found.correlation:.2f}"
     )
-    return Table.of(title, columns, last)
+    return Table.of(title, columns, _last(found))
+
+
+def last(found: Tuned) -> list[str]:
+    """The caches of these."""
+    return [each["cache"] for each in _last(found)]
+
+
+def _last(found: Tuned) -> list[Candidate]:
+    most = max(len(each["losses"]) for each in found.candidates)
+    return [each for each in found.candidates if len(each["losses"]) == most]
 
 
 def held_out(winner: Evaluation, others: Sequence[Evaluation]) -> Table:
