@@ -45,6 +45,7 @@ Number = Annotated[float, PlainValidator(_number)]
 Size = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
+Part = Annotated[Number, Field(gt=0, le=1)]
 Nats = Annotated[Number, Field(ge=0, le=700)]  # e^700 is the largest perplexity that a float can tell
 Count = Annotated[int, PlainValidator(_number), Field(ge=1)]
 Index = Annotated[int, PlainValidator(_number), Field(ge=0)]
@@ -125,6 +126,7 @@ Correlations = TypedDict("Correlations", {"learned": Number, "key_norm": Number,
 Candidate = TypedDict(
     "Candidate", {"name": Text, "cache": Text, "kv_bytes": Count, "predicted": Number, "losses": list[Number]}
 )
+Entry = TypedDict("Entry", {"name": Name, "budget": Part, "cache": Name})
 Weights = TypedDict("Weights", {"weights": Size})
 Longest = TypedDict("Longest", {"context": Size | None, "explanation": NotRequired[Any]})
 Child = TypedDict("Child", {"users": Count, "lived": Flag, "peak": NotRequired[Any]})
@@ -309,6 +311,45 @@ class Tuned(Named):
     options: Count
     candidates: Some[Candidate]
     correlation: Number
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Curve(Named):
+    """What each KV head of each layer loses behind a cache, by two measures: what a search chooses by."""
+
+    kind: Literal["curve"] = "curve"
+    weights: Text
+    weights_key: Text
+    rows: Text
+    context: Count
+    nats: Some[Some[Number]]
+    squares: Some[Some[Number]]
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Board(Record):
+    """What takes part in a leaderboard, at which shares of the full cache's bytes; its places come from the records of these caches."""
+
+    kind: Literal["board"] = "board"
+    model: Name
+    weights: Text
+    weights_key: Text
+    data: Text
+    rows: Text
+    """Of the windows that all are scored on."""
+    context: Count
+    windows: Count
+    calibration: Text
+    entries: Some[Entry]
+
+    @property
+    def budgets(self) -> list[int | float]:
+        """The shares, the largest first."""
+        return sorted({each["budget"] for each in self.entries}, reverse=True)
+
+    def at(self, budget: int | float) -> dict[str, str]:
+        """The names of caches of so large a share."""
+        return {each["cache"]: each["name"] for each in self.entries if each["budget"] == budget}
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -717,7 +758,7 @@ def _uneven(growth: Mapping[str, Any]) -> str | None:
 
 
 KINDS: dict[str, type[Record]] = {
-    "train": Training, "evaluate": Evaluation, "quantize": Quantization, "rank": Ranking, "tune": Tuned, "codec": Distortion,
+    "train": Training, "evaluate": Evaluation, "quantize": Quantization, "rank": Ranking, "tune": Tuned, "curve": Curve, "codec": Distortion, "board": Board,
     "retrieve": Retrieval, "harness": TaskResult, "layer": Layer, "growth": Growth, "bench": Bench, "stream": Stream, "fit": Fit, "crash": Crash,
     "prompt": Prompting, "profile": Profile, "parity": Parity, "simulate": Served,
 }  # fmt: skip

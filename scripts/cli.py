@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": "perplexity, bytes and speed of a model behind caches",
     "codecs": "what codecs do to keys, values and what attention makes of them",
     "tune": "the best cache of so many bytes, by layer and head, for a model and a text",
+    "leaderboard": "everything known, by what it loses at so many bytes",
     "bench": "prefill and decode speed, and the share of the memory bandwidth",
     "stream": "decode on and on: whether time and memory per token stay flat",
     "simulate": "serve a trace of requests: latency, throughput, waste, what prefixes were found",

@@ -14,10 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.eval import measure, record_files
-from kvcascade.eval.measure import Job
+from kvcascade.eval import spread as spreading
+from kvcascade.eval.measure import Job, Measured
 from kvcascade.eval.quality import windows
 from kvcascade.eval.quality.windows import Windows
 from kvcascade.eval.records import Record
+from kvcascade.eval.spread import Place, Recipe
 from kvcascade.eval.table import Table, on_terminal
 from kvcascade.model import pretrained
 from kvcascade.model.pretrained import Model
@@ -143,6 +145,22 @@ def _opened(name: str, weights: str) -> Model:
 
 def measured[R: Record](title: str, jobs: Sequence[Job[R]], args: Recorded) -> list[R]:
     """The records of some jobs, measured where the file has them not, with a progress bar; a line says what was there, or what is left to do."""
+    return _recorded(title, len(jobs), args, lambda tell: measure.measure(jobs, args.out, args.again, tell))
+
+
+def spread(
+    title: str, recipe: Recipe, jobs: Sequence[Sequence[Job]], args: Recorded, processes: int, place: Place
+) -> list:
+    """The same of jobs that several processes make and measure."""
+    assert args.out is not None
+    out = args.out
+    run = lambda tell: spreading.spread(recipe, jobs, out, processes, place, args.again, tell)
+    return _recorded(title, len(jobs), args, run)
+
+
+def _recorded[R: Record](
+    title: str, count: int, args: Recorded, run: Callable[[Callable[[int, str], None]], Measured[R]]
+) -> list[R]:
     if args.again and args.out is None:
         raise BadInput("--again measures what --out has already, and there is no --out")
     record_files.check_writable(args.out)
@@ -154,17 +172,15 @@ def measured[R: Record](title: str, jobs: Sequence[Job[R]], args: Recorded) -> l
         show(index, words)
 
     try:
-        with progress(title, len(jobs)) as show:
-            found = measure.measure(jobs, args.out, args.again, tell)
+        with progress(title, count) as show:
+            found = run(tell)
     except measure.Stopped as stopped:
         kept = (
-            f"; {done} of {len(jobs)} are in {args.out}, and the same command goes on with the others"
-            if args.out
-            else ""
+            f"; {done} of {count} are in {args.out}, and the same command goes on with the others" if args.out else ""
         )
         raise measure.Stopped(stopped.signal, f"stopped{kept}") from None
     if found.before:
-        say(f"{found.before} of {len(jobs)} were in {args.out} already; --again measures them anew")
+        say(f"{found.before} of {count} were in {args.out} already; --again measures them anew")
     return found.records
 
 

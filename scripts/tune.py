@@ -59,15 +59,18 @@ def main(arguments: list[str]) -> None:
     budgets = [int(part * full_bytes(model.config, args.context)) for part in parts]
     search = tune.Search(0, args.objective, not args.bits_only, not args.slots_only, args.calibration)
     perplexity.check(model.config, [parse("full")], args.context, 0, tune.BATCH)
+    every, heard = tune.curves_of(model, budgets, search, tuning)
+    curves = console.measured("curves", heard, args)
     with console.progress("search", None) as show:
-        jobs = tune.jobs(model, budgets, search, tuning, lambda words: show(None, words))
+        jobs = tune.jobs(model, budgets, search, tuning, every, curves, lambda words: show(None, words))
         searches = measure.measure(jobs, args.out, args.again).records
     protocol = tune.protocol(held, args.objective == "kl")
     for found in searches:
         console.show(tune.table(found))
-        lot = options.rivals(model.config.layer_heads, args.context, found.budget, args.calibration)["method: random"]
+        rivals = options.rivals(model.config.layer_heads, args.context, found.budget, args.calibration)
+        lot = [spec for name, spec in rivals.items() if name == "method: random"]  # it needs a slot besides the sinks
         # What was found, the full cache, random eviction, and what came to the last round, each once.
-        specs = dict.fromkeys([parse(each) for each in (found.cache, "full", str(lot), *tune.last(found))])
+        specs = dict.fromkeys([parse(found.cache), parse("full"), *lot, *map(parse, tune.last(found))])
         records = console.measured("held out", [evaluation.job(model, spec, held, protocol) for spec in specs], args)
         console.show(tune.held_out(records[0], records[1:]))
     print("\n".join(found.cache for found in searches))

@@ -106,12 +106,13 @@ def loss_curves(trainings: list[Training]) -> str:
         return to_svg(figure)
 
 
-def quality_against_bytes(evaluations: list[Evaluation]) -> str:
+def quality_against_bytes(evaluations: list[Evaluation], groups: dict[str, str] | None = None) -> str:
     """Perplexity against measured bytes of a row's cache; bars are 95 % intervals of the change against the full cache.
 
-    Colour is the group of caches that are compared, hollow is random eviction; caches that none of fewer bytes beats are numbered and named.
+    Colour is the group of caches, by default those of the study that are compared; hollow is random eviction; caches that none of fewer bytes
+    beats are numbered and named.
     """
-    groups = {r.cache: suite.group_of(r.cache, r.context) for r in evaluations}
+    groups = groups or {r.cache: suite.group_of(r.cache, r.context) for r in evaluations}
     with matplotlib.rc_context(STYLE):
         figure, axes = subplots()
         colours = {name: style["color"] for style, name in styled(dict.fromkeys(groups[r.cache] for r in evaluations))}
@@ -123,7 +124,7 @@ def quality_against_bytes(evaluations: list[Evaluation]) -> str:
             if full and math.isfinite(low):
                 ends = [full.ppl * math.exp(low), full.ppl * math.exp(high)]
                 bar = [[max(0.0, record.ppl - ends[0])], [max(0.0, ends[1] - record.ppl)]]
-            lot = record.cache.startswith("random")
+            lot = record.cache.startswith("random") or groups[record.cache] == "random"
             axes.errorbar(
                 record.kv_bytes, record.ppl, yerr=bar, color=colour, marker="o", markersize=7, markeredgewidth=1.6, elinewidth=1.2,
                 capsize=2.5, markerfacecolor="white" if lot else colour,
@@ -152,7 +153,8 @@ def quality_against_bytes(evaluations: list[Evaluation]) -> str:
         axes.set_xlabel("measured bytes of one row's cache")
         axes.set_ylabel("perplexity (lower is better)")
         axes.legend(fontsize=9)
-        _named(axes, [(record.kv_bytes, record.ppl, record.cache) for record in best])
+        short = lambda text: text if text.count(";") < 3 else f"{text.split(' ; ')[0]} ; …"
+        _named(axes, [(record.kv_bytes, record.ppl, short(record.cache)) for record in best])
         return to_svg(figure)
 
 

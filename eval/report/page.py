@@ -12,6 +12,7 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.eval import stats, suite
 from kvcascade.eval.quality import codecs, evaluation, parity, ranking, retrieval, tasks
 from kvcascade.eval.records import (
+    Board,
     Compared,
     Distortion,
     Evaluation,
@@ -30,7 +31,7 @@ from kvcascade.eval.records import (
     of,
 )
 from kvcascade.eval.report import costs, figures
-from kvcascade.eval.search import tune
+from kvcascade.eval.search import leaderboard, tune
 from kvcascade.eval.table import CACHE, KV_BYTES, SAVED, Column, Table
 from kvcascade.kernels.files import write_whole
 
@@ -80,9 +81,21 @@ def sections(found: list[Record]) -> dict:
         ],
         "layers": layers and {"figure": _svg(figures.bytes_by_kind, layers), "table": _layers_table(layers)},
         "growth": grown and {"figure": _svg(figures.growth, grown), "table": _growth_table(grown)},
+        "boards": [_board(each, found) for each in of(found, Board)],
         "others": more,
         **costly,
         "protocol": _protocol(found),
+    }
+
+
+def _board(board: Board, found: list[Record]) -> dict:
+    """A leaderboard: its figure, a table for each budget, and how it was measured."""
+    points = [*leaderboard.points(board, found)]
+    return {
+        "figure": points
+        and _svg(figures.quality_against_bytes, [r for _, r in points], {r.cache: kind for kind, r in points}),
+        "tables": leaderboard.tables(board, found),
+        "protocol": leaderboard.protocol(board, found),
     }
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,14 @@ from kvcascade.cache.groups import Vectors
 from kvcascade.cache.layer import LayerCache
 from kvcascade.cache.prompt import Prompt
 from kvcascade.cache.spec import CacheSpec
+from kvcascade.eval.measure import Job
+from kvcascade.eval.quality.windows import Windows
+from kvcascade.eval.records import Curve
 from kvcascade.kernels.loss import token_nll
 from kvcascade.model import gpt
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
+from kvcascade.model.pretrained import Model
 
 ROWS = 4
 """Windows that go through the model together."""
@@ -31,6 +35,11 @@ class Recorded(NamedTuple):
     vectors: Vectors
     out_BTNW: Float[Array, "B T N W"]
     slope_BTNW: Float[Array, "B T N W"]
+
+    def of(self, chosen: Sequence[int]) -> "Recorded":
+        """Of some KV heads, and of the query heads that read them."""
+        queries = lambda x: self.vectors._replace(q_BTNH=x).of(chosen).q_BTNH
+        return Recorded(self.vectors.of(chosen), queries(self.out_BTNW), queries(self.slope_BTNW))
 
 
 @functools.partial(
@@ -49,6 +58,29 @@ class Tapped(Prompt):
         """`Prompt.step`, and what was tapped."""
         out_BTNW, after = super().step(index, q_BTNH, k_BTKH, v_BTKW, positions_BT, fresh, written_BTK)
         return out_BTNW + self.taps[index], dataclasses.replace(after, outs=(*self.outs, out_BTNW))
+
+
+def jobs(model: Model, specs: Sequence[CacheSpec], windows: Windows) -> list[Job[Curve]]:
+    """A measurement for each spec; what the model's attention is about is found by the first that runs."""
+
+    @functools.cache
+    def recorded() -> list[list[Recorded]]:
+        return record(model.config, model.params, windows.rows_BT)
+
+    def job(spec: CacheSpec) -> Job[Curve]:
+        about: dict[str, Any] = {
+            "kind": "curve", "model": model.name, "weights": model.config.weights, "weights_key": model.fingerprint, "cache": str(spec),
+            "rows": windows.key, "context": windows.rows_BT.shape[1],
+        } | spec.content  # fmt: skip
+
+        def run() -> list[Curve]:
+            found = errors(model.config, spec, recorded())
+            rounded = lambda errors_LK: [[float(f"{x:.6g}") for x in row] for row in errors_LK]
+            return [Curve(**about, nats=rounded(found.nats_LK), squares=rounded(found.squares_LK))]
+
+        return Job(about, "eval/search", run, str(spec))
+
+    return [*map(job, specs)]
 
 
 def record(config: ModelConfig, params: Params, rows_BT: Int[np.ndarray, "B T"]) -> list[list[Recorded]]:
@@ -92,24 +124,27 @@ def errors(
     spec: CacheSpec,
     recorded: Sequence[Sequence[Recorded]],
 ) -> Errors:
-    """What each head of each layer loses behind a spec that is the same for all, token by token, as an evaluation goes."""
-    groups, found, tokens = spec.groups(config.layer_heads), [], 0
+    """What each head of each layer loses behind a spec, token by token, as an evaluation goes."""
+    groups, tokens = spec.groups(config.layer_heads), 0
+    heads = max(each.kv for each in config.layer_heads)
+    found = np.zeros((2, config.layers, heads))
     for layers in recorded:
         B, T = layers[0].out_BTNW.shape[:2]
         tokens += B * T
         some = []
-        for group, bases, layer in zip(groups, spec.bases(groups), layers, strict=True):
-            cache = LayerCache.empty(group.cascade, B, group.of, T, group.ids, bases)
-            some.append(_replayed(cache, *layer))
-        found.append(np.asarray(jax.device_get(some)))
-    return Errors(*(np.sum(found, 0) / tokens).transpose(1, 0, 2))
+        for group, bases in zip(groups, spec.bases(groups), strict=True):
+            cache = LayerCache.empty(group.cascade, B, group.heads, T, group.ids, bases)
+            weight = (layers[group.layer].slope_BTNW ** 2).mean()
+            some.append(_replayed(cache, *layers[group.layer].of(group.chosen), weight))
+        for group, errors in zip(groups, jax.device_get(some), strict=True):
+            found[:, group.layer, group.chosen] += errors
+    return Errors(*found / tokens)
 
 
 @jax.jit
-def _replayed(cache: LayerCache, vectors: Vectors, out_BTNW, slope_BTNW) -> Float[Array, "2 K"]:
+def _replayed(cache: LayerCache, vectors: Vectors, out_BTNW, slope_BTNW, weight) -> Float[Array, "2 K"]:
     B, T, N, W = out_BTNW.shape
     by_head = lambda x_BN: x_BN.reshape(B, cache.heads.kv, -1).sum((0, 2))
-    weight = (slope_BTNW**2).mean()
 
     def one(carry, token):
         cache, found = carry

@@ -1,9 +1,8 @@
 """The best cache of so many bytes for a model and a text: error curves by head, an exact choice, and the true loss of those that look best."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -16,9 +15,8 @@ from kvcascade.eval.quality import evaluation, retrieval
 from kvcascade.eval.quality.evaluation import Protocol
 from kvcascade.eval.quality.ranking import spearman
 from kvcascade.eval.quality.windows import Windows
-from kvcascade.eval.records import Candidate, Evaluation, Tuned
+from kvcascade.eval.records import Candidate, Curve, Evaluation, Tuned
 from kvcascade.eval.search import curves, options
-from kvcascade.eval.search.curves import Errors, Recorded
 from kvcascade.eval.table import CACHE, KV_BYTES, Column, Table
 from kvcascade.model.pretrained import Model
 
@@ -70,12 +68,20 @@ def halves(windows: Windows) -> tuple[Windows, Windows]:
     return pick(left), pick(~left)
 
 
-class Heard(NamedTuple):
-    """What is known of a model before a budget is: what its attention is about, what each head may get, and what it loses by it."""
+def curves_of(
+    model: Model, budgets: Sequence[int], search: Search, tuning: Windows
+) -> tuple[list[CacheSpec], list[Job[Curve]]]:
+    """What each head may get; and the measurements of what it loses by each, and by what is known without a search at these numbers of bytes.
 
-    recorded: list[list[Recorded]]
-    every: list[CacheSpec]
-    found: list[Errors]
+    BadInput where there are too few windows.
+    """
+    if len(tuning.rows_BT) < STAGES[0]:
+        raise BadInput(f"a search needs {STAGES[0]} windows to tune on, and there are {len(tuning.rows_BT)}")
+    heads, context = model.config.layer_heads, tuning.rows_BT.shape[1]
+    every = options.options(context, search.calibration, search.slots, search.bits)
+    known = [spec for budget in budgets for spec in options.rivals(heads, context, budget, search.calibration).values()]
+    specs = dict.fromkeys([*every, *known])
+    return every, curves.jobs(model, [*specs], tuning.part(0, CURVES))
 
 
 def jobs(
@@ -83,19 +89,17 @@ def jobs(
     budgets: Sequence[int],
     search: Search,
     tuning: Windows,
+    every: Sequence[CacheSpec],
+    heard: Sequence[Curve],
     tell: Callable[[str], None] = lambda words: None,
 ) -> list[Job[Tuned]]:
-    """A search for each number of bytes; what each option loses is found once, by the first that runs."""
-
-    @functools.cache
-    def heard() -> Heard:
-        return _heard(model, search, tuning, tell)
-
-    return [_job(model, dataclasses.replace(search, budget=budget), tuning, heard, tell) for budget in budgets]
+    """A search for each number of bytes, of some options, by what was measured of each and of what is known."""
+    by_text = {each.cache: each for each in heard}
+    return [_job(model, dataclasses.replace(search, budget=budget), tuning, every, by_text, tell) for budget in budgets]
 
 
 def _job(
-    model: Model, search: Search, tuning: Windows, heard: Callable[[], Heard], tell: Callable[[str], None]
+    model: Model, search: Search, tuning: Windows, every, heard: Mapping[str, Curve], tell: Callable[[str], None]
 ) -> Job[Tuned]:
     about = {
         "kind": "tune", "model": model.name, "weights": model.config.weights, "weights_key": model.fingerprint,
@@ -104,49 +108,32 @@ def _job(
     return Job(
         about,
         "eval/search",
-        lambda: [tune(model, search, tuning, heard(), about, tell)],
+        lambda: [tune(model, search, tuning, every, heard, about, tell)],
         f"search in {search.budget:,} bytes",
         ("eval/quality",),
     )
 
 
-def _heard(model: Model, search: Search, tuning: Windows, tell: Callable[[str], None]) -> Heard:
-    """Record, and replay every option; BadInput where there are too few windows."""
-    if len(tuning.rows_BT) < STAGES[0]:
-        raise BadInput(f"a search needs {STAGES[0]} windows to tune on, and there are {len(tuning.rows_BT)}")
-    every = options.options(tuning.rows_BT.shape[1], search.calibration, search.slots, search.bits)
-    tell("what the model's attention is about")
-    recorded = curves.record(model.config, model.params, tuning.rows_BT[:CURVES])
-    return Heard(recorded, every, _replayed(model, every, recorded, "option", tell))
-
-
-def _replayed(
-    model: Model, specs: Sequence[CacheSpec], recorded, what: str, tell: Callable[[str], None]
-) -> list[Errors]:
-    found = []
-    for place, spec in enumerate(specs, 1):
-        tell(f"{what} {place} of {len(specs)}: {spec}")
-        found.append(curves.errors(model.config, spec, recorded))
-    return found
-
-
 def tune(
-    model: Model, search: Search, tuning: Windows, heard: Heard, about: dict, tell: Callable[[str], None]
+    model: Model,
+    search: Search,
+    tuning: Windows,
+    every: Sequence[CacheSpec],
+    heard: Mapping[str, Curve],
+    about: dict,
+    tell: Callable[[str], None],
 ) -> Tuned:
     """Choose by what is known, and score by successive halving; BadInput where nothing fits."""
     context, heads = tuning.rows_BT.shape[1], model.config.layer_heads
-    recorded, every, found = heard
+    found = [heard[str(spec)] for spec in every]
     chosen = _chosen(model, search, every, found, context)
     known = options.rivals(heads, context, search.budget, search.calibration)
     known |= {f"option: {spec}": spec for spec in _whole(every, found, heads, context, search.budget)}
     unique = {
         spec: name for name, spec in reversed([*known.items(), *((name, spec) for name, (spec, _) in chosen.items())])
     }
-    nats = {spec: float(errors.nats_LK.sum()) for spec, errors in zip(every, found, strict=True)}
+    nats = {spec: float(np.sum(heard[str(spec)].nats)) for spec in unique if str(spec) in heard}
     nats |= {spec: value for spec, value in chosen.values()}
-    unheard = [spec for spec in unique if spec not in nats]
-    for spec, errors in zip(unheard, _replayed(model, unheard, recorded, "rival", tell), strict=True):
-        nats[spec] = float(errors.nats_LK.sum())
     searched = {spec for spec, _ in chosen.values()}
     rivals = sorted((spec for spec in unique if spec not in searched), key=nats.__getitem__)[:RIVALS]
     candidates = {
@@ -174,11 +161,11 @@ def tune(
 
 
 def _whole(
-    every: Sequence[CacheSpec], found: Sequence[Errors], heads, context: int, budget: int, most: int = 8
+    every: Sequence[CacheSpec], found: Sequence[Curve], heads, context: int, budget: int, most: int = 8
 ) -> list[CacheSpec]:
     """Options that fit as they are for all heads, those of which least is lost."""
     fits = [
-        (float(errors.nats_LK.sum()), place)
+        (float(np.sum(errors.nats)), place)
         for place, errors in enumerate(found)
         if every[place].nbytes(heads, context) <= budget
     ]
@@ -186,7 +173,7 @@ def _whole(
 
 
 def _chosen(
-    model: Model, search: Search, every, found: Sequence[Errors], context: int
+    model: Model, search: Search, every, found: Sequence[Curve], context: int
 ) -> dict[str, tuple[CacheSpec, float]]:
     """What the curves choose: by each measure of error, for each head by itself and for a layer's heads together; with what the nats of it
     are predicted to be."""
@@ -197,8 +184,8 @@ def _chosen(
     sizes_LKO = np.array(
         [[[group.nbytes(context) // group.of.kv] * group.of.kv for group in each] for each in groups]
     ).transpose(1, 2, 0)
-    nats_LKO = np.stack([errors.nats_LK for errors in found], -1)
-    measures = {"nats": nats_LKO, "squares": np.stack([errors.squares_LK for errors in found], -1)}
+    nats_LKO = np.stack([errors.nats for errors in found], -1)
+    measures = {"nats": nats_LKO, "squares": np.stack([errors.squares for errors in found], -1)}
     cascades, made = [spec.parts[0].cascade for spec in every], {}
     for measure, errors_LKO in measures.items():
         for what, split in (("heads", True), ("layers", False)):

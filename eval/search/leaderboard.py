@@ -1,0 +1,227 @@
+"""Everything known at so many bytes, by what it loses: who takes part, what is measured of whom, and the places."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from kvcascade.cache.spec import parse
+from kvcascade.eval import stats
+from kvcascade.eval.measure import Job
+from kvcascade.eval.memory.arithmetic import full_bytes
+from kvcascade.eval.quality import evaluation, retrieval
+from kvcascade.eval.quality.windows import Windows
+from kvcascade.eval.records import (
+    Bench,
+    Board,
+    Compared,
+    Entry,
+    Evaluation,
+    Prompting,
+    Record,
+    Retrieval,
+    Tuned,
+    of,
+)
+from kvcascade.eval.search import options, tune
+from kvcascade.eval.table import Column, Table
+from kvcascade.model.pretrained import Model
+
+TASKS = ("single", "passkey")
+DEPTHS = (0.25, 0.75)
+SAMPLES = 10
+"""Puzzles of each task at each depth."""
+ROWS, STEPS, ROUNDS = 8, 32, 5
+"""Of what is timed."""
+PARTS = 4
+"""In which a prompt as long as the context enters."""
+
+
+def job(
+    model: Model, shares: Sequence[float], tuning: Windows, held: Windows, known: str, tuned: Iterable[Tuned]
+) -> Job:
+    """Who takes part, as a record: what is known without a search, and what searches found that were tuned on the other half of the text."""
+    context = held.rows_BT.shape[1]
+    about = {
+        "kind": "board", "model": model.name, "weights": model.config.weights, "weights_key": model.fingerprint, "data": held.data,
+        "rows": held.key, "context": context, "windows": len(held.rows_BT), "calibration": known,
+    }  # fmt: skip
+    mine = [each for each in tuned if (each.weights_key, each.rows) == (model.fingerprint, tuning.key)]
+    entries = [entry for share in shares for entry in _entries(model, share, context, known, mine)]
+    return Job(about | {"entries": entries}, "eval/search", lambda: [Board(**about, entries=entries)], "who takes part")
+
+
+def _entries(model: Model, share: float, context: int, known: str, tuned: Sequence[Tuned]) -> list[Entry]:
+    budget = int(share * full_bytes(model.config, context))
+    name = lambda each: "tuned" if each.objective == "ppl" else f"tuned for {each.objective}"
+    found = {name(each): each.cache for each in tuned if each.budget == budget}
+    found |= {
+        name: str(spec) for name, spec in options.rivals(model.config.layer_heads, context, budget, known).items()
+    }
+    unique = {cache: name for name, cache in reversed(found.items())}
+    return [Entry(name=name, budget=share, cache=cache) for cache, name in reversed(unique.items())]
+
+
+def scored(model: Model, caches: Iterable[str], held: Windows, fidelity: bool = False) -> list[Job]:
+    """The perplexity of some caches, or their fidelity as well."""
+    protocol = tune.protocol(held, fidelity)
+    return [evaluation.job(model, parse(cache), held, protocol) for cache in caches]
+
+
+def asked(model: Model, caches: Iterable[str], context: int) -> list[list[Job]]:
+    """What they still let a model find: for each task the measurements of all caches, which share its prompts."""
+    specs = [*map(parse, caches)]
+    return [retrieval.jobs(model, specs, [task], [context], DEPTHS, SAMPLES, model.seed, tune.BATCH) for task in TASKS]
+
+
+def finalists(board: Board, found: Sequence[Record], count: int) -> list[str]:
+    """The full cache, and of each budget the best by perplexity and random eviction."""
+    chosen = {"full": None}
+    for budget in board.budgets:
+        standings = standing(board, budget, found)
+        last = [each for each in standings if each.name.endswith("random")]
+        chosen |= dict.fromkeys(each.cache for each in [*standings[:count], *last])
+    return [*chosen]
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """An entry at its place; what was not measured is None."""
+
+    place: int
+    places: tuple[int, int]
+    """The 95 % interval of its place, over documents."""
+    name: str
+    cache: str
+    score: Evaluation
+    change: str
+    """Of perplexity, against the full cache."""
+    level: bool
+    """Whether it is not told apart from the first, all that are at this budget taken together."""
+    faithful: Compared | None
+    answers: str | None
+    speed: Bench | None
+    full_speed: Bench | None
+    prompt: Prompting | None
+
+    @property
+    def shown(self) -> str:
+        """Its cache, cut short where it has a part for each layer; the record has all."""
+        parts = self.cache.split(" ; ")
+        return self.cache if len(parts) < 4 else f"{parts[0]} ; … ({len(parts)} parts)"
+
+
+def standing(board: Board, budget: float, found: Sequence[Record]) -> list[Standing]:
+    """Those of a budget that were scored, the best first."""
+    scores = _scores(board, found)
+    names = board.at(budget)
+    mine = sorted((scores[cache] for cache in names if cache in scores), key=lambda r: r.nll)
+    if not mine:
+        return []
+    full = scores.get("full")
+    places = stats.ranks(np.array([r.nll_windows for r in mine]), mine[0].document_windows)
+    p_values = [math.nan, *(evaluation.paired(r, mine[0], stats.p_value) for r in mine[1:])]
+    apart = stats.decided(p_values)
+    same = lambda kind: {
+        r.cache: r for r in of(found, kind) if (r.model, r.given.get("weights")) == (board.model, board.weights)
+    }
+    speeds, prompts = (
+        same(Bench),
+        {cache: r for cache, r in same(Prompting).items() if (r.tokens, r.batch) == (board.context, ROWS)},
+    )
+    faithful = {r.cache: r for r in of(found, Compared) if (r.weights_key, r.rows) == (board.weights_key, board.rows)}
+    answers = [r for r in of(found, Retrieval) if (r.weights_key, r.length) == (board.weights_key, board.context)]
+    return [
+        Standing(
+            place, places[place - 1], names[r.cache], r.cache, r, evaluation.against(r, full) if full else "",
+            place == 1 or not apart[place - 1], faithful.get(r.cache),
+            str(share) if (share := retrieval.average(answers, r.cache, board.context)) else None,
+            speeds.get(r.cache), speeds.get("full"), prompts.get(r.cache),
+        )
+        for place, r in enumerate(mine, 1)
+    ]  # fmt: skip
+
+
+def _scores(board: Board, found: Sequence[Record]) -> dict[str, Evaluation]:
+    """The newest score of each cache on the board's windows."""
+    return {r.cache: r for r in of(found, Evaluation) if (r.weights_key, r.rows) == (board.weights_key, board.rows)}
+
+
+COLUMNS = [
+    Column("place", lambda s: s.place),
+    Column("95 % of it", lambda s: "{} … {}".format(*s.places)),
+    Column("what", "name"),
+    Column("cache", "shown"),
+    Column("bytes", lambda s: 1 - s.score.compression, "{:.1%}"),
+    Column("PPL", lambda s: s.score.ppl, "{:.2f}"),
+    Column("Δ PPL (95 %)", "change"),
+    Column("≈ first", lambda s: "≈" if s.level and s.place > 1 else ""),
+]
+MORE = [
+    Column("KL, nats", lambda s: s.faithful and s.faithful.kl, "{:.4f}"),
+    Column("same top-1", lambda s: s.faithful and s.faithful.same_top, "{:.1%}"),
+    Column("answered", "answers"),
+    Column("ms a step", lambda s: s.speed and s.speed.step_ms, "{:.1f}"),
+    Column("of full", lambda s: s.speed and s.full_speed and s.speed.step_ms / s.full_speed.step_ms, "{:.2f}"),
+    Column("prompt, MB", lambda s: s.prompt and s.prompt.grown / 1e6, "{:.0f}"),
+]
+
+
+def tables(board: Board, found: Sequence[Record]) -> list[Table]:
+    """A table for each budget, the best first."""
+    made = []
+    for budget in board.budgets:
+        standings = standing(board, budget, found)
+        more = [column for column in MORE if any(column.cell(each) for each in standings)]
+        full = _scores(board, found).get("full")
+        beside = f"; the full cache has PPL {full.ppl:.2f}" if full else ""
+        title = f"At most {budget:.0%} of the bytes, {len(standings)} scored{beside}"
+        made.append(Table.of(title, [*COLUMNS, *more], standings))
+    return made
+
+
+def protocol(board: Board, found: Sequence[Record]) -> str:
+    """In sentences how it was measured."""
+    scores = _scores(board, found)
+    if not scores:
+        return "nothing was scored yet"
+    first = next(iter(scores.values()))
+    right = sum(r.kv_bytes == r.kv_bytes_predicted and r.traces == 1 for r in scores.values())
+    said = (
+        f"{board.model} in {board.weights}, {evaluation.protocol(first)}, one token at a time through the cache; places by mean loss, their "
+        f"intervals by a bootstrap over {first.documents} documents; ≈: not told apart from the first, all of a table taken together. Bytes "
+        f"measured are those predicted, and there is one trace, in {right} of {len(scores)} rows."
+    )
+    answers = [r for r in of(found, Retrieval) if (r.weights_key, r.length) == (board.weights_key, board.context)]
+    if answers:
+        said += f" Answered: mean of {', '.join(retrieval.measurable(answers, board.context))}; {retrieval.protocol(answers)}."
+    if any(each.speed for budget in board.budgets for each in standing(board, budget, found)):
+        said += (
+            f" A step of {ROWS} rows behind {board.context} tokens, in turns with the full cache's; a prompt of so many rows and tokens enters "
+            f"in {PARTS} parts, and the process grows by so much."
+        )
+    return said
+
+
+def points(board: Board, found: Sequence[Record]) -> Iterator[tuple[str, Evaluation]]:
+    """What a figure shows: each score, and of what kind of entry it is."""
+    scores = _scores(board, found)
+    if "full" in scores:
+        yield "full", scores["full"]
+    for entry in board.entries:
+        if entry["cache"] in scores:
+            kind = entry["name"].split(":")[0]
+            yield "random" if entry["name"] == "method: random" else kind, scores[entry["cache"]]
+
+
+def best_of_each(board: Board, found: Sequence[Record]) -> Table:
+    """Of each budget the best of each kind of entry, and random eviction."""
+    rows = []
+    for budget in board.budgets:
+        first: dict[str, Standing] = {}
+        for each in standing(board, budget, found):
+            first.setdefault("random" if each.name == "method: random" else each.name.split(":")[0], each)
+        rows += sorted(first.values(), key=lambda each: each.place)
+    columns = [Column("bytes", lambda s: 1 - s.score.compression, "{:.1%}"), *COLUMNS[2:7], *MORE[:5]]
+    return Table.of("", [each for each in columns if any(each.cell(row) for row in rows)], rows)
