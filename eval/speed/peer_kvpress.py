@@ -10,7 +10,9 @@ import peer_transformers
 
 NEEDS = (*peer_transformers.NEEDS, "kvpress")
 KEPT = 128
-VARIANTS = (f"StreamingLLMPress to {KEPT}", f"SnapKVPress to {KEPT}", f"KnormPress to {KEPT}")
+VARIANTS = tuple(
+    f"{press} to {KEPT}" for press in ("StreamingLLMPress", "SnapKVPress", "KnormPress", "AdaKVPress(SnapKVPress())")
+)
 
 
 class Variant(peer_transformers.Variant):
@@ -20,12 +22,16 @@ class Variant(peer_transformers.Variant):
 
     def read(self, kept: int = KEPT) -> None:
         """Put the prompts into the empty cache, each layer pruned as soon as it is there."""
+        with self.press(self.variant.split()[0], kept, self.prompts.shape[1])(self.model):
+            super().read()
+
+    def press(self, text: str, kept: int, tokens: int):
+        """A press as it is written in Python, with its defaults where it is a name, that keeps so many tokens a head of a prompt."""
         import kvpress  # pyright: ignore
 
-        context = self.prompts.shape[1]
-        press = getattr(kvpress, self.variant.split()[0])(compression_ratio=max(0, 1 - kept / context))
-        with press(self.model):
-            super().read()
+        press = eval(text if "(" in text else f"{text}()", {"__builtins__": {}}, vars(kvpress))
+        press.compression_ratio = max(0, 1 - kept / tokens)
+        return press
 
     def grown(self, kept: int, prompt: list[int]) -> dict[str, float | None]:
         """Bytes by which this process' peak grew over a prompt that the press prunes to so many tokens a head, those of its cache then, and seconds."""
@@ -66,14 +72,11 @@ class Variant(peer_transformers.Variant):
 
     def pruned(self, cases: list[tuple[str, int]], prompt: list[int]):
         """The logits after a prompt, and a cache as each press leaves it by its own hook."""
-        import kvpress  # pyright: ignore
-
         empty = lambda: self.transformers.DynamicCache(config=self.model.config)
         presses, caches = [], [empty() for _ in cases]
         for text, kept in cases:
-            press = eval(text or "None", {"__builtins__": {}}, vars(kvpress))
+            press = self.press(text, kept, len(prompt)) if text else None
             if press:
-                press.compression_ratio = 1 - kept / len(prompt)
                 press.post_init_from_model(self.model)
             presses.append(press)
 
