@@ -39,7 +39,15 @@ class Table(NamedTuple):
         return self._replace(rows=[[f"`{first}`", *others] for first, *others in self.rows])
 
 
-CACHE = Column("cache", "cache")
+def brief(cache: str) -> str:
+    """A cache's text, cut short where there are many parts, such as one for each layer; its record has all."""
+    parts = cache.split(" ; ")
+    return cache if len(parts) <= PARTS else f"{parts[0]} ; … ({len(parts)} parts)"
+
+
+PARTS = 4
+"""That a table has room for."""
+CACHE = Column("cache", lambda row: brief(row["cache"] if isinstance(row, dict) else row.cache))
 KV_BYTES = Column("KV bytes", "kv_bytes", "{:,}")
 SAVED = Column("saved", "compression", "{:.1%}")
 CONTEXT = Column("context", "context", "{:,}")

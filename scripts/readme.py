@@ -7,8 +7,8 @@ from kvcascade.eval import record_files, records
 from kvcascade.eval.kernels import tables
 from kvcascade.eval.memory import methods
 from kvcascade.eval.quality import parity, ranking
-from kvcascade.eval.records import Evaluation, Parity, Record, Served
-from kvcascade.eval.report import costs, figures
+from kvcascade.eval.records import Board, Evaluation, Parity, Record, Served
+from kvcascade.eval.report import costs, figures, page
 from kvcascade.eval.report import readme as tables_of
 from kvcascade.kernels.files import write_whole
 
@@ -16,7 +16,10 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "eval" / "results"
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("results", "speed", "serving", "memory", "kernels", "methods")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("results", "leaderboard", "codecs", "speed", "serving", "memory", "kernels", "methods")
+    ),
 ]
 
 
@@ -31,6 +34,9 @@ def generated() -> dict[Path, str]:
     costly = {name: recorded(name) for name in ("speed", "stream", "serving", "fit", "crash", "weights", "prompt")}
     kernels: list[Any] = record_files.read(RESULTS / "kernels.jsonl")
     parts = tables_of.readme_tables(toy) | tables_of.pretrained_tables(pretrained) | costs.readme_tables(costly)
+    board = recorded("leaderboard")
+    parts |= tables_of.codecs_tables(recorded("codecs")) | tables_of.board_tables(board)
+    parts |= {"searches": tables_of.searches_table(board)}
     parts |= tables_of.methods_tables(recorded("methods")) | tables.readme_tables(kernels)
     parts |= {
         "methods": methods.markdown(),
@@ -42,6 +48,7 @@ def generated() -> dict[Path, str]:
     served = records.grouped(records.of(costly["serving"], Served), lambda r: r.case)
     pages = {path: tables_of.fill(path.read_text("utf-8"), parts) for path in PAGES}
     pages |= {ROOT / "docs" / "serving.svg": figures.first_tokens(served[0])}
+    pages |= {ROOT / "docs" / "leaderboard.svg": page.board_figure(records.of(board, Board)[-1], board)}
     return pages | {ROOT / "docs" / f"{name}.svg": figures.quality_against_bytes(mine) for name, mine in drawn.items()}
 
 

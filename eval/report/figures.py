@@ -30,6 +30,7 @@ from kvcascade.eval.records import (
     Training,
     baseline,
 )
+from kvcascade.eval.table import brief
 
 # Okabe and Ito's colours: told apart by colour-blind readers as well.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -153,8 +154,7 @@ def quality_against_bytes(evaluations: list[Evaluation], groups: dict[str, str] 
         axes.set_xlabel("measured bytes of one row's cache")
         axes.set_ylabel("perplexity (lower is better)")
         axes.legend(fontsize=9)
-        short = lambda text: text if text.count(";") < 3 else f"{text.split(' ; ')[0]} ; …"
-        _named(axes, [(record.kv_bytes, record.ppl, short(record.cache)) for record in best])
+        _named(axes, [(record.kv_bytes, record.ppl, brief(record.cache)) for record in best])
         return to_svg(figure)
 
 

@@ -90,13 +90,19 @@ def sections(found: list[Record]) -> dict:
 
 def _board(board: Board, found: list[Record]) -> dict:
     """A leaderboard: its figure, a table for each budget, and how it was measured."""
-    points = [*leaderboard.points(board, found)]
     return {
-        "figure": points
-        and _svg(figures.quality_against_bytes, [r for _, r in points], {r.cache: kind for kind, r in points}),
+        "figure": _svg(board_figure, board, found),
         "tables": leaderboard.tables(board, found),
         "protocol": leaderboard.protocol(board, found),
     }
+
+
+def board_figure(board: Board, found: list[Record]) -> str:
+    """A leaderboard's perplexities against bytes, as SVG; nothing where nothing was scored."""
+    points = [*leaderboard.points(board, found)]
+    if not points:
+        return ""
+    return figures.quality_against_bytes([r for _, r in points], {r.cache: kind for kind, r in points})
 
 
 def others(found: list[Record]) -> list[dict]:

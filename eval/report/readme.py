@@ -3,12 +3,28 @@
 import re
 from collections.abc import Sequence
 
+from kvcascade.cache.codec import bf16
 from kvcascade.cache.errors import BadInput
 from kvcascade.eval import suite
-from kvcascade.eval.quality import evaluation, retrieval
-from kvcascade.eval.records import Compared, Evaluation, Record, Retrieval, Training, commits, grouped, of
+from kvcascade.eval.quality import codecs, evaluation, retrieval
+from kvcascade.eval.records import (
+    Bench,
+    Board,
+    Compared,
+    Distortion,
+    Evaluation,
+    Record,
+    Retrieval,
+    Training,
+    Tuned,
+    commits,
+    grouped,
+    of,
+)
+from kvcascade.eval.report import page
 from kvcascade.eval.report.page import KEPT, findings, models_table, title
-from kvcascade.eval.table import CACHE, SAVED, Column, Table, markdown
+from kvcascade.eval.search import leaderboard, tune
+from kvcascade.eval.table import CACHE, SAVED, Column, Table, brief, markdown
 
 BYTES_SAVED = SAVED._replace(name="bytes saved")
 
@@ -91,6 +107,74 @@ def methods_tables(records: list[Record]) -> dict[str, str]:
         tasks = ", ".join(retrieval.measurable(retrievals, max(r.length for r in retrievals)))
         protocol += f" Answered: mean of {tasks}; {retrieval.protocol(retrievals)}."
     return {"ranked": "\n\n".join([*tables, protocol])}
+
+
+def codecs_tables(records: list[Record]) -> dict[str, str]:
+    """What codecs do on the same bytes: a table of each model's, with perplexity and milliseconds where they were measured."""
+    first, *others = page.alike(of(records, Distortion))
+    evaluations, speeds = of(records, Evaluation), of(records, Bench)
+    change = evaluation.change(evaluations)
+    whole = {_codec(r.cache): r for r in evaluations if r.cache.startswith("full")}
+    timed = {_codec(r.cache): r for r in speeds if r.cache.startswith("full")}
+    over = lambda r: timed[r.codec].step_ms / timed[bf16.name].step_ms if r.codec in timed else None
+    share = lambda r: 1 - whole[r.codec].compression if r.codec in whole else None
+    columns = [
+        Column("codec", "codec"),
+        Column("bytes of a key and a value", "vector_bytes", "{:.0f}"),
+        Column("error of keys", "key_error", "{:.3f}"),
+        Column("of values", "value_error", "{:.3f}"),
+        Column("of attention", "output_error", "{:.3f}"),
+        Column("a whole cache's bytes", share, "{:.1%}"),
+        Column("Δ PPL (95 %)", lambda r: change.cell(whole[r.codec]) if r.codec in whole else None),
+        Column("ms a step", lambda r: timed[r.codec].step_ms if r.codec in timed else None, "{:.1f}"),
+        Column("of bf16's", over, "{:.2f}"),
+    ]
+    ranked = lambda mine: sorted(mine, key=lambda r: (-r.vector_bytes, r.output_error))
+    few = [r for r in evaluations if r.cache == "full" or not r.cache.startswith("full")]
+    cache = CACHE._replace(value=lambda r: brief(r.cache.split(" with ")[0]))
+    held = markdown(Table.of("", [cache, BYTES_SAVED, evaluation.PPL, change], few).code)
+    said = f"{evaluation.protocol(evaluations[0])}; ≈: not decided, all caches taken together. {_stamp(evaluations)}"
+    if speeds:
+        one = speeds[0]
+        said += f" Steps of {one.batch} rows behind {one.context} tokens, all in turns."
+    tables = [
+        f"{codecs.table(mine).title}:\n\n{markdown(Table.of('', columns[:5], ranked(mine)).code)}" for mine in others
+    ]
+    return {
+        "codecs": f"{codecs.table(first).title}:\n\n{markdown(Table.of('', columns, ranked(first)).code)}\n\nPerplexity: {said}",
+        "few": held,
+        "wide": "\n\n".join(tables),
+    }
+
+
+def _codec(cache: str) -> str:
+    """The codec of a cache of one full tier, by its text, without opening its calibration."""
+    return cache.split(" with ")[0].removeprefix("full").removeprefix("@") or bf16.name
+
+
+def board_tables(records: list[Record]) -> dict[str, str]:
+    """The leaderboard: a table for each budget; and of each budget the best of each kind."""
+    board = of(records, Board)[-1]
+    code = lambda table: table._replace(
+        rows=[
+            [f"`{cell}`" if name == "cache" else cell for name, cell in zip(table.columns, row, strict=True)]
+            for row in table.rows
+        ]
+    )
+    tables = [f"{each.title}:\n\n{markdown(code(each))}" for each in leaderboard.tables(board, records)]
+    said = leaderboard.protocol(board, records)
+    found = [each for each in of(records, Evaluation) if each.rows == board.rows]
+    best = code(leaderboard.best_of_each(board, records))
+    return {
+        "board": "\n\n".join([said + " " + _stamp(found), *tables]),
+        "best": f"{markdown(best)}\n\n{title(found[0])}, "
+        f"weights in {board.weights}: of each budget the best of each kind, and random eviction. Commit {commits(found)}.",
+    }
+
+
+def searches_table(records: list[Record]) -> str:
+    """What searches found, and how well they foresaw the loss of what they scored."""
+    return "\n\n".join(f"{each.title}:\n\n{markdown(each)}" for each in map(tune.table, of(records, Tuned)))
 
 
 def fill(readme: str, parts: dict[str, str]) -> str:

@@ -19,6 +19,7 @@ from kvcascade.cache.spec import CacheSpec
 from kvcascade.eval.measure import Job
 from kvcascade.eval.quality.windows import Windows
 from kvcascade.eval.records import Curve
+from kvcascade.eval.table import brief
 from kvcascade.kernels.loss import token_nll
 from kvcascade.model import gpt
 from kvcascade.model.config import ModelConfig
@@ -78,7 +79,7 @@ def jobs(model: Model, specs: Sequence[CacheSpec], windows: Windows) -> list[Job
             rounded = lambda errors_LK: [[float(f"{x:.6g}") for x in row] for row in errors_LK]
             return [Curve(**about, nats=rounded(found.nats_LK), squares=rounded(found.squares_LK))]
 
-        return Job(about, "eval/search", run, str(spec))
+        return Job(about, "eval/search", run, brief(str(spec)))
 
     return [*map(job, specs)]
 
@@ -138,6 +139,7 @@ def errors(
             some.append(_replayed(cache, *layers[group.layer].of(group.chosen), weight))
         for group, errors in zip(groups, jax.device_get(some), strict=True):
             found[:, group.layer, group.chosen] += errors
+    _replayed.clear_cache()  # each spec has programs of its own, and a process has room for some ten thousand pieces of code
     return Errors(*found / tokens)
 
 

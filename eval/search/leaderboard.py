@@ -25,7 +25,7 @@ from kvcascade.eval.records import (
     of,
 )
 from kvcascade.eval.search import options, tune
-from kvcascade.eval.table import Column, Table
+from kvcascade.eval.table import CACHE, Column, Table
 from kvcascade.model.pretrained import Model
 
 TASKS = ("single", "passkey")
@@ -105,12 +105,6 @@ class Standing:
     full_speed: Bench | None
     prompt: Prompting | None
 
-    @property
-    def shown(self) -> str:
-        """Its cache, cut short where it has a part for each layer; the record has all."""
-        parts = self.cache.split(" ; ")
-        return self.cache if len(parts) < 4 else f"{parts[0]} ; … ({len(parts)} parts)"
-
 
 def standing(board: Board, budget: float, found: Sequence[Record]) -> list[Standing]:
     """Those of a budget that were scored, the best first."""
@@ -152,7 +146,7 @@ COLUMNS = [
     Column("place", lambda s: s.place),
     Column("95 % of it", lambda s: "{} … {}".format(*s.places)),
     Column("what", "name"),
-    Column("cache", "shown"),
+    CACHE,
     Column("bytes", lambda s: 1 - s.score.compression, "{:.1%}"),
     Column("PPL", lambda s: s.score.ppl, "{:.2f}"),
     Column("Δ PPL (95 %)", "change"),
