@@ -38,17 +38,6 @@ CACHES = {
 
 ALL = tuple(text for group in CACHES.values() for text in group)
 
-SUMMARY = (
-    "full",
-    "full@int8",
-    "full@int4h",
-    "random 128",
-    "sink 4 | recent 124",
-    "neurokv",
-    "sink 1 | recent 256 | heavy 32 | heavy 64@int8",
-)
-"""What the README shows of a pretrained model."""
-
 TELLING = (
     "full",
     "random 128",

@@ -20,7 +20,7 @@ from kvcascade.eval.quality import windows
 from kvcascade.eval.quality.windows import Windows
 from kvcascade.eval.records import Record
 from kvcascade.eval.spread import Place, Recipe
-from kvcascade.eval.table import Table, on_terminal
+from kvcascade.eval.table import Table, brief, on_terminal
 from kvcascade.model import pretrained
 from kvcascade.model.pretrained import Model
 from kvcascade.model.tokenizer import token_bytes
@@ -169,7 +169,7 @@ def _recorded[R: Record](
     def tell(index: int, words: str) -> None:
         nonlocal done
         done = index
-        show(index, words)
+        show(index, brief(words))
 
     try:
         with progress(title, count) as show:

@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""What `make ray` runs: two replicas of a toy on Ray Serve, the answers of one process, and one replica that dies."""
+"""What `make ray` runs: a toy measured by tasks on Ray; two replicas of it on Ray Serve, the answers of one process, and one replica that dies."""
 
 import concurrent.futures
 import os
@@ -18,6 +18,8 @@ ray = pytest.importorskip("ray")
 from ray import serve  # noqa: E402
 
 from kvcascade.cache.spec import parse  # noqa: E402
+from kvcascade.eval import record_files  # noqa: E402
+from kvcascade.eval.records import Evaluation  # noqa: E402
 from kvcascade.model import generate  # noqa: E402
 from kvcascade.scripts import cli  # noqa: E402
 from kvcascade.scripts.replicas import application  # noqa: E402
@@ -57,6 +59,20 @@ def client(run: Path) -> Iterator[openai.OpenAI]:
     yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=4)
     serve.shutdown()
     ray.shutdown()
+
+
+def test_measurements_on_ray_are_those_of_one_process(run: Path, tmp_path: Path) -> None:
+    """The leaderboard's scores, each by a task of the cluster, written down by the one that asked."""
+    text, found = run.parent / "text.txt", {}
+    common = ["--model", str(run), "--data", f"file:{text}", "--context", "32", "--windows", "4", "--budget", "50%"]
+    for place in ("processes", "ray"):
+        out = tmp_path / f"{place}.jsonl"
+        cli.main(
+            ["leaderboard", *common, "--measure", "fidelity", "--finalists", "0", "--on", place, "--out", str(out)]
+        )
+        scores = [each for each in record_files.read(out) if isinstance(each, Evaluation)]
+        found[place] = {(each.cache, each.kind): each.nll_windows for each in scores}
+    assert found["ray"] == found["processes"] and len(found["ray"]) > 20
 
 
 def answer(client: openai.OpenAI, name: str, prompt: str, stream: bool = False) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from kvcascade.cache.codec import bf16
 from kvcascade.cache.errors import BadInput
-from kvcascade.eval import suite
 from kvcascade.eval.quality import codecs, evaluation, retrieval
 from kvcascade.eval.records import (
     Bench,
@@ -63,26 +62,17 @@ def readme_tables(found: list[Record]) -> dict[str, str]:
 
 
 def pretrained_tables(found: list[Record]) -> dict[str, str]:
-    """A pretrained model's caches, of all bytes, perplexity, fidelity, and what was found; and a summary of a few; each with the protocol."""
+    """A pretrained model's caches, of all bytes, perplexity, fidelity, and what was found; with the protocol."""
     evaluations, retrievals = of(found, Evaluation), of(found, Retrieval)
-    few = [r for r in evaluations if r.cache in suite.SUMMARY]
-    first, columns = evaluations[0], lambda mine, ppl: [CACHE, BYTES_SAVED, ppl, evaluation.change(mine)]
-    every = (
-        columns(evaluations, evaluation.PPL)
-        + evaluation.fidelity("{:.4f}")
-        + [_answers("answered in {} tokens", retrievals)]
-    )
-    summary = [*columns(few, evaluation.PPL._replace(form="{:.2f}")), _answers("answered", retrievals)]
+    first = evaluations[0]
+    every = [CACHE, BYTES_SAVED, evaluation.PPL, evaluation.change(evaluations), *evaluation.fidelity("{:.4f}")]
+    every.append(_answers("answered in {} tokens", retrievals))
     longest = max((r.length for r in retrievals), default=0)
     protocol = f"PPL, KL(full ‖ cache) and same top-1: {evaluation.protocol(first)}; ≈: not decided, all caches taken together. {_stamp(evaluations)}"
     if retrievals:
         tasks = ", ".join(retrieval.measurable(retrievals, longest))
         protocol += f" Answered: mean of {tasks}; {retrieval.protocol(retrievals)}."
-    brief = f"{title(few[0])}; ≈: not decided. *Answered*: mean over retrieval tasks in {longest} tokens. Commit {few[0].commit}."
-    return {
-        "pretrained": f"{markdown(Table.of('', every, evaluations).code)}\n\n{protocol}",
-        "summary": f"{markdown(Table.of('', summary, few).code)}\n\n{brief}",
-    }
+    return {"pretrained": f"{markdown(Table.of('', every, evaluations).code)}\n\n{protocol}"}
 
 
 def methods_tables(records: list[Record]) -> dict[str, str]:

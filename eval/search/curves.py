@@ -139,7 +139,8 @@ def errors(
             some.append(_replayed(cache, *layers[group.layer].of(group.chosen), weight))
         for group, errors in zip(groups, jax.device_get(some), strict=True):
             found[:, group.layer, group.chosen] += errors
-    _replayed.clear_cache()  # each spec has programs of its own, and a process has room for some ten thousand pieces of code
+    # Each spec has programs of its own, and a process has room for some ten thousand pieces of code.
+    _replayed.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
     return Errors(*found / tokens)
 
 

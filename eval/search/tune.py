@@ -143,7 +143,7 @@ def tune(
         for spec in [*searched, *rivals]
     }
     left = [*candidates]
-    for count in [each for each in STAGES if each <= len(tuning.rows_BT)]:
+    for count in dict.fromkeys(min(each, len(tuning.rows_BT)) for each in STAGES):
         for place, spec in enumerate(left):
             tell(f"{count} windows, candidate {place + 1} of {len(left)}: {candidates[spec]['name']}")
             candidates[spec]["losses"].append(_loss(model, spec, tuning.part(0, count), search.objective))
