@@ -20,6 +20,7 @@ from ray import serve  # noqa: E402
 from kvcascade.cache.spec import parse  # noqa: E402
 from kvcascade.eval import record_files  # noqa: E402
 from kvcascade.eval.records import Evaluation  # noqa: E402
+from kvcascade.eval.search import options  # noqa: E402
 from kvcascade.model import generate  # noqa: E402
 from kvcascade.scripts import cli  # noqa: E402
 from kvcascade.scripts.replicas import application  # noqa: E402
@@ -61,8 +62,10 @@ def client(run: Path) -> Iterator[openai.OpenAI]:
     ray.shutdown()
 
 
-def test_measurements_on_ray_are_those_of_one_process(run: Path, tmp_path: Path) -> None:
+def test_measurements_on_ray_are_those_of_one_process(run: Path, tmp_path: Path, monkeypatch) -> None:
     """The leaderboard's scores, each by a task of the cluster, written down by the one that asked."""
+    monkeypatch.setattr(options, "METHODS", ("random", "heavy"))
+    monkeypatch.setattr(options, "PRESETS", {"streaming": "sink 4 | recent 124"})
     text, found = run.parent / "text.txt", {}
     common = ["--model", str(run), "--data", f"file:{text}", "--context", "32", "--windows", "4", "--budget", "50%"]
     for place in ("processes", "ray"):
@@ -72,7 +75,7 @@ def test_measurements_on_ray_are_those_of_one_process(run: Path, tmp_path: Path)
         )
         scores = [each for each in record_files.read(out) if isinstance(each, Evaluation)]
         found[place] = {(each.cache, each.kind): each.nll_windows for each in scores}
-    assert found["ray"] == found["processes"] and len(found["ray"]) > 20
+    assert found["ray"] == found["processes"] and len(found["ray"]) > 5
 
 
 def answer(client: openai.OpenAI, name: str, prompt: str, stream: bool = False) -> str:

@@ -81,7 +81,9 @@ def sections(found: list[Record]) -> dict:
         ],
         "layers": layers and {"figure": _svg(figures.bytes_by_kind, layers), "table": _layers_table(layers)},
         "growth": grown and {"figure": _svg(figures.growth, grown), "table": _growth_table(grown)},
-        "boards": [_board(each, found) for each in of(found, Board)],
+        "boards": [
+            _board(mine[-1], found) for mine in grouped(of(found, Board), lambda r: (r.weights_key, r.rows, r.context))
+        ],
         "others": more,
         **costly,
         "protocol": _protocol(found),

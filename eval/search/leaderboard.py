@@ -117,13 +117,13 @@ def standing(board: Board, budget: float, found: Sequence[Record]) -> list[Stand
     places = stats.ranks(np.array([r.nll_windows for r in mine]), mine[0].document_windows)
     p_values = [math.nan, *(evaluation.paired(r, mine[0], stats.p_value) for r in mine[1:])]
     apart = stats.decided(p_values)
-    same = lambda kind: {
-        r.cache: r for r in of(found, kind) if (r.model, r.given.get("weights")) == (board.model, board.weights)
-    }
-    speeds, prompts = (
-        same(Bench),
-        {cache: r for cache, r in same(Prompting).items() if (r.tokens, r.batch) == (board.context, ROWS)},
-    )
+    same = lambda kind: [
+        r for r in of(found, kind) if (r.model, r.given.get("weights")) == (board.model, board.weights)
+    ]
+    benches = [r for r in same(Bench) if (r.batch, r.context) == (ROWS, board.context)]
+    beside = {r.key: r for r in benches if r.cache == "full"}  # a cache is timed in turns with the full one
+    speeds = {r.cache: (r, beside.get(r.key)) for r in benches}
+    prompts = {r.cache: r for r in same(Prompting) if (r.tokens, r.batch) == (board.context, ROWS)}
     faithful = {r.cache: r for r in of(found, Compared) if (r.weights_key, r.rows) == (board.weights_key, board.rows)}
     answers = [r for r in of(found, Retrieval) if (r.weights_key, r.length) == (board.weights_key, board.context)]
     return [
@@ -131,7 +131,7 @@ def standing(board: Board, budget: float, found: Sequence[Record]) -> list[Stand
             place, places[place - 1], names[r.cache], r.cache, r, evaluation.against(r, full) if full else "",
             place == 1 or not apart[place - 1], faithful.get(r.cache),
             str(share) if (share := retrieval.average(answers, r.cache, board.context)) else None,
-            speeds.get(r.cache), speeds.get("full"), prompts.get(r.cache),
+            *speeds.get(r.cache, (None, None)), prompts.get(r.cache),
         )
         for place, r in enumerate(mine, 1)
     ]  # fmt: skip
@@ -139,7 +139,8 @@ def standing(board: Board, budget: float, found: Sequence[Record]) -> list[Stand
 
 def _scores(board: Board, found: Sequence[Record]) -> dict[str, Evaluation]:
     """The newest score of each cache on the board's windows."""
-    return {r.cache: r for r in of(found, Evaluation) if (r.weights_key, r.rows) == (board.weights_key, board.rows)}
+    same = lambda r: (r.weights_key, r.rows) == (board.weights_key, board.rows) and not r.given.get("prefix")
+    return {r.cache: r for r in of(found, Evaluation) if same(r)}
 
 
 COLUMNS = [
