@@ -31,7 +31,9 @@ def recorded[R: Record](name: str, kind: type[R] = Record) -> list[R]:
 def generated() -> dict[Path, str]:
     """The files that come from the records, with their content: pages and figures."""
     toy, pretrained = recorded("toy"), recorded("smollm2")
-    costly = {name: recorded(name) for name in ("speed", "stream", "serving", "fit", "crash", "weights", "prompt")}
+    costly = {
+        name: recorded(name) for name in ("speed", "heads", "stream", "serving", "fit", "crash", "weights", "prompt")
+    }
     kernels: list[Any] = record_files.read(RESULTS / "kernels.jsonl")
     parts = tables_of.readme_tables(toy) | tables_of.pretrained_tables(pretrained) | costs.readme_tables(costly)
     board = recorded("leaderboard")

@@ -7,6 +7,7 @@ import markupsafe
 from kvcascade.eval.memory import crash, fit, prompt
 from kvcascade.eval.quality import weights
 from kvcascade.eval.records import (
+    Bench,
     BenchRow,
     Crash,
     Evaluation,
@@ -24,7 +25,7 @@ from kvcascade.eval.records import (
 )
 from kvcascade.eval.report import figures
 from kvcascade.eval.speed import bench, profile_report, serving, stream
-from kvcascade.eval.table import markdown
+from kvcascade.eval.table import CACHE, Column, Table, markdown
 
 _svg = markupsafe.Markup
 
@@ -101,6 +102,7 @@ def readme_tables(found: dict[str, list[Record]]) -> dict[str, str]:
     return {
         "speed": f"{markdown(bench.headline(benches))}\n\n{markdown(speed.code)}\n\n{speed.title}; {_stamp(benches)}.",
         "stream": f"{markdown(decoded.code)}\n\n{decoded.title}; {_stamp(streams)}.",
+        "heads": _heads_text(of(found["heads"], Bench)),
         "serving": _served_text(of(found["serving"], Served)),
         "fit": _fits_text(of(found["fit"], FitTask)),
         "crash": f"{markdown(users.code)}\n\n{protocol}",
@@ -108,6 +110,24 @@ def readme_tables(found: dict[str, list[Record]]) -> dict[str, str]:
         "prompt": _prompts_text(prompts, of(found["prompt"], Evaluation)),
         "weights": f"{markdown(weights.table(rounded))}\n\n{weights.protocol(rounded)}; {_stamp(rounded)}.",
     }
+
+
+def _heads_text(found: list[Bench]) -> str:
+    """Caches whose heads differ: a table for each model and size, ours over our full cache, a library's over the first that is there of it."""
+    parts = []
+    for mine in grouped(found, lambda r: (r.model, r.batch, r.context)):
+        whole = lambda r, mine=mine: next(each for each in mine if bool(each.library) == bool(r.library))
+        columns = [
+            CACHE, Column("weights", "weights"), Column("KV, MB a row", lambda r: r.kv_bytes / 1e6, "{:.2f}"),
+            Column("bytes of the whole", lambda r, whole=whole: r.kv_bytes / whole(r).kv_bytes, "{:.1%}"),
+            Column("ms a step, loop", "step_ms", "{:.1f}"), Column("alone", "alone", "{:.1f}"),
+            Column("of the whole, loop", lambda r, whole=whole: r.step_ms / whole(r).step_ms, "{:.2f}"),
+            Column("alone", lambda r, whole=whole: r.alone / whole(r).alone, "{:.2f}"),
+        ]  # fmt: skip
+        first = mine[0]
+        said = f"{first.model}, {first.batch} × {first.context:,}, {first.steps} steps × {first.repeats} rounds, all in turns"
+        parts += [markdown(Table.of("", columns, mine).code), f"{said}; {_stamp(mine)}."]
+    return "\n\n".join(parts)
 
 
 def _served_text(found: list[Served]) -> str:
