@@ -49,6 +49,7 @@ def job(
     }  # fmt: skip
     mine = [each for each in tuned if (each.weights_key, each.rows) == (model.fingerprint, tuning.key)]
     entries = [entry for share in shares for entry in _entries(model, share, context, known, mine)]
+    about |= options.content(parse(entry["cache"]) for entry in entries)
     return Job(about | {"entries": entries}, "eval/search", lambda: [Board(**about, entries=entries)], "who takes part")
 
 

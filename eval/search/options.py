@@ -1,7 +1,7 @@
 """What a search may choose from, and what it is compared with: cascades of every size and codec, and methods as they stand, at so many bytes."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -46,6 +46,11 @@ def options(context: int, known: str, slots: bool = True, bits: bool = True) -> 
                 front = f"sink {SINKS} | " + ("" if policy == "recent" else f"recent {near} | ")
                 found.append(_in(f"{front}{policy} {count}@", codec, known))
     return found
+
+
+def content(specs: Iterable[CacheSpec]) -> dict:
+    """What tells the calibration that some of these need from others, for a record; nothing where none does."""
+    return next((spec.content for spec in specs if spec.calibration), {})
 
 
 def _in(text: str, codec: str, known: str) -> CacheSpec:

@@ -104,7 +104,7 @@ def _job(
     about = {
         "kind": "tune", "model": model.name, "weights": model.config.weights, "weights_key": model.fingerprint,
         "data": tuning.data, "text": tuning.text, "rows": tuning.key, "context": tuning.rows_BT.shape[1], "windows": len(tuning.rows_BT),
-    } | dataclasses.asdict(search)  # fmt: skip
+    } | dataclasses.asdict(search) | options.content(every)  # fmt: skip
     return Job(
         about,
         "eval/search",
@@ -156,7 +156,6 @@ def tune(
         options=len(every),
         candidates=listed,
         correlation=float(spearman(*pairs)),
-        **left[0].content,
     )
 
 
