@@ -213,11 +213,16 @@ def points(board: Board, found: Sequence[Record]) -> Iterator[tuple[str, Evaluat
 
 def best_of_each(board: Board, found: Sequence[Record]) -> Table:
     """Of each budget the best of each kind of entry, and random eviction."""
-    rows = []
+    rows: list[tuple[float, Standing]] = []
     for budget in board.budgets:
         first: dict[str, Standing] = {}
         for each in standing(board, budget, found):
             first.setdefault("random" if each.name == "method: random" else each.name.split(":")[0], each)
-        rows += sorted(first.values(), key=lambda each: each.place)
-    columns = [Column("bytes", lambda s: 1 - s.score.compression, "{:.1%}"), *COLUMNS[2:7], *MORE[:5]]
+        rows += [(budget, each) for each in sorted(first.values(), key=lambda each: each.place)]
+    what = Column("what", lambda s: "mixture by hand" if s.name.startswith("mixture") else s.name)
+    theirs = [what, *COLUMNS[3:7], *MORE[:5]]
+    columns = [
+        Column("at most", lambda row: row[0], "{:.0%}"),
+        *(each._replace(value=lambda row, each=each: each.cell(row[1]), form="{}") for each in theirs),
+    ]
     return Table.of("", [each for each in columns if any(each.cell(row) for row in rows)], rows)
