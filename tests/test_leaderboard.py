@@ -65,14 +65,10 @@ def test_tables_figure_and_page_show_all_that_was_scored(board: Board, found: li
     assert {*map(len, half.rows + quarter.rows)} == {len(half.columns)}
     best = leaderboard.best_of_each(board, found)
     assert [row[1] for row in best.rows] == ["codec: int8", "tuned", "method: heavy", "method: random"]
-    kinds = dict((record.cache, kind) for kind, record in leaderboard.points(board, found))
-    assert kinds == {
-        "full": "full",
-        "heavy 4": "method",
-        "random 4": "random",
-        "recent 4@int8": "tuned",
-        "full@int8": "codec",
-    }
+    panels, full = leaderboard.panels(board, found)
+    kinds = {record.cache: kind for entries in panels.values() for kind, _, record in entries}
+    assert full is not None and full.cache == "full" and [*panels] == [0.5, 0.25]
+    assert kinds == {"heavy 4": "method", "random 4": "random", "recent 4@int8": "tuned", "full@int8": "codec"}
     page.write(tmp_path / "board.html", found, "kvcascade leaderboard")
     text = (tmp_path / "board.html").read_text("utf-8")
     assert "<h2>Leaderboard</h2>" in text and "12 windows of 64 tokens" in text and "in 5 of 5 rows" in text

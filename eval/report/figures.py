@@ -39,6 +39,8 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#e6e6e6", "axes.axisbelow": True, "svg.fonttype": "none", "text.parse_math": False, "svg.hashsalt": "kvcascade", "legend.frameon": False,
 }  # fmt: skip
 SIZE = (7.2, 4.3)
+FARTHEST = 3.0
+"""Times the full cache's perplexity that the leaderboard's figure has room for."""
 
 
 def to_svg(figure: Figure) -> str:
@@ -107,13 +109,12 @@ def loss_curves(trainings: list[Training]) -> str:
         return to_svg(figure)
 
 
-def quality_against_bytes(evaluations: list[Evaluation], groups: dict[str, str] | None = None) -> str:
+def quality_against_bytes(evaluations: list[Evaluation]) -> str:
     """Perplexity against measured bytes of a row's cache; bars are 95 % intervals of the change against the full cache.
 
-    Colour is the group of caches, by default those of the study that are compared; hollow is random eviction; caches that none of fewer bytes
-    beats are numbered and named.
+    Colour is the group of caches that are compared, hollow is random eviction; caches that none of fewer bytes beats are numbered and named.
     """
-    groups = groups or {r.cache: suite.group_of(r.cache, r.context) for r in evaluations}
+    groups = {r.cache: suite.group_of(r.cache, r.context) for r in evaluations}
     with matplotlib.rc_context(STYLE):
         figure, axes = subplots()
         colours = {name: style["color"] for style, name in styled(dict.fromkeys(groups[r.cache] for r in evaluations))}
@@ -125,7 +126,7 @@ def quality_against_bytes(evaluations: list[Evaluation], groups: dict[str, str] 
             if full and math.isfinite(low):
                 ends = [full.ppl * math.exp(low), full.ppl * math.exp(high)]
                 bar = [[max(0.0, record.ppl - ends[0])], [max(0.0, ends[1] - record.ppl)]]
-            lot = record.cache.startswith("random") or groups[record.cache] == "random"
+            lot = record.cache.startswith("random")
             axes.errorbar(
                 record.kv_bytes, record.ppl, yerr=bar, color=colour, marker="o", markersize=7, markeredgewidth=1.6, elinewidth=1.2,
                 capsize=2.5, markerfacecolor="white" if lot else colour,
@@ -168,6 +169,62 @@ def _named(axes, points: list[tuple[float | int, float, str]]) -> None:
         taken.append(text.get_window_extent())
         place = 0.0, -0.2 - 0.055 * number
         axes.text(*place, f"{number}  {name}", transform=axes.transAxes, fontsize=8, color="#333", family="monospace")
+
+
+def leaderboard(kinds: Sequence[str], panels: dict[float, list[tuple[str, str, Evaluation]]], full: Evaluation) -> str:
+    """Perplexity of each entry, of a kind and by a name, in a panel for each budget: the best of a kind is named and has its 95 % interval.
+
+    What loses more than a panel has room for stands at its edge as an arrow.
+    """
+    most = FARTHEST * full.ppl
+    with matplotlib.rc_context(STYLE):
+        figure, axes = subplots(
+            1, len(panels), figsize=(3.4 * len(panels) + 0.8, 0.5 * len(kinds) + 1), sharey=True, squeeze=False
+        )
+        for ax, (budget, entries) in zip(axes[0], panels.items(), strict=True):
+            for row, kind in enumerate(kinds):
+                mine = sorted(((name, r) for each, name, r in entries if each == kind), key=lambda each: each[1].nll)
+                colour = COLOURS[row % len(COLOURS)]
+                for rank, (name, record) in reversed([*enumerate(mine)]):
+                    far = record.ppl > most
+                    shape = {
+                        "marker": ">" if far else "o",
+                        "color": colour,
+                        "markersize": 6 if rank else 8,
+                        "clip_on": False,
+                    }
+                    ax.plot(min(record.ppl, most), row, alpha=0.35 if rank else 1.0, linestyle="", **shape)
+                    if rank:
+                        continue
+                    low, high = evaluation.paired(record, full)
+                    if math.isfinite(low) and not far:
+                        ax.plot(
+                            [full.ppl * math.exp(low), min(full.ppl * math.exp(high), most)],
+                            [row, row],
+                            color=colour,
+                            linewidth=1.4,
+                        )
+                    ax.annotate(
+                        name,
+                        (min(record.ppl, most), row),
+                        (0, 7),
+                        textcoords="offset points",
+                        fontsize=8,
+                        color="#333",
+                        ha="left",
+                    )
+            ax.axvline(full.ppl, color="#888", linewidth=1, linestyle="--")
+            ax.set_xscale("log")
+            ax.xaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 4, 6, 8)))
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+            ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.set_xlim(0.96 * full.ppl, most)
+            ax.set_ylim(len(kinds) - 0.5, -0.8)
+            ax.set_title(f"at most {budget:.0%} of the bytes", fontsize=10)
+            ax.set_xlabel("perplexity (dashed: full cache)", fontsize=9)
+        axes[0][0].set_yticks(range(len(kinds)), kinds)
+        figure.tight_layout()
+        return to_svg(figure)
 
 
 def bytes_by_kind(layers: list[Layer]) -> str:

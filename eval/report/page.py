@@ -101,10 +101,9 @@ def _board(board: Board, found: list[Record]) -> dict:
 
 def board_figure(board: Board, found: list[Record]) -> str:
     """A leaderboard's perplexities against bytes, as SVG; nothing where nothing was scored."""
-    points = [*leaderboard.points(board, found)]
-    if not points:
-        return ""
-    return figures.quality_against_bytes([r for _, r in points], {r.cache: kind for kind, r in points})
+    panels, full = leaderboard.panels(board, found)
+    kinds = dict.fromkeys(kind for entries in panels.values() for kind, *_ in entries)
+    return figures.leaderboard(sorted(kinds, key=leaderboard.KINDS.index), panels, full) if full else ""
 
 
 def others(found: list[Record]) -> list[dict]:

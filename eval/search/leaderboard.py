@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -200,15 +200,24 @@ def protocol(board: Board, found: Sequence[Record]) -> str:
     return said
 
 
-def points(board: Board, found: Sequence[Record]) -> Iterator[tuple[str, Evaluation]]:
-    """What a figure shows: each score, and of what kind of entry it is."""
-    scores = _scores(board, found)
-    if "full" in scores:
-        yield "full", scores["full"]
-    for entry in board.entries:
-        if entry["cache"] in scores:
-            kind = entry["name"].split(":")[0]
-            yield "random" if entry["name"] == "method: random" else kind, scores[entry["cache"]]
+def kind(name: str) -> str:
+    """What sort of entry it is, by its name."""
+    return "random" if name == "method: random" else name.split(":")[0].split(" for ")[0]
+
+
+KINDS = ("tuned", "mixture", "codec", "method", "allocation", "preset", "random")
+
+
+def panels(
+    board: Board, found: Sequence[Record]
+) -> tuple[dict[float, list[tuple[str, str, Evaluation]]], Evaluation | None]:
+    """What a figure shows of each budget: the kind, the name and the score of each entry; and the full cache's score, None if it was not scored."""
+    short = lambda name: "" if kind(name) in ("tuned", "mixture") else name.split(": ")[-1]
+    made = {
+        budget: [(kind(each.name), short(each.name), each.score) for each in standing(board, budget, found)]
+        for budget in board.budgets
+    }
+    return made, _scores(board, found).get("full")
 
 
 def best_of_each(board: Board, found: Sequence[Record]) -> Table:
@@ -217,7 +226,7 @@ def best_of_each(board: Board, found: Sequence[Record]) -> Table:
     for budget in board.budgets:
         first: dict[str, Standing] = {}
         for each in standing(board, budget, found):
-            first.setdefault("random" if each.name == "method: random" else each.name.split(":")[0], each)
+            first.setdefault(kind(each.name), each)
         rows += [(budget, each) for each in sorted(first.values(), key=lambda each: each.place)]
     what = Column("what", lambda s: "mixture by hand" if s.name.startswith("mixture") else s.name)
     theirs = [what, *COLUMNS[3:7], *MORE[:5]]
