@@ -316,7 +316,7 @@ def step_shares(records: list[Profile]) -> str:
                 left += width
             axes.annotate(f"{left:.2f}", (left, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
         models = {record.model for record in records}
-        names = [f"{r.model}: {r.cache}" if len(models) > 1 else r.cache for r in reversed(records)]
+        names = [f"{r.model}: {brief(r.cache)}" if len(models) > 1 else brief(r.cache) for r in reversed(records)]
         axes.set_yticks(range(len(records)), ["\n".join(textwrap.wrap(name, 34)) for name in names])
         axes.set_xlabel("milliseconds of a decode step")
         handles = [Patch(color=colour) for colour, _ in PARTS.values()]
@@ -371,7 +371,7 @@ def stream(records: list[Stream]) -> str:
                 **style,
                 marker="o",
                 markersize=3,
-                label=f"{record.name}: {record.cache}",
+                label=f"{record.name}: {brief(record.cache)}",
             )
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

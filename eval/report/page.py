@@ -32,7 +32,7 @@ from kvcascade.eval.records import (
 )
 from kvcascade.eval.report import costs, figures
 from kvcascade.eval.search import leaderboard, tune
-from kvcascade.eval.table import CACHE, KV_BYTES, SAVED, Column, Table
+from kvcascade.eval.table import CACHE, KV_BYTES, SAVED, Column, Table, brief
 from kvcascade.kernels.files import write_whole
 
 
@@ -215,13 +215,13 @@ def _best_at(evaluations: list[Evaluation], saved: float) -> str | None:
     lot = next((r for r in fits if r not in kept), None)
     if not kept or (full := baseline(kept[0], evaluations)) is None:
         return None
-    best = kept[0]
+    best, count = kept[0], len({r.cache for r in kept})
     against = ""
     if lot:
         told_apart = stats.decided([evaluation.paired(best, lot, stats.p_value)])[0]
         against = f"; random eviction {evaluation.against(lot, full)}{'' if told_apart else ', which is not told apart from it'}"
     return (
-        f"{best.model}, at least {saved:.0%} of the bytes saved: `{best.cache}`, the best of {len(kept)}, saves {best.compression:.1%} "
+        f"{best.model}, at least {saved:.0%} of the bytes saved: `{brief(best.cache)}`, the best of {count}, saves {best.compression:.1%} "
         f"at {evaluation.against(best, full)} perplexity{against}."
     )
 

@@ -145,10 +145,9 @@ def _scores(board: Board, found: Sequence[Record]) -> dict[str, Evaluation]:
 
 
 COLUMNS = [
-    Column("place", lambda s: s.place),
-    Column("95 % of it", lambda s: "{} … {}".format(*s.places)),
-    Column("what", "name"),
     CACHE,
+    Column("what", lambda s: "mixture by hand" if s.name.startswith("mixture") else s.name),
+    Column("place (95 %)", lambda s: "{} ({} … {})".format(s.place, *s.places)),
     Column("bytes", lambda s: 1 - s.score.compression, "{:.1%}"),
     Column("PPL", lambda s: s.score.ppl, "{:.2f}"),
     Column("Δ PPL (95 %)", "change"),
@@ -228,8 +227,8 @@ def best_of_each(board: Board, found: Sequence[Record]) -> Table:
         for each in standing(board, budget, found):
             first.setdefault(kind(each.name), each)
         rows += [(budget, each) for each in sorted(first.values(), key=lambda each: each.place)]
-    what = Column("what", lambda s: "mixture by hand" if s.name.startswith("mixture") else s.name)
-    theirs = [what, *COLUMNS[3:7], *MORE[:5]]
+    cache, what, _, *figures = COLUMNS
+    theirs = [what, cache, *figures[:3], *MORE[:5]]
     columns = [
         Column("at most", lambda row: row[0], "{:.0%}"),
         *(each._replace(value=lambda row, each=each: each.cell(row[1]), form="{}") for each in theirs),
