@@ -49,6 +49,7 @@ def test_places_go_by_loss_and_near_ones_are_not_told_apart(board: Board, found:
     assert [each.place for each in standings] == [1, 2, 3]
     assert standings[0].places == (1, 2) == standings[1].places and standings[2].places == (3, 3)
     assert [each.level for each in standings] == [True, True, False]
+    assert [each.behind for each in standings] == [False, False, True]
     assert standings[0].change == pytest.approx(standings[0].change) and "%" in standings[0].change
     other = [*found[:1], *(records.changed(each, rows="others") for each in found[1:])]
     assert leaderboard.standing(board, 0.25, other) == []

@@ -98,6 +98,8 @@ class Standing:
     score: Evaluation
     change: str
     """Of perplexity, against the full cache."""
+    behind: bool
+    """Whether its loss is above the first one's by a paired interval of its own."""
     level: bool
     """Whether it is not told apart from the first, all that are at this budget taken together."""
     faithful: Compared | None
@@ -130,7 +132,7 @@ def standing(board: Board, budget: float, found: Sequence[Record]) -> list[Stand
     return [
         Standing(
             place, places[place - 1], names[r.cache], r.cache, r, evaluation.against(r, full) if full else "",
-            place == 1 or not apart[place - 1], faithful.get(r.cache),
+            place > 1 and evaluation.paired(r, mine[0])[0] > 0, place == 1 or not apart[place - 1], faithful.get(r.cache),
             str(share) if (share := retrieval.average(answers, r.cache, board.context)) else None,
             *speeds.get(r.cache, (None, None)), prompts.get(r.cache),
         )
@@ -171,7 +173,11 @@ def tables(board: Board, found: Sequence[Record]) -> list[Table]:
         more = [column for column in MORE if any(column.cell(each) for each in standings)]
         full = _scores(board, found).get("full")
         beside = f"; the full cache has PPL {full.ppl:.2f}" if full else ""
-        title = f"At most {budget:.0%} of the bytes, {len(standings)} scored{beside}"
+        behind = sum(each.behind for each in standings)
+        title = (
+            f"At most {budget:.0%} of the bytes, {len(standings)} scored{beside}; of the others {behind} lose more than the first by a paired "
+            f"interval of 95 % each"
+        )
         made.append(Table.of(title, [*COLUMNS, *more], standings))
     return made
 
