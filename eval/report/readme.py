@@ -119,6 +119,7 @@ def codecs_tables(records: list[Record]) -> dict[str, str]:
         Column("ms a step", lambda r: timed[r.codec].step_ms if r.codec in timed else None, "{:.1f}"),
         Column("of bf16's", over, "{:.2f}"),
     ]
+    columns = [each for each in columns if any(each.cell(r) for r in first)]
     ranked = lambda mine: sorted(mine, key=lambda r: (-r.vector_bytes, r.output_error))
     few = [r for r in evaluations if r.cache == "full" or not r.cache.startswith("full")]
     cache = CACHE._replace(value=lambda r: brief(r.cache.split(" with ")[0]))
