@@ -293,15 +293,23 @@ class Ranking(Record):
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class Tuned(Named):
+class OnWindows(Record):
+    """What is of a model, known by its weights, on some windows of a text."""
+
+    model: Name
+    weights: Text
+    weights_key: Text
+    rows: Text
+    """A hash of the windows."""
+    context: Count
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Tuned(Named, OnWindows):
     """What a search found the best cache of so many bytes to be, and all that it scored."""
 
     kind: Literal["tune"] = "tune"
-    weights: Text
-    weights_key: Text
     data: Text
-    rows: Text
-    context: Count
     windows: Count
     budget: Count
     objective: Text
@@ -314,30 +322,20 @@ class Tuned(Named):
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class Curve(Named):
+class Curve(Named, OnWindows):
     """What each KV head of each layer loses behind a cache, by two measures: what a search chooses by."""
 
     kind: Literal["curve"] = "curve"
-    weights: Text
-    weights_key: Text
-    rows: Text
-    context: Count
     nats: Some[Some[Number]]
     squares: Some[Some[Number]]
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class Board(Record):
+class Board(OnWindows):
     """What takes part in a leaderboard, at which shares of the full cache's bytes; its places come from the records of these caches."""
 
     kind: Literal["board"] = "board"
-    model: Name
-    weights: Text
-    weights_key: Text
     data: Text
-    rows: Text
-    """Of the windows that all are scored on."""
-    context: Count
     windows: Count
     calibration: Text
     entries: Some[Entry]
@@ -353,17 +351,12 @@ class Board(Record):
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class Distortion(Record):
+class Distortion(OnWindows):
     """What a codec does to a model's keys and values, and to what attention makes of them: errors over norms, the mean over layers."""
 
     kind: Literal["codec"] = "codec"
-    model: Name
-    weights: Text
-    weights_key: Text
     codec: Text
     data: Text
-    rows: Text
-    context: Count
     windows: Count
     first: Size
     """So many tokens of a window are in full, and do not count."""

@@ -34,35 +34,34 @@ def spread(
     Raises BadInput where a process ended by itself, or Ray is not there, and what `measure.measure` raises.
     """
     there = {} if again else measure.done(out)
-    left = [index for index, some in enumerate(jobs) if any(job.key not in there for job in some)]
-    done = len(jobs) - len(left)
-    with measure.stoppable() as unstopped, _executor(processes, place) as executor:
+    missing = [tuple(part for part, job in enumerate(some) if job.key not in there) for some in jobs]
+    before = sum(not parts for parts in missing)
+    done = before
+    with measure.stoppable() as unstopped, PLACES[place](processes) as submit:
         tell(done, "")
-        waiting = {executor.submit(_measured, recipe, index, again or out): index for index in left}
+        waiting = {submit(recipe, index, parts): index for index, parts in enumerate(missing) if parts}
         try:
             for future in concurrent.futures.as_completed(waiting):
-                index = waiting[future]
                 found = [record_files.record_of(each) for each in future.result()]
                 with unstopped():
                     record_files.append(out, found)
                     done += 1
-                    tell(done, jobs[index][0].words)
+                    tell(done, jobs[waiting[future]][0].words)
         except concurrent.futures.BrokenExecutor as error:
             raise BadInput(f"a process ended before its measurement did, so it is missing: {error}") from error
         finally:
             for future in waiting:
                 future.cancel()
     everything = measure.done(out)
-    missing = [job for some in jobs for job in some if job.key not in everything]
-    if missing:
-        raise BadInput(f"{missing[0].words} was measured by other code or of another model than is here")
-    return Measured([each for some in jobs for job in some for each in everything[job.key]], len(jobs) - len(left))
+    lost = [job for some in jobs for job in some if job.key not in everything]
+    if lost:
+        raise BadInput(f"{lost[0].words} was measured by other code or of another model than is here")
+    return Measured([each for some in jobs for job in some for each in everything[job.key]], before)
 
 
-def _measured(recipe: Recipe, index: int, before: Path | Literal[True]) -> list[dict[str, Any]]:
-    """In another process: what is not there of one of a recipe's lists."""
-    there = {} if before is True or not before.is_file() else measure.done(before)
-    found = measure.measure([job for job in _made(recipe)[index] if job.key not in there], None).records
+def _measured(recipe: Recipe, index: int, parts: Sequence[int]) -> list[dict[str, Any]]:
+    """In another process: some of one of a recipe's lists."""
+    found = measure.measure([_made(recipe)[index][part] for part in parts], None).records
     return [record.given for record in found if isinstance(record, Record)]
 
 
@@ -71,16 +70,16 @@ def _made(recipe: Recipe) -> list[list[Job]]:
     return recipe()
 
 
+type Submit = Callable[[Recipe, int, Sequence[int]], concurrent.futures.Future]
+
+
 @contextlib.contextmanager
-def _executor(processes: int, place: Place) -> Iterator[Any]:
-    if place == "ray":
-        with _OnRay(processes) as executor:
-            yield executor
-        return
+def _processes(count: int) -> Iterator[Submit]:
+    """Processes of this machine."""
     context = multiprocessing.get_context("spawn")  # JAX has threads, and they are not forked
-    executor = concurrent.futures.ProcessPoolExecutor(processes, context, _bind, (context.Value("i", 0), processes))
+    executor = concurrent.futures.ProcessPoolExecutor(count, context, _bind, (context.Value("i", 0), count))
     try:
-        yield executor
+        yield functools.partial(executor.submit, _measured)
     except BaseException:
         for process in [*executor._processes.values()]:  # those that measure would go on to their end
             process.terminate()
@@ -100,25 +99,23 @@ def _bind(counter: Any, processes: int) -> None:
         os.sched_setaffinity(0, cores[index % processes :: processes] or cores)
 
 
-class _OnRay(contextlib.AbstractContextManager):
+@contextlib.contextmanager
+def _ray(count: int) -> Iterator[Submit]:
     """Tasks on a Ray cluster, `RAY_ADDRESS` or one of this machine, so many at a time and each on its share of the cores."""
+    try:
+        import ray  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise BadInput("Ray is not installed: pip install 'kvcascade[ray]'") from None
+    mine = not ray.is_initialized()
+    if mine:
+        ray.init(include_dashboard=False, log_to_driver=False)
+    share = max(1, int(ray.cluster_resources()["CPU"]) // count)
+    task = ray.remote(num_cpus=share, max_retries=0)(_measured)
+    try:
+        yield lambda *arguments: task.remote(*arguments).future()
+    finally:
+        if mine:
+            ray.shutdown()
 
-    def __init__(self, processes: int):
-        try:
-            import ray  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise BadInput("Ray is not installed: pip install 'kvcascade[ray]'") from None
-        self._ray, self._mine = ray, not ray.is_initialized()
-        if self._mine:
-            ray.init(include_dashboard=False, log_to_driver=False)
-        share = max(1, int(ray.cluster_resources()["CPU"]) // processes)
-        self._task = ray.remote(num_cpus=share, max_retries=0)(_measured)
 
-    def submit(self, function: Callable, *arguments: Any) -> concurrent.futures.Future:
-        """Let the cluster do it; `function` is always the same."""
-        del function
-        return self._task.remote(*arguments).future()
-
-    def __exit__(self, *_: object) -> None:
-        if self._mine:
-            self._ray.shutdown()
+PLACES = {"processes": _processes, "ray": _ray}

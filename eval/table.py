@@ -36,7 +36,12 @@ class Table(NamedTuple):
     @property
     def code(self) -> "Table":
         """The same, its first column as Markdown's code."""
-        return self._replace(rows=[[f"`{first}`", *others] for first, *others in self.rows])
+        return self.coded(self.columns[0])
+
+    def coded(self, name: str) -> "Table":
+        """The same, a column as Markdown's code."""
+        at = self.columns.index(name)
+        return self._replace(rows=[[*row[:at], f"`{row[at]}`", *row[at + 1 :]] for row in self.rows])
 
 
 def brief(cache: str) -> str:
@@ -47,7 +52,7 @@ def brief(cache: str) -> str:
 
 PARTS = 4
 """That a table has room for."""
-CACHE = Column("cache", lambda row: brief(row["cache"] if isinstance(row, dict) else row.cache))
+CACHE = Column("cache", lambda row: brief(row.cache))
 KV_BYTES = Column("KV bytes", "kv_bytes", "{:,}")
 SAVED = Column("saved", "compression", "{:.1%}")
 CONTEXT = Column("context", "context", "{:,}")

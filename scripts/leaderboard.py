@@ -64,8 +64,8 @@ class Scoring:
 
     args: Args
     caches: tuple[str, ...]
-    last: bool = False
-    """Of the finalists."""
+    measure: tuple[str, ...]
+    """Of perplexity, fidelity and answers."""
 
     def __call__(self) -> list[list[Job]]:
         """Open the model and the text, and make them."""
@@ -74,11 +74,13 @@ class Scoring:
 
     def made(self, model: Model, held: Windows) -> list[list[Job]]:
         """Make them of what is open already."""
-        wanted = self.args.measure if self.last else ()
-        scored = leaderboard.scored(model, self.caches, held, "fidelity" in wanted)
-        some = [[each] for each in scored] if not self.last or "fidelity" in wanted else []
-        asked = leaderboard.asked(model, self.caches, self.args.context) if "answers" in wanted else []
-        return some + asked
+        made: list[list[Job]] = []
+        for fidelity, name in ((False, "perplexity"), (True, "fidelity")):
+            if name in self.measure:
+                made += [[job] for job in leaderboard.quality(model, self.caches, held, fidelity)]
+        if "answers" in self.measure:
+            made += leaderboard.asked(model, self.caches, self.args.context)
+        return made
 
 
 def main(arguments: list[str]) -> None:
@@ -100,9 +102,9 @@ def main(arguments: list[str]) -> None:
     found = console.measured("leaderboard", [who], args)
     (board,) = of(found, Board)
     caches = ("full", *dict.fromkeys(each["cache"] for each in board.entries))
-    found += _spread("score", Scoring(args, caches), model, held)
+    found += _spread("score", Scoring(args, caches, ("perplexity",)), model, held)
     finalists = leaderboard.finalists(board, found, args.finalists)
-    found += _spread("finalists", Scoring(args, tuple(finalists), True), model, held)
+    found += _spread("finalists", Scoring(args, tuple(finalists), args.measure), model, held)
     found += console.measured("alone", _alone(args, model, board, found, finalists), args)
     for table in leaderboard.tables(board, found):
         console.show(table)
@@ -132,9 +134,9 @@ def _alone(args: Args, model: Model, board: Board, found: Sequence[Record], fina
                 bench.job([model], specs, [], leaderboard.ROWS, args.context, leaderboard.STEPS, leaderboard.ROUNDS, 1)
             )
     if "prompt" in args.measure:
-        weights = args.weights
         part = max(1, args.context // leaderboard.PARTS)
         jobs += [
-            prompt.job(args.model, parse(each), args.context, part, leaderboard.ROWS, weights) for each in finalists
+            prompt.job(args.model, parse(each), args.context, part, leaderboard.ROWS, args.weights)
+            for each in finalists
         ]
     return jobs

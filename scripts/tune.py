@@ -70,7 +70,9 @@ def main(arguments: list[str]) -> None:
         rivals = options.rivals(model.config.layer_heads, args.context, found.budget, args.calibration)
         lot = [spec for name, spec in rivals.items() if name == "method: random"]  # it needs a slot besides the sinks
         # What was found, the full cache, random eviction, and what came to the last round, each once.
-        specs = dict.fromkeys([parse(found.cache), parse("full"), *lot, *map(parse, tune.last(found))])
+        specs = dict.fromkeys(
+            [parse(found.cache), parse("full"), *lot, *(parse(each["cache"]) for each in tune.last(found))]
+        )
         records = console.measured("held out", [evaluation.job(model, spec, held, protocol) for spec in specs], args)
         console.show(tune.held_out(records[0], records[1:]))
     print("\n".join(found.cache for found in searches))

@@ -144,9 +144,7 @@ def quality_against_bytes(evaluations: list[Evaluation]) -> str:
         perplexities = [r.ppl for r in evaluations]
         if max(perplexities) > 1.5 * min(perplexities):  # in a narrower range a logarithmic axis would have no ticks
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 4, 6, 8)))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            _tenths(axes.yaxis)
             axes.set_ylim(bottom=0.9 * min(perplexities))
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(LogLocator(2))
@@ -171,60 +169,55 @@ def _named(axes, points: list[tuple[float | int, float, str]]) -> None:
         axes.text(*place, f"{number}  {name}", transform=axes.transAxes, fontsize=8, color="#333", family="monospace")
 
 
-def leaderboard(kinds: Sequence[str], panels: dict[float, list[tuple[str, str, Evaluation]]], full: Evaluation) -> str:
-    """Perplexity of each entry, of a kind and by a name, in a panel for each budget: the best of a kind is named and has its 95 % interval.
+def _tenths(axis) -> None:
+    """Ticks of a logarithmic axis of perplexities, which seldom spans a power of ten."""
+    axis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 4, 6, 8)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+type Dot = tuple[str, str, Evaluation]
+"""An entry's kind, its name and its score."""
+
+
+def leaderboard(kinds: Sequence[str], panels: dict[float, list[Dot]], full: Evaluation) -> str:
+    """Perplexity of each entry, the best first, in a panel for each budget: the best of a kind is named and has its 95 % interval.
 
     What loses more than a panel has room for stands at its edge as an arrow.
     """
-    most = FARTHEST * full.ppl
+    size = (3.4 * len(panels) + 0.8, 0.5 * len(kinds) + 1)
     with matplotlib.rc_context(STYLE):
-        figure, axes = subplots(
-            1, len(panels), figsize=(3.4 * len(panels) + 0.8, 0.5 * len(kinds) + 1), sharey=True, squeeze=False
-        )
+        figure, axes = subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
         for ax, (budget, entries) in zip(axes[0], panels.items(), strict=True):
             for row, kind in enumerate(kinds):
-                mine = sorted(((name, r) for each, name, r in entries if each == kind), key=lambda each: each[1].nll)
-                colour = COLOURS[row % len(COLOURS)]
-                for rank, (name, record) in reversed([*enumerate(mine)]):
-                    far = record.ppl > most
-                    shape = {
-                        "marker": ">" if far else "o",
-                        "color": colour,
-                        "markersize": 6 if rank else 8,
-                        "clip_on": False,
-                    }
-                    ax.plot(min(record.ppl, most), row, alpha=0.35 if rank else 1.0, linestyle="", **shape)
-                    if rank:
-                        continue
-                    low, high = evaluation.paired(record, full)
-                    if math.isfinite(low) and not far:
-                        ax.plot(
-                            [full.ppl * math.exp(low), min(full.ppl * math.exp(high), most)],
-                            [row, row],
-                            color=colour,
-                            linewidth=1.4,
-                        )
-                    ax.annotate(
-                        name,
-                        (min(record.ppl, most), row),
-                        (0, 7),
-                        textcoords="offset points",
-                        fontsize=8,
-                        color="#333",
-                        ha="left",
-                    )
+                _dots(ax, row, [each for each in entries if each[0] == kind], full)
             ax.axvline(full.ppl, color="#888", linewidth=1, linestyle="--")
             ax.set_xscale("log")
-            ax.xaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 4, 6, 8)))
-            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-            ax.xaxis.set_minor_formatter(NullFormatter())
-            ax.set_xlim(0.96 * full.ppl, most)
+            _tenths(ax.xaxis)
+            ax.set_xlim(0.96 * full.ppl, FARTHEST * full.ppl)
             ax.set_ylim(len(kinds) - 0.5, -0.8)
             ax.set_title(f"at most {budget:.0%} of the bytes", fontsize=10)
             ax.set_xlabel("perplexity (dashed: full cache)", fontsize=9)
         axes[0][0].set_yticks(range(len(kinds)), kinds)
         figure.tight_layout()
         return to_svg(figure)
+
+
+def _dots(ax, row: int, entries: list[Dot], full: Evaluation) -> None:
+    """A row of a leaderboard's panel, the best last, so that it lies above the others."""
+    colour, most = COLOURS[row % len(COLOURS)], FARTHEST * full.ppl
+    marker = lambda record: ">" if record.ppl > most else "o"
+    common = {"color": colour, "linestyle": "", "clip_on": False}
+    for _, _, record in entries[:0:-1]:
+        ax.plot(min(record.ppl, most), row, marker=marker(record), markersize=6, alpha=0.35, **common)
+    for _, name, record in entries[:1]:
+        ax.plot(min(record.ppl, most), row, marker=marker(record), markersize=8, alpha=1.0, **common)
+        low, high = evaluation.paired(record, full)
+        if math.isfinite(low) and record.ppl <= most:
+            ends = [full.ppl * math.exp(low), min(full.ppl * math.exp(high), most)]
+            ax.plot(ends, [row, row], color=colour, linewidth=1.4)
+        place = (min(record.ppl, most), row)
+        ax.annotate(name, place, (0, 7), textcoords="offset points", fontsize=8, color="#333", ha="left")
 
 
 def bytes_by_kind(layers: list[Layer]) -> str:

@@ -92,11 +92,43 @@ def sections(found: list[Record]) -> dict:
 
 def _board(board: Board, found: list[Record]) -> dict:
     """A leaderboard: its figure, a table for each budget, and how it was measured."""
+    tables = leaderboard.tables(board, found)
     return {
         "figure": _svg(board_figure, board, found),
-        "tables": leaderboard.tables(board, found),
-        "protocol": leaderboard.protocol(board, found),
+        "tables": tables,
+        "protocol": board_protocol(board, found, tables),
     }
+
+
+def board_protocol(board: Board, found: list[Record], tables: list[Table]) -> str:
+    """In sentences how what its tables show was measured."""
+    scores = [*leaderboard.scores(board, found).values()]
+    if not scores:
+        return "nothing was scored yet"
+    said = (
+        f"{board.model} in {board.weights}, {evaluation.protocol(scores[0])}, one token at a time through the cache; places by mean loss, their "
+        f"intervals by a bootstrap over {scores[0].documents} documents; ≈: not told apart from the first, all of a table taken together. "
+        f"{exact(scores)}"
+    )
+    if answers := leaderboard.answered(board, found):
+        said += f" {asked(answers, board.context)}"
+    if any("ms a step" in table.columns for table in tables):
+        said += (
+            f" A step of {leaderboard.ROWS} rows behind {board.context} tokens, in turns with the full cache's; a prompt of so many rows and "
+            f"tokens enters in {leaderboard.PARTS} parts, and the process grows by so much."
+        )
+    return said
+
+
+def exact(found: Sequence[Evaluation]) -> str:
+    """In a sentence how many measured what was predicted, in one trace."""
+    right = sum(r.kv_bytes == r.kv_bytes_predicted and r.traces == 1 for r in found)
+    return f"Bytes predicted are those measured, and there is one trace, in {right} of {len(found)} rows."
+
+
+def asked(found: list[Retrieval], length: int) -> str:
+    """In a sentence of which tasks `answered` is the mean, and how often they were asked."""
+    return f"Answered: mean of {', '.join(retrieval.measurable(found, length))}; {retrieval.protocol(found)}."
 
 
 def board_figure(board: Board, found: list[Record]) -> str:

@@ -20,8 +20,7 @@ from kvcascade.eval.records import (
     grouped,
     of,
 )
-from kvcascade.eval.report import page
-from kvcascade.eval.report.page import KEPT, findings, models_table, title
+from kvcascade.eval.report.page import KEPT, alike, asked, board_protocol, exact, findings, models_table, title
 from kvcascade.eval.search import leaderboard, tune
 from kvcascade.eval.table import CACHE, SAVED, Column, Table, brief, markdown
 
@@ -67,11 +66,9 @@ def pretrained_tables(found: list[Record]) -> dict[str, str]:
     first = evaluations[0]
     every = [CACHE, BYTES_SAVED, evaluation.PPL, evaluation.change(evaluations), *evaluation.fidelity("{:.4f}")]
     every.append(_answers("answered in {} tokens", retrievals))
-    longest = max((r.length for r in retrievals), default=0)
     protocol = f"PPL, KL(full ‖ cache) and same top-1: {evaluation.protocol(first)}; ≈: not decided, all caches taken together. {_stamp(evaluations)}"
     if retrievals:
-        tasks = ", ".join(retrieval.measurable(retrievals, longest))
-        protocol += f" Answered: mean of {tasks}; {retrieval.protocol(retrievals)}."
+        protocol += f" {asked(retrievals, max(r.length for r in retrievals))}"
     return {"pretrained": f"{markdown(Table.of('', every, evaluations).code)}\n\n{protocol}"}
 
 
@@ -88,20 +85,15 @@ def methods_tables(records: list[Record]) -> dict[str, str]:
         ranked = sorted(mine, key=lambda r: r.ppl)
         budget = f"At most {max(1 - r.compression for r in mine):.0%} of the bytes:"
         tables.append(f"{budget}\n\n{markdown(Table.of('', columns, full + ranked).code)}")
-    true = sum(r.kv_bytes == r.kv_bytes_predicted and r.traces == 1 for r in found)
-    protocol = (
-        f"{evaluation.protocol(first)}, weights in {first.weights}; ≈: not decided, all caches taken together. Bytes predicted are those "
-        f"measured, and there is one trace, in {true} of {len(found)} rows. {_stamp(found)}"
-    )
+    protocol = f"{evaluation.protocol(first)}, weights in {first.weights}; ≈: not decided, all caches taken together. {exact(found)} {_stamp(found)}"
     if retrievals:
-        tasks = ", ".join(retrieval.measurable(retrievals, max(r.length for r in retrievals)))
-        protocol += f" Answered: mean of {tasks}; {retrieval.protocol(retrievals)}."
+        protocol += f" {asked(retrievals, max(r.length for r in retrievals))}"
     return {"ranked": "\n\n".join([*tables, protocol])}
 
 
 def codecs_tables(records: list[Record]) -> dict[str, str]:
     """What codecs do on the same bytes: a table of each model's, with perplexity and milliseconds where they were measured."""
-    first, *others = page.alike(of(records, Distortion))
+    first, *others = alike(of(records, Distortion))
     evaluations, speeds = of(records, Evaluation), of(records, Bench)
     change = evaluation.change(evaluations)
     whole = {_codec(r.cache): r for r in evaluations if r.cache.startswith("full")}
@@ -146,18 +138,12 @@ def _codec(cache: str) -> str:
 def board_tables(records: list[Record]) -> dict[str, str]:
     """The leaderboard: a table for each budget; and of each budget the best of each kind."""
     board = of(records, Board)[-1]
-    code = lambda table: table._replace(
-        rows=[
-            [f"`{cell}`" if name == "cache" else cell for name, cell in zip(table.columns, row, strict=True)]
-            for row in table.rows
-        ]
-    )
-    tables = [f"{each.title}:\n\n{markdown(code(each))}" for each in leaderboard.tables(board, records)]
-    said = leaderboard.protocol(board, records)
+    tables = leaderboard.tables(board, records)
+    shown = [f"{each.title}:\n\n{markdown(each.code)}" for each in tables]
     found = [each for each in of(records, Evaluation) if each.rows == board.rows]
-    best = code(leaderboard.best_of_each(board, records))
+    best = leaderboard.best_of_each(board, records).coded(CACHE.name)
     return {
-        "board": "\n\n".join([said + " " + _stamp(found), *tables]),
+        "board": "\n\n".join([f"{board_protocol(board, records, tables)} {_stamp(found)}", *shown]),
         "best": f"{markdown(best)}\n\n{title(found[0])}, "
         f"weights in {board.weights}: of each budget the best of each kind, and random eviction. Commit {commits(found)}.",
     }

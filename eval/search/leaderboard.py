@@ -64,7 +64,7 @@ def _entries(model: Model, share: float, context: int, known: str, tuned: Sequen
     return [Entry(name=name, budget=share, cache=cache) for cache, name in reversed(unique.items())]
 
 
-def scored(model: Model, caches: Iterable[str], held: Windows, fidelity: bool = False) -> list[Job]:
+def quality(model: Model, caches: Iterable[str], held: Windows, fidelity: bool = False) -> list[Job]:
     """The perplexity of some caches, or their fidelity as well."""
     protocol = tune.protocol(held, fidelity)
     return [evaluation.job(model, parse(cache), held, protocol) for cache in caches]
@@ -111,12 +111,12 @@ class Standing:
 
 def standing(board: Board, budget: float, found: Sequence[Record]) -> list[Standing]:
     """Those of a budget that were scored, the best first."""
-    scores = _scores(board, found)
+    scored = scores(board, found)
     names = board.at(budget)
-    mine = sorted((scores[cache] for cache in names if cache in scores), key=lambda r: r.nll)
+    mine = sorted((scored[cache] for cache in names if cache in scored), key=lambda r: r.nll)
     if not mine:
         return []
-    full = scores.get("full")
+    full = scored.get("full")
     places = stats.ranks(np.array([r.nll_windows for r in mine]), mine[0].document_windows)
     p_values = [math.nan, *(evaluation.paired(r, mine[0], stats.p_value) for r in mine[1:])]
     apart = stats.decided(p_values)
@@ -128,7 +128,7 @@ def standing(board: Board, budget: float, found: Sequence[Record]) -> list[Stand
     speeds = {r.cache: (r, beside.get(r.key)) for r in benches}
     prompts = {r.cache: r for r in same(Prompting) if (r.tokens, r.batch) == (board.context, ROWS)}
     faithful = {r.cache: r for r in of(found, Compared) if (r.weights_key, r.rows) == (board.weights_key, board.rows)}
-    answers = [r for r in of(found, Retrieval) if (r.weights_key, r.length) == (board.weights_key, board.context)]
+    answers = answered(board, found)
     return [
         Standing(
             place, places[place - 1], names[r.cache], r.cache, r, evaluation.against(r, full) if full else "",
@@ -140,10 +140,15 @@ def standing(board: Board, budget: float, found: Sequence[Record]) -> list[Stand
     ]  # fmt: skip
 
 
-def _scores(board: Board, found: Sequence[Record]) -> dict[str, Evaluation]:
+def scores(board: Board, found: Sequence[Record]) -> dict[str, Evaluation]:
     """The newest score of each cache on the board's windows."""
     same = lambda r: (r.weights_key, r.rows) == (board.weights_key, board.rows) and not r.given.get("prefix")
     return {r.cache: r for r in of(found, Evaluation) if same(r)}
+
+
+def answered(board: Board, found: Sequence[Record]) -> list[Retrieval]:
+    """What the board's model was asked in contexts as long as its windows."""
+    return [r for r in of(found, Retrieval) if (r.weights_key, r.length) == (board.weights_key, board.context)]
 
 
 COLUMNS = [
@@ -171,7 +176,7 @@ def tables(board: Board, found: Sequence[Record]) -> list[Table]:
     for budget in board.budgets:
         standings = standing(board, budget, found)
         more = [column for column in MORE if any(column.cell(each) for each in standings)]
-        full = _scores(board, found).get("full")
+        full = scores(board, found).get("full")
         beside = f"; the full cache has PPL {full.ppl:.2f}" if full else ""
         behind = sum(each.behind for each in standings)
         title = (
@@ -180,29 +185,6 @@ def tables(board: Board, found: Sequence[Record]) -> list[Table]:
         )
         made.append(Table.of(title, [*COLUMNS, *more], standings))
     return made
-
-
-def protocol(board: Board, found: Sequence[Record]) -> str:
-    """In sentences how it was measured."""
-    scores = _scores(board, found)
-    if not scores:
-        return "nothing was scored yet"
-    first = next(iter(scores.values()))
-    right = sum(r.kv_bytes == r.kv_bytes_predicted and r.traces == 1 for r in scores.values())
-    said = (
-        f"{board.model} in {board.weights}, {evaluation.protocol(first)}, one token at a time through the cache; places by mean loss, their "
-        f"intervals by a bootstrap over {first.documents} documents; ≈: not told apart from the first, all of a table taken together. Bytes "
-        f"measured are those predicted, and there is one trace, in {right} of {len(scores)} rows."
-    )
-    answers = [r for r in of(found, Retrieval) if (r.weights_key, r.length) == (board.weights_key, board.context)]
-    if answers:
-        said += f" Answered: mean of {', '.join(retrieval.measurable(answers, board.context))}; {retrieval.protocol(answers)}."
-    if any(each.speed for budget in board.budgets for each in standing(board, budget, found)):
-        said += (
-            f" A step of {ROWS} rows behind {board.context} tokens, in turns with the full cache's; a prompt of so many rows and tokens enters "
-            f"in {PARTS} parts, and the process grows by so much."
-        )
-    return said
 
 
 def kind(name: str) -> str:
@@ -222,7 +204,7 @@ def panels(
         budget: [(kind(each.name), short(each.name), each.score) for each in standing(board, budget, found)]
         for budget in board.budgets
     }
-    return made, _scores(board, found).get("full")
+    return made, scores(board, found).get("full")
 
 
 def best_of_each(board: Board, found: Sequence[Record]) -> Table:

@@ -230,15 +230,11 @@ def table(found: Tuned) -> Table:
         f"{found.model}: {found.options} options for each head, {len(found.candidates)} candidates scored; rank correlation of predicted and true "
         f"loss {found.correlation:.2f}"
     )
-    return Table.of(title, columns, _last(found))
+    return Table.of(title, columns, last(found))
 
 
-def last(found: Tuned) -> list[str]:
-    """The caches of these."""
-    return [each["cache"] for each in _last(found)]
-
-
-def _last(found: Tuned) -> list[Candidate]:
+def last(found: Tuned) -> list[Candidate]:
+    """Those that were scored on most windows."""
     most = max(len(each["losses"]) for each in found.candidates)
     return [each for each in found.candidates if len(each["losses"]) == most]
 
