@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvcascade.cache.basis import Bases, inside
@@ -193,6 +194,15 @@ class BlockCache(Cache):
     def held(self, tokens: int) -> int:
         """Tokens that it holds, of rows that have seen so many, in the layer and the row that hold most."""
         return self._most([layer.tokens for layer in self.layers], tokens)
+
+    def places(self, row: int, tokens: int) -> Int[np.ndarray, "L K T"]:
+        """As `Cache.places`; where a layer has a tier on blocks, that is its first."""
+        found = super().places(row, tokens)
+        for index, shared in enumerate(self.shared):
+            if shared:
+                found[index] += found[index] >= 0
+                found[index, :, : shared.limit] = 0
+        return found
 
     def _most(self, own: list[int], tokens: int) -> int:
         on_blocks = [min(each.limit, tokens) if each else 0 for each in self.shared]

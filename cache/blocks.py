@@ -7,6 +7,7 @@ its room is needed. Block 0 is nobody's for ever: what stands for no block, and 
 import dataclasses
 import heapq
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -14,6 +15,9 @@ from typing import NamedTuple
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.prefix import HashChain, Index
 from kvcascade.cache.retention import USUAL, Retention
+
+EVERY = sys.maxsize
+"""As many tokens as there are."""
 
 
 @dataclasses.dataclass
@@ -58,10 +62,14 @@ class Blocks:
     Times are the caller's, in seconds, and must not go back.
     """
 
-    def __init__(self, count: int, size: int, index: Index | None = None):
+    def __init__(
+        self, count: int, size: int, index: Index | None = None, limit: int = EVERY, enough: int | None = None
+    ):
+        """The first `limit` tokens of a row are on blocks; of the first `enough`, by default of all, there is nothing elsewhere."""
         if count < 2 or size < 1:
             raise BadInput(f"a pool has 2 blocks or more of 1 token or more, not {count} of {size}")
-        self.count, self.size = count, size
+        self.count, self.size, self.limit = count, size, limit
+        self.enough = EVERY if enough is None else enough
         self.index: Index = HashChain(size) if index is None else index
         self.references = [0] * count
         self.evictions = 0
@@ -71,6 +79,11 @@ class Blocks:
         self._clock = 0
         self._first: list[tuple[int, int, int]] = []  # priority, last use, block; some are out of date
         self._ends: list[tuple[float, int, int]] = []  # when a priority ends, last use, block
+
+    @property
+    def own(self) -> bool:
+        """Whether rows keep something else than their blocks."""
+        return self.enough < EVERY
 
     @property
     def available(self) -> int:
@@ -84,7 +97,7 @@ class Blocks:
 
     def needed(self, tokens: int) -> int:
         """Blocks for so many tokens."""
-        return -(-tokens // self.size)
+        return -(-min(tokens, self.limit) // self.size)
 
     def admit(
         self,
@@ -94,12 +107,17 @@ class Blocks:
         retention: Sequence[Retention] = (),
         reuse: bool = True,
         spare: int = 0,
+        elsewhere: int = 0,
     ) -> Table | None:
         """A table for all these tokens, with the longest prefix that is known, but for the last token; None, and no change, without room.
 
-        What was found is held before anything is taken: room might be made of it. So many blocks must be `spare` after that.
+        What was found is held before anything is taken: room might be made of it. So many blocks must be `spare` after that. What a row has
+        `elsewhere` after so many tokens is known: they are computed if those of them that belong on blocks are found there.
         """
-        found = self.index.match(space, tokens[: len(tokens) - 1]) if reuse else []
+        found = self.index.match(space, tokens[: min(len(tokens) - 1, self.limit)]) if reuse else []
+        both = elsewhere and len(found) * self.size >= min(elsewhere, self.limit)
+        computed = elsewhere if both else min(len(found), self.enough // self.size) * self.size
+        del found[self.needed(computed) :]
         for block in found:
             self._hold(block)
         lacking = self.needed(len(tokens)) - len(found)
@@ -108,7 +126,7 @@ class Blocks:
             for block in reversed(found):
                 self._drop(block, now)
             return None
-        table = Table(space, found + fresh, len(found) * self.size, len(found), tuple(retention))
+        table = Table(space, found + fresh, computed, min(computed, self.limit) // self.size, tuple(retention))
         self._use(table, range(len(found)), now)
         return table
 
@@ -137,7 +155,7 @@ class Blocks:
         Rows that share a block must share all before it, else what is in use could stand behind what is idle: so a block of several rows is
         not replaced, and nothing behind it published, until one row has it.
         """
-        first, known = table.published, table.computed // self.size
+        first, known = table.published, min(table.computed, self.limit) // self.size
         if first >= known:
             return
         for place in range(first, known):  # what is published is not looked at again: this runs for every token

@@ -561,6 +561,10 @@ class Served(Named):
     step_tokens: Maybe[Count] = None
     compiles: Maybe[Index] = None
     found: Maybe[Index] = None
+    drafted: Maybe[Index] = None
+    """Tokens that were foreseen."""
+    accepted: Maybe[Some[Index]] = None
+    """Of those, what was drawn, by places in their drafts."""
     stopped: Maybe[Index] = None
     copied: Maybe[Index] = None
     evicted: Maybe[Index] = None

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kvcascade.cache.prompt import Prompt, Reread
+from kvcascade.cache.rows import Lines
 from kvcascade.cache.whole import Cache, Draft
 from kvcascade.kernels.causal import causal_attention
 from kvcascade.kernels.rotation import Rotation, turn
@@ -36,9 +37,9 @@ class Attention(nnx.Module):
         x_BTM: Float[Array, "B T M"],
         positions_BT: Int[Array, "B T"],
         by: Rotation | None,
-        cache: Cache | Draft | Prompt | Reread | None,
+        cache: Cache | Draft | Lines | Prompt | Reread | None,
         fresh: bool = False,
-    ) -> tuple[Float[Array, "B T M"], Cache | Draft | Prompt | Reread | None]:
+    ) -> tuple[Float[Array, "B T M"], Cache | Draft | Lines | Prompt | Reread | None]:
         """RoPE, `by`, is applied before a key is stored, so positions stay true after eviction; `fresh` says that the cache is empty."""
         B, T, _ = x_BTM.shape
         with jax.named_scope("qkv"):

@@ -8,11 +8,12 @@ import re
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from kvcascade.cache.errors import BadInput
+from kvcascade.serve.propose import PROPOSERS, Propose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,3 +137,12 @@ def _told(box: str) -> str:
     close = list(dict.fromkeys(re.findall(r"^(--[\w.-]+)", "\n".join(lines[rule:]), re.MULTILINE)))
     suggests = close and re.search("perhaps|similar|did you mean", box, re.IGNORECASE)
     return f"{reason}; did you mean {' or '.join(close[:3])}?" if suggests else reason
+
+
+type Speculate = Literal["none", "ngram"]
+
+
+def foreseen(name: Speculate, ahead: int) -> tuple[Propose | None, int]:
+    """What foresees tokens, and how many of them at most: none where nothing does."""
+    propose = PROPOSERS.get(name)
+    return propose, ahead if propose else 0

@@ -2,20 +2,28 @@
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 from typing import Annotated
 
 import tyro
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.cache.retention import hint
-from kvcascade.cache.spec import parse
+from kvcascade.cache.retention import Hint, hint
+from kvcascade.cache.spec import CacheSpec, parse
+from kvcascade.cache.tier import BLOCK
 from kvcascade.cache.whole import nbytes
 from kvcascade.eval.memory.arithmetic import full_bytes
 from kvcascade.model import chat, generate, programs
 from kvcascade.model.answer import Answer
+from kvcascade.model.pretrained import Model
 from kvcascade.model.sampling import Sampling
 from kvcascade.scripts import console
-from kvcascade.scripts.arguments import Count, CountOrNone, arguments_of, text
+from kvcascade.scripts.arguments import Count, CountOrNone, Speculate, arguments_of, foreseen, text
+from kvcascade.serve.engine import Engine
+from kvcascade.serve.plan import Limits
+from kvcascade.serve.propose import Propose
+from kvcascade.serve.request import Request, seeded
+from kvcascade.serve.rows import device_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +46,10 @@ class Args:
     Positions of which nothing is said have 35; without @ it holds for good. May be given several times."""
     tokens: Count = 64
     """The most tokens to generate."""
+    speculate: Speculate = "none"
+    """Compute foreseen tokens along with the next: `ngram`, what followed the same tokens before. On blocks alone; the answer is the same."""
+    ahead: Count = 3
+    """How many tokens are foreseen, at most."""
     chat: bool = False
     """Take the prompt as a user's message to a model that was taught to chat."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -63,28 +75,100 @@ def main(arguments: list[str]) -> None:
         raise BadInput(
             f"{longest} tokens of prompt and {args.tokens} new ones are more than the model's context of {model.config.context}"
         )
-    cache = generate.empty_cache(model.config, spec, len(prompts), context)
-    if hints:
-        cache = cache.hinted([hints] * len(prompts))
-    size = nbytes(cache) // len(prompts)
+    propose, ahead = foreseen(args.speculate, args.ahead)
+    run = (
+        _Foreseeing(model, spec, prompts, args, propose, ahead)
+        if propose
+        else _Plain(model, spec, prompts, args, hints)
+    )
     rows = [Answer(model.encoding.decode_single_token_bytes, model.end, tuple(stops)) for _ in prompts]
     alone = len(prompts) == 1
     if alone and not args.chat:
         print(typed[0], end="", flush=True)
-    how = args.sampling, programs.kept, args.chunk
-    steps = generate.generate(model.config, model.params, cache, prompts, args.tokens, *how)
-    drawn = 0
-    for tokens_nB, seen in steps:
-        cache, drawn = seen, drawn + len(tokens_nB)
-        for token_B in tokens_nB.tolist():
-            texts = [row.add(token) for row, token in zip(rows, token_B, strict=True)]
-            if alone:
-                print(texts[0], end="", flush=True)
+    for row, token in run:
+        new = rows[row].add(token)
+        if alone:
+            print(new, end="", flush=True)
         if all(row.done for row in rows):
             break
     print() if alone else console.answers(typed, [row.text for row in rows])
     full = full_bytes(model.config, context)
     print(
-        f"\n{spec}: holds {cache.held(longest + drawn - 1)} of {longest + drawn - 1} tokens in {size:,} bytes; a full bf16 cache takes {full:,}",
+        f"\n{spec}: holds {run.held} of {run.seen} tokens in {run.nbytes:,} bytes; a full bf16 cache takes {full:,}{run.more}",
         file=sys.stderr,
     )
+
+
+class _Plain:
+    """The tokens of each row as `generate` brings them, and what its cache is like."""
+
+    more = ""
+
+    def __init__(self, model: Model, spec: CacheSpec, prompts: list[list[int]], args: Args, hints: list[Hint]):
+        self.model, self.prompts, self.args, self.drawn = model, prompts, args, 0
+        self.longest = max(map(len, prompts))
+        self.cache = generate.empty_cache(model.config, spec, len(prompts), self.longest + args.tokens)
+        if hints:
+            self.cache = self.cache.hinted([hints] * len(prompts))
+        self.nbytes = nbytes(self.cache) // len(prompts)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        how = self.args.sampling, programs.kept, self.args.chunk
+        steps = generate.generate(
+            self.model.config, self.model.params, self.cache, self.prompts, self.args.tokens, *how
+        )
+        for tokens_nB, self.cache in steps:
+            self.drawn += len(tokens_nB)
+            for token_B in tokens_nB.tolist():
+                yield from enumerate(token_B)
+
+    @property
+    def seen(self) -> int:
+        """Tokens of the longest row that its cache has been given."""
+        return self.longest + self.drawn - 1
+
+    @property
+    def held(self) -> int:
+        """Those that are there."""
+        return self.cache.held(self.seen)
+
+
+class _Foreseeing:
+    """The same by an engine that tries what it foresees."""
+
+    def __init__(
+        self, model: Model, spec: CacheSpec, prompts: list[list[int]], args: Args, propose: Propose, ahead: int
+    ):
+        if args.keep or args.chunk is not None:
+            raise BadInput("--keep and --chunk are for caches in rows, and --speculate for one wholly on blocks")
+        context = max(map(len, prompts)) + args.tokens
+        blocks, limits = 1 + len(prompts) * -(-context // BLOCK), Limits(rows=len(prompts), ahead=ahead)
+        device = device_for(model.config, model.params, spec, blocks, limits, context, compiled=programs.kept)
+        self.engine = Engine(device, propose=propose)
+        self.nbytes = device.nbytes // len(prompts)
+        drawn = [seeded(args.sampling, row) for row in range(len(prompts))]
+        asked = [Request(prompt, args.tokens, each) for prompt, each in zip(prompts, drawn, strict=True)]
+        self.rows = {self.engine.submit(each)[0]: row for row, each in enumerate(asked)}
+        self.lengths = [*map(len, prompts)]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        while self.engine.busy:
+            for event in self.engine.run_step():
+                if event.token is None:
+                    raise BadInput("the model's logits are not numbers")
+                row = self.rows[event.id]
+                self.lengths[row] += 1
+                yield row, event.token
+
+    @property
+    def seen(self) -> int:
+        """Tokens of the longest row that its cache has been given."""
+        return max(self.lengths) - 1
+
+    held = seen
+
+    @property
+    def more(self) -> str:
+        """What became of what was foreseen."""
+        drafted, steps = self.engine.stats["drafted"], self.engine.stats["steps"]
+        return f"; of {drafted} tokens that were foreseen {sum(self.engine.accepted)} came, in {steps} steps"

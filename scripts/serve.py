@@ -16,7 +16,7 @@ from kvcascade.eval import record_files
 from kvcascade.eval.records import Evaluation, of
 from kvcascade.model.pretrained import Model
 from kvcascade.scripts import console
-from kvcascade.scripts.arguments import Count, CountOrNone, Seconds, arguments_of
+from kvcascade.scripts.arguments import Count, CountOrNone, Seconds, Speculate, arguments_of, foreseen
 from kvcascade.serve.plan import Limits
 
 
@@ -41,8 +41,14 @@ class Args:
     """Blocks of a pool, of 16 tokens each; one of them is nobody's."""
     aside: CountOrNone = 0
     """Blocks of rows that had to stop that host memory has room for."""
+    snapshots: CountOrNone = 256
+    """MB of host memory for what rows had in slots of their own after chunks of their prompts; others that begin alike go on from there."""
+    speculate: Speculate = "none"
+    """Foresee tokens and compute them along with the next: `ngram`, what followed the same tokens before. The answers are the same ones."""
+    ahead: Count = 3
+    """How many tokens are foreseen, at most."""
     rows: Count = 32
-    """Rows that run at once; behind a cache that is not on blocks each of them has its own."""
+    """Rows that run at once; those of a cache that is not wholly on blocks each have slots of their own."""
     tokens: Count = 128
     """Tokens of a step, at most."""
     keys: Path | None = None
@@ -71,7 +77,6 @@ def main(arguments: list[str]) -> None:
         import uvicorn
 
         from kvcascade.serve import api, guard
-        from kvcascade.serve.alone import Alone
         from kvcascade.serve.engine import Engine
         from kvcascade.serve.engines import Room, starting
         from kvcascade.serve.metrics import Metrics
@@ -85,9 +90,16 @@ def main(arguments: list[str]) -> None:
     model = console.open_model(args.model, args.weights, specs)
     context = min(args.context, model.config.context)
     metrics = Metrics(args.name or model.name)
-    room = Room(context, args.blocks, Limits(args.tokens, args.rows, aside=args.aside))
-    worker: Worker[Engine | Alone] = Worker(
-        starting(model, specs, room, metrics), lambda: setattr(http, "should_exit", True), metrics.after
+    propose, ahead = foreseen(args.speculate, args.ahead)
+    room = Room(
+        context,
+        args.blocks,
+        Limits(args.tokens, args.rows, aside=args.aside, snapshots=10**6 * args.snapshots, ahead=ahead),
+    )
+    worker: Worker[Engine] = Worker(
+        starting(model, specs, room, metrics, propose=propose),
+        lambda: setattr(http, "should_exit", True),
+        metrics.after,
     )
     server = Server(model, specs, worker, metrics, rules, context, args.name, _points(args.records, model))
 

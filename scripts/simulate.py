@@ -16,7 +16,7 @@ from kvcascade.eval.records import Served, of
 from kvcascade.eval.speed import serving
 from kvcascade.eval.speed.server import Server
 from kvcascade.scripts import console
-from kvcascade.scripts.arguments import Count, CountOrNone, Recorded, arguments_of
+from kvcascade.scripts.arguments import Count, CountOrNone, Recorded, Speculate, arguments_of, foreseen
 from kvcascade.serve import trace
 from kvcascade.serve.plan import Limits
 
@@ -30,13 +30,19 @@ class Args(Recorded):
     costs: Path | None = None
     """Instead of a model: records of traces that were served; the last that fits says what each step takes."""
     cache: str = ""
-    """A cache in one line, wholly on blocks: by default `full on blocks`, or, with --costs, whatever was recorded."""
+    """A cache in one line: by default `full on blocks`, or, with --costs, whatever was recorded, which must be wholly on blocks."""
     trace: str = "poisson:"
     """poisson:rate=4,requests=32,prompt=55,output=37,spread=0.8,shared=0, or a file: Azure's CSV, Mooncake's JSON lines."""
     blocks: Count = 640
     """Blocks of the pool, of 16 tokens each; one of them is nobody's."""
     aside: CountOrNone = 0
     """Blocks of rows that had to stop that host memory has room for."""
+    snapshots: CountOrNone = 256
+    """MB of host memory for what rows had in slots of their own after chunks of their prompts; others that begin alike go on from there."""
+    speculate: Speculate = "none"
+    """Foresee tokens and compute them along with the next: `ngram`, what followed the same tokens before. The answers are the same ones."""
+    ahead: Count = 3
+    """How many tokens are foreseen, at most."""
     rows: Count = 32
     """Rows that run at once, at most."""
     tokens: Count = 128
@@ -58,7 +64,8 @@ class Args(Recorded):
 def main(arguments: list[str]) -> None:
     """Serve the trace, print the table, append the records."""
     args = arguments_of(Args, "simulate", arguments)
-    limits = Limits(args.tokens, args.rows, aside=args.aside)
+    propose, ahead = foreseen(args.speculate, args.ahead)
+    limits = Limits(args.tokens, args.rows, aside=args.aside, snapshots=10**6 * args.snapshots, ahead=ahead)
     arrivals = trace.read(args.trace)
     if bool(args.model) == bool(args.costs):
         raise BadInput("a trace is served by a --model, or by the --costs that one was recorded with")
@@ -68,9 +75,9 @@ def main(arguments: list[str]) -> None:
     if args.clients and (not servers or args.batches):
         raise BadInput("--clients ask servers, and nobody else: give --server, and no --batches")
     if args.costs:
-        if args.batches or args.aside or args.weights or args.server or args.clock != "wall":
+        if args.batches or args.aside or args.weights or args.server or args.clock != "wall" or propose:
             raise BadInput(
-                "--batches, --aside, --server, --weights and --clock go with a model, and --costs are what one took"
+                "--batches, --aside, --server, --weights, --clock and --speculate go with a model, and --costs are what one took"
             )
         served = _recorded(args.costs, str(parse(args.cache)) if args.cache else None, args.tokens)
         longest = max(each.tokens for each in arrivals)
@@ -82,7 +89,7 @@ def main(arguments: list[str]) -> None:
         mine = serving.Trace(args.trace, short, args.shorten, model.seed)
         spec = parse(args.cache or "full on blocks")
         model.check(spec)
-        ours = [serving.job(model, spec, mine, args.blocks, limits, args.batches, args.clock)]
+        ours = [serving.job(model, spec, mine, args.blocks, limits, args.batches, args.clock, args.speculate)]
         jobs = [] if args.clients else ours
         jobs += [serving.server_job(model, each, mine, args.clients) for each in servers]
     console.show(serving.table(console.measured("simulate", jobs, args)))

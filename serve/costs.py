@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from kvcascade.cache.blocks import Blocks
 from kvcascade.model.sampling import Sampling
 from kvcascade.serve.plan import Limits, Plan, Row
 from kvcascade.serve.request import Draw, Drawn
@@ -61,11 +62,16 @@ class Replay:
     """What an engine's steps run on when nothing is computed: the next token is always 0, and its clock says what would have gone by."""
 
     about: dict[str, str | int] = {}
+    snapshots = None
 
     def __init__(self, costs: Costs, blocks: int, size: int, vocab: int, context: int, limits: Limits):
         self.blocks, self.size, self.vocab, self.context, self.limits = blocks, size, vocab, context, limits
         self.costs, self.now = costs, 0.0
         self._seconds = {bucket: costs.seconds(bucket) for bucket in limits.buckets}
+
+    def pool(self) -> Blocks:
+        """Blocks that nobody has."""
+        return Blocks(self.blocks, self.size)
 
     def clock(self) -> float:
         """Seconds of all steps so far."""
@@ -83,6 +89,12 @@ class Replay:
 
     def forget(self, row: Row) -> None:
         """Nothing is kept."""
+
+    def fork(self, row: Row, more: Row) -> None:
+        """Nothing is kept."""
+
+    def places(self, row: Row) -> None:
+        """Every token stays."""
 
     def quicker(self, blocks: int) -> bool:
         """Moving takes no time here, so that nothing is put aside is the safe answer."""

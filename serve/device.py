@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from kvcascade.cache import rows
 from kvcascade.cache.block_cache import BlockCache
-from kvcascade.cache.blocks import Table
+from kvcascade.cache.blocks import Blocks, Table
 from kvcascade.cache.errors import BadInput
+from kvcascade.cache.groups import Group
+from kvcascade.cache.snapshots import Snapshots
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.cache.tier import BLOCK
+from kvcascade.cache.whole import Cache
 from kvcascade.model import generate, gpt, sampling
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
@@ -126,17 +131,12 @@ class Device:
         fingerprint: str = "",
         compiled: Compiled = traced,
     ):
-        """BadInput for a cache that is not wholly on blocks."""
+        """BadInput for a cache that it cannot have: see `holds`."""
         self.config, self.params, self.limits = config, params, limits or Limits()
         self.context = config.context if context is None else context
         generate.check_context(config, self.context)
-        groups = spec.groups(config.layer_heads)
-        if any(each.cascade.shared is None or each.cascade.own for each in groups):
-            raise BadInput(
-                f"the engine has caches that are wholly on blocks, such as `full@int8 on blocks`, not {spec}"
-            )
         self.blocks, self.size, self.vocab = blocks, size, config.vocab
-        self.cache = BlockCache.empty(groups, self.limits.rows, self.context, blocks, size, spec.bases(groups))
+        self.cache: Cache = self._empty(spec)
         self.about: dict[str, str | int] = {
             "model": fingerprint,
             "weights": config.weights,
@@ -144,36 +144,64 @@ class Device:
             "size": size,
         }
         """What prefixes must have in common besides their tokens."""
-        self.programs: dict[int, Callable] = {}
+        self.programs: dict[int | str, Callable] = {}
+        self.snapshots: Snapshots | None = None
         self._compiled = compiled
-        self._table = np.full(self.cache.table_RW.shape, -1, np.int32)
+        self._table = np.full((self.limits.rows, self.pool().needed(self.context)), -1, np.int32)
         self._seen = jnp.zeros((self.limits.rows, config.vocab), bool)
         self._aside: dict[int, list[np.ndarray]] = {}
         self._seconds = 0.0, 0.0, math.inf
 
+    @staticmethod
+    def holds(groups: Sequence[Group]) -> bool:
+        """Whether all that rows have is on blocks."""
+        return all(each.cascade.shared and not each.cascade.own for each in groups)
+
+    def _empty(self, spec: CacheSpec) -> Cache:
+        groups = spec.groups(self.config.layer_heads)
+        if not self.holds(groups):
+            raise BadInput(f"caches wholly on blocks, such as `full@int8 on blocks`, are meant here, not {spec}")
+        return BlockCache.empty(groups, self.limits.rows, self.context, self.blocks, self.size, spec.bases(groups))
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that holds keys and values."""
+        pools = self.cache.pools if isinstance(self.cache, BlockCache) else ()
+        return sum(x.nbytes for x in [*jax.tree.leaves(pools), *rows.state(self.cache)])
+
+    def pool(self) -> Blocks:
+        """What counts its blocks, nobody having one."""
+        return Blocks(self.blocks, self.size)
+
     def run(self, found: Plan, draws: Mapping[int, Sequence[Draw]], tell: bool) -> Drawn:
         """Move and copy blocks, put the tokens of runs into theirs, and draw for the rows of these numbers."""
-        for move in found.out:
-            self._put_aside(move)
-        self._copy(found.copies)
-        for move in found.back:
-            self._bring_back(move)
+        self._prepare(found)
         total, count = sum(run.stop - run.start for run in found.runs), sum(map(len, draws.values()))
         size = self.limits.bucket(total, count)
         token, position, row = np.zeros(size, np.int32), np.full(size, -1, np.int32), np.full(size, -1, np.int32)
         out, by, at = np.full(self.limits.drawn(size), -1, np.int32), [], 0
         for run in found.runs:
-            some, blocks = slice(at, at + run.stop - run.start), run.row.table.blocks
-            token[some], position[some] = run.row.tokens[run.start : run.stop], range(run.start, run.stop)
-            row[some] = run.row.place
-            self._table[run.row.place, : len(blocks)], self._table[run.row.place, len(blocks) :] = blocks, -1
+            some = slice(at, at + run.stop - run.start)
+            token[some], position[some], row[some] = run.tokens, range(run.start, run.stop), run.row.place
             at = some.stop
             wanted = draws.get(run.row.id, ())
-            out[len(by) : len(by) + len(wanted)] = at - 1
+            # Of a draft each of its tokens draws, and the last before it; of rows that go on from one prompt all at its end.
+            out[len(by) : len(by) + len(wanted)] = range(at - 1 - run.ahead, at) if run.ahead else at - 1
             by += wanted
         token_O, logprob_O, logits_OV = self._step(token, position, row, out, by)
         told = self._likely(logits_OV, count) if tell else [()] * count
         return Drawn(token_O[:count].tolist(), logprob_O[:count].tolist(), told, size)
+
+    def _prepare(self, found: Plan) -> None:
+        """Whatever is to be where it belongs before tokens come."""
+        for move in found.out:
+            self._put_aside(move)
+        self._copy(found.copies)
+        for move in found.back:
+            self._bring_back(move)
+        for run in found.runs:
+            place, blocks = run.row.place, run.row.table.blocks
+            self._table[place, : len(blocks)], self._table[place, len(blocks) :] = blocks, -1
 
     def _step(self, token, position, row, out, by: list[Draw]):
         program, arguments = self._program(token, position, row, out, by)
@@ -181,15 +209,21 @@ class Device:
         return np.asarray(token_O), np.asarray(logprob_O), logits_OV
 
     def _program(self, token, position, row, out, by: list[Draw]):
-        by = [*by, *[Draw(GREEDY)] * (len(out) - len(by))]
-        how = (
-            settings([each.sampling for each in by], len(out)),
-            sampling.restrictions([each.restriction for each in by], self.vocab),
-        )
+        how = self._how(by, len(out))
         arguments = self.params, self.cache, self._seen, token, position, row, out, self._table, *how
-        if len(token) not in self.programs:
-            self.programs[len(token)] = self._compiled(step, self.config, *arguments)
-        return self.programs[len(token)], arguments
+        return self._named(len(token), step, *arguments), arguments
+
+    def _how(self, by: Sequence[Draw], count: int) -> tuple[Settings, sampling.Restrictions]:
+        """How so many rows draw, those that are left over by no matter what."""
+        by = [*by, *[Draw(GREEDY)] * (count - len(by))]
+        restrictions = [each.restriction for each in by]
+        return settings([each.sampling for each in by], count), sampling.restrictions(restrictions, self.vocab)
+
+    def _named(self, name: int | str, work: Callable, *arguments) -> Callable:
+        """The program of that name, made the first time."""
+        if name not in self.programs:
+            self.programs[name] = self._compiled(work, self.config, *arguments)
+        return self.programs[name]
 
     def _likely(self, logits_OV: Float[Array, "O V"], count: int) -> list[Likely]:
         return [*map(likely, *(np.asarray(each)[:count] for each in likeliest(logits_OV)))]
@@ -218,6 +252,13 @@ class Device:
         """Drop what is put aside of a row that is over."""
         self._aside.pop(row.id, None)
 
+    def fork(self, row: Row, more: Row) -> None:
+        """Let a row begin where another one is, which has the same blocks."""
+
+    def places(self, row: Row) -> Int[np.ndarray, "L K T"] | None:
+        """`Cache.places` of its tokens; None where all of them stay."""
+        return None
+
     def quicker(self, blocks: int) -> bool:
         """Whether so many blocks are sooner moved to host memory and back than computed again, as `warm` has measured it."""
         start, each, token = self._seconds
@@ -233,26 +274,43 @@ class Device:
     def warm(self) -> float:
         """Compile all programs, and run each on padding alone; the seconds that it took."""
         start = time.perf_counter()
-        none = lambda count: np.full(count, -1, np.int32)
-        steps = [
-            (np.zeros(size, np.int32), none(size), none(size), none(self.limits.drawn(size)))
-            for size in self.limits.buckets
-        ]
-        for each in steps:  # all before one runs: XLA writes no program down whose functions have run in this process
-            self._program(*each, [])
-        for each in steps:
-            likeliest(self._step(*each, [])[2])
-        self._copy({self.blocks: 0})
+        self._compile()  # all before one runs: XLA writes no program down whose functions have run in this process
+        self._try()
         self._seen = mark(self._seen, np.int32(0), np.zeros(self.vocab, bool))
         if self.limits.aside:
             self._measure()
         jax.block_until_ready((self.cache, self._seen))
         return time.perf_counter() - start
 
+    def _padding(self) -> list[tuple[Any, Any, Any, Any]]:
+        none = lambda count: np.full(count, -1, np.int32)
+        return [
+            (np.zeros(size, np.int32), none(size), none(size), none(self.limits.drawn(size)))
+            for size in self.limits.buckets
+        ]
+
+    def _compile(self) -> None:
+        for each in self._padding():
+            self._program(*each, [])
+
+    def _try(self) -> None:
+        """Run whatever a step may run, on nothing."""
+        for each in self._padding():
+            likeliest(self._step(*each, [])[2])
+        self._copy({self.blocks: 0})
+
     def compiled(self) -> int:
         """How many programs there are."""
-        jitted = step, copy, take, put, mark, likeliest
-        return len(self.programs) + sum(each._cache_size() for each in jitted)  # pyright: ignore[reportAttributeAccessIssue]
+        return len(self.programs) + sum(each._cache_size() for each in self.jitted)
+
+    jitted: ClassVar[tuple[Any, ...]] = (step, copy, take, put, mark, likeliest)
+    """What is compiled besides the programs of steps."""
+
+    def _moved(self, programs: int) -> None:
+        """Put nothing aside and bring it back."""
+        row = Row(-1, [], 0)
+        self._put_aside(Move(row, 0, [0] * MOVED * programs))
+        self._bring_back(Move(row, 0, [self.blocks] * MOVED * programs))
 
     def _measure(self) -> None:
         """Seconds of a move, of each of its programs there and back, and of a token of the largest step, in blocks that nobody has yet."""
@@ -263,16 +321,11 @@ class Device:
             jax.block_until_ready(self.cache)
             return time.perf_counter() - start
 
-        def moved(programs: int) -> None:
-            row = Row(-1, [], 0)
-            self._put_aside(Move(row, 0, [0] * MOVED * programs))
-            self._bring_back(Move(row, 0, [self.blocks] * MOVED * programs))
-
         count = min(self.limits.tokens, self.context, (self.blocks - 1) * self.size)
         table = Table(b"", list(range(1, 1 + -(-count // self.size))))
         largest = Plan([Run(Row(-1, [0] * count, count, place=0, held=table), 0, count)])
-        moved(1)
-        one, four = (min(took(functools.partial(moved, programs)) for _ in range(3)) for programs in (1, 4))
+        self._moved(1)
+        one, four = (min(took(functools.partial(self._moved, programs)) for _ in range(3)) for programs in (1, 4))
         each = max(four - one, 0.0) / 3
         self._seconds = (
             max(one - each, 0.0),

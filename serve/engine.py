@@ -4,12 +4,13 @@ import collections
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from kvcascade.cache.blocks import Blocks
+from kvcascade.cache.errors import BadInput
 from kvcascade.cache.prefix import namespace
 from kvcascade.model.sampling import NOT_A_NUMBER, Restriction, Sampling
 from kvcascade.serve.plan import Queue, Row, check, end, fork, plan
+from kvcascade.serve.propose import Propose
 from kvcascade.serve.request import Draw, Event, Grammar, Likely, Request, Runs, seeded
 from kvcascade.serve.request import check as check_request
 
@@ -43,15 +44,28 @@ class Live:
 class Engine:
     """Requests over one pool; whoever has it calls `run_step` until nothing is left.
 
-    Every result is what the request alone would have got, whatever else runs: a row's tokens are attended to as they are stored, and it
-    draws by its own seed and positions.
+    Every result is what the request alone would have got, whatever else runs: a row's tokens are attended to as they are stored, what it
+    keeps in slots of its own enters as `plan` says, and it draws by its own seed and positions.
     """
 
-    def __init__(self, device: Runs, reuse: bool = True, clock: Callable[[], float] = time.monotonic):
-        """Without `reuse` no prefix is looked for; the clock is in seconds."""
+    def __init__(
+        self,
+        device: Runs,
+        reuse: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+        propose: Propose | None = None,
+    ):
+        """Without `reuse` no prefix is looked for; the clock is in seconds. `propose` foresees as many tokens as the device's limits say."""
         self.device, self.limits, self.reuse, self.clock = device, device.limits, reuse, clock
-        self.blocks, self.queue = Blocks(device.blocks, device.size), Queue.of(device.limits)
+        self.propose = propose
+        self.blocks, self.queue = device.pool(), Queue.of(device.limits)
+        if propose and self.blocks.own:
+            raise BadInput(
+                "what is foreseen is tried in blocks, where it can be taken back, and this cache keeps slots of a row's own"
+            )
         self.stats: collections.Counter[str] = collections.Counter()
+        self.accepted = [0] * self.limits.ahead
+        """Foreseen tokens that were drawn, by their places in their drafts."""
         self.live: dict[int, Live] = {}
         self._ids = itertools.count()
 
@@ -61,7 +75,8 @@ class Engine:
         prompt = list(request.prompt)
         space = namespace(**self.device.about, salt=request.salt)
         limit, forks = len(prompt) + request.count, request.continuations - 1
-        row = Row(next(self._ids), prompt, limit, self.clock(), request.priority, space, request.retention, forks)
+        about = request.priority, space, request.retention, forks
+        row = Row(next(self._ids), prompt, limit, self.clock(), *about, prompt=len(prompt))
         check(row, self.blocks, self.limits)
         ids = [row.id, *(next(self._ids) for _ in range(forks))]
         turn = Turn()
@@ -91,7 +106,9 @@ class Engine:
 
     def run_step(self) -> list[Event]:
         """Plan a step, run it, and say what it brought."""
-        found = plan(self.queue, self.blocks, self.limits, self.clock(), self.reuse, self.device.quicker)
+        self._foresee()
+        how = self.reuse, self.device.quicker, self.device.snapshots
+        found = plan(self.queue, self.blocks, self.limits, self.clock(), *how)
         for row in found.begun:
             live = self.live[row.id]
             self.device.note(row, live.sampling)
@@ -105,25 +122,56 @@ class Engine:
         if not found.runs:
             assert not (found.out or found.back or found.copies), "who makes room runs, or somebody else does"
             return []
-        rows = {run.row.id: self._rows_of(run.row) for run in found.runs if run.stop == len(run.row.tokens)}
+        rows = {run.row.id: self._rows_of(run.row) for run in found.runs if run.stop >= len(run.row.tokens)}
+        ahead = {run.row.id: run.ahead for run in found.runs}
         lives = {number: [self.live[each] for each in mine] for number, mine in rows.items()}
-        draws = {number: [live.draw for live in mine] for number, mine in lives.items()}
+        draws = {number: [live.draw for live in mine] * (1 + ahead[number]) for number, mine in lives.items()}
         drawn = self.device.run(found, draws, any(live.request.likely for mine in lives.values() for live in mine))
         now = self.clock()
+        self.stats["drafted"] += sum(ahead.values())
         total = sum(run.stop - run.start for run in found.runs)
         self.stats.update(steps=1, tokens=total, padded=drawn.size - total, drawn=len(drawn.tokens))
         events, each_drawn = [], iter(zip(drawn.tokens, drawn.logprobs, drawn.likely, strict=True))
-        for row, start, stop in found.runs:
+        for run in found.runs:
+            row, start, stop = run.row, run.start, min(run.stop, len(run.row.tokens))
             row.table.computed = stop
             live = self.live[row.id]
             self.stats["again"] += max(0, min(stop, live.reached) - start)
             live.reached = max(stop, live.reached)
-            if row.id in rows:
+            if run.ahead:
+                events += self._verified(row, now, list(itertools.islice(each_drawn, 1 + run.ahead)))
+            elif row.id in rows:
                 more = fork(self.queue, self.blocks, row, rows[row.id][1:])
                 for each in more:
                     self.live[each.id].row, self.live[each.id].reached = each, stop
                     self.device.note(each, self.live[each.id].sampling)
+                    self.device.fork(row, each)
                 events += [self._drawn(each, now, *next(each_drawn)) for each in (row, *more)]
+        return events
+
+    def _foresee(self) -> None:
+        """What rows that generate may have next; not where the next token depends on more than the tokens before it."""
+        if self.propose is None:
+            return
+        for row in self.queue.running:
+            live = self.live[row.id]
+            room = min(self.limits.ahead, row.limit - len(row.tokens) - 1)
+            free = live.request.ahead and live.grammar is None and live.sampling.repetition_penalty == 1
+            row.draft = self.propose(row.tokens, room) if free and room > 0 and row.behind == 1 else []
+
+    def _verified(self, row: Row, now: float, drawn: Sequence[tuple]) -> list[Event]:
+        """The tokens that were drawn, up to the first that was not foreseen. Each is drawn as it would have been without a draft: by the model's
+        own probabilities, the row's seed and its position; so nothing is lost, and what was foreseen is accepted as often as it is what is drawn."""
+        draft, events, row.draft = row.draft, [], []
+        for place, each in enumerate(drawn):
+            row.table.computed = len(row.tokens)  # what was foreseen so far is what came
+            events.append(self._drawn(row, now, *each))
+            if events[-1].finished:
+                return events
+            if place == len(draft) or draft[place] != events[-1].token:
+                break
+            self.accepted[place] += 1
+        self.blocks.truncate(row.table, row.table.computed, now)
         return events
 
     def _rows_of(self, row: Row) -> list[int]:
@@ -142,7 +190,9 @@ class Engine:
             self.blocks.publish(row.table, row.tokens, now)
             request = live.request
             reason = "stop" if token in request.stops else "length" if len(row.tokens) == row.limit else ""
-            event = Event(row.id, token, logprob, reason, likely[: request.likely], live.turn.at, live.turn.found)
+            places = self.device.places(row) if request.watched else None
+            told = likely[: request.likely], live.turn.at, live.turn.found, places
+            event = Event(row.id, token, logprob, reason, *told)
         if event.finished:
             end(self.queue, self.blocks, row, now)
             del self.live[row.id]

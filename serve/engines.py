@@ -1,4 +1,4 @@
-"""The engines of a server: one for each cache, over a pool of blocks or with a cache for each row."""
+"""The engines of a server: one for each cache, over a pool of blocks, or with slots of each row's own behind one."""
 
 import dataclasses
 import logging
@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.model.pretrained import Model
 from kvcascade.model.programs import Compiled, kept
-from kvcascade.serve.alone import Alone
-from kvcascade.serve.device import Device
 from kvcascade.serve.engine import Engine
 from kvcascade.serve.metrics import Metrics
 from kvcascade.serve.plan import Limits
+from kvcascade.serve.propose import Propose
+from kvcascade.serve.rows import device_for
 
 log = logging.getLogger("kvcascade.serve")
 
@@ -27,19 +27,27 @@ class Room:
 
 
 def starting(
-    model: Model, specs: Sequence[CacheSpec], room: Room, metrics: Metrics, compiled: Compiled = kept
-) -> Callable[[], dict[str, Engine | Alone]]:
-    """What makes the engines by their caches' texts, warm; the metrics hear of each. BadInput for a cache that is on blocks in part."""
+    model: Model,
+    specs: Sequence[CacheSpec],
+    room: Room,
+    metrics: Metrics,
+    compiled: Compiled = kept,
+    propose: Propose | None = None,
+) -> Callable[[], dict[str, Engine]]:
+    """What makes the engines by their caches' texts, warm; the metrics hear of each. BadInput for a cache that must have a prompt whole."""
 
-    def start() -> dict[str, Engine | Alone]:
-        engines: dict[str, Engine | Alone] = {}
+    def start() -> dict[str, Engine]:
+        engines: dict[str, Engine] = {}
         for spec in specs:
-            engine, device = _made(model, spec, room, compiled)
+            about = room.blocks, room.limits, room.context
+            named = {"fingerprint": model.fingerprint, "compiled": compiled}
+            device = device_for(model.config, model.params, spec, *about, **named)
+            engine = Engine(device, propose=propose)
             seconds = device.warm()
             about = {
                 "weights": model.config.weights,
                 "context": str(room.context),
-                "block_size": str(getattr(device, "size", 0)),
+                "block_size": str(device.size if engine.blocks.limit else 0),
             }
             metrics.serving(str(spec), engine, _sizes(model, spec, room.context), about)
             engines[str(spec)] = engine
@@ -49,19 +57,6 @@ def starting(
         return engines
 
     return start
-
-
-def _made(model: Model, spec: CacheSpec, room: Room, compiled: Compiled) -> tuple[Engine | Alone, Device | Alone]:
-    """An engine, and what it runs on."""
-    spec.groups(model.config.layer_heads)
-    if not spec.on_blocks:
-        alone = Alone(model.config, model.params, spec, room.limits.rows, room.context, compiled)
-        return alone, alone
-    about = room.limits, room.context
-    device = Device(
-        model.config, model.params, spec, room.blocks, *about, fingerprint=model.fingerprint, compiled=compiled
-    )
-    return Engine(device), device
 
 
 def _sizes(model: Model, spec: CacheSpec, context: int) -> dict[str, int]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 
-from kvcascade.serve.alone import Alone
 from kvcascade.serve.engine import Engine
 from kvcascade.serve.request import Event
 
@@ -41,6 +40,11 @@ class Metrics:
         self.moved = counter("preemptions", "The same by what became of its keys and values.", ("mode", "reason"))
         self.copies = counter("kv_cow_copies", "Blocks that were copied before they were written.")
         self.evicted = counter("kv_evicted_blocks", "Known blocks whose room was needed.")
+        self.drafted = counter("spec_decode_num_draft_tokens", "Tokens that were foreseen, and computed along.")
+        self.accepted = counter("spec_decode_num_accepted_tokens", "Those that were drawn.")
+        self.placed = counter(
+            "spec_decode_num_accepted_tokens_per_pos", "The same by their places in their drafts.", ("position",)
+        )
         self.prompted = counter("prompt_tokens", "Tokens of prompts.")
         self.generated = counter("generation_tokens", "Tokens that were generated.")
         self.over = counter("request_success", "Rows that are over, by why.", ("finished_reason",))
@@ -55,14 +59,14 @@ class Metrics:
         self.config = Info("kvcascade:cache_config", "What is served.", ("model_name", "cache"), registry=self.registry)
         self.sharing: set[str] = set()
         """Caches whose prompts are looked for."""
-        self._before: dict[str, collections.Counter[str]] = {}
+        self._before: dict[str, collections.Counter] = {}
         self._programs: dict[str, int] = {}
 
     def text(self) -> bytes:
         """What /metrics answers."""
         return generate_latest(self.registry)
 
-    def serving(self, name: str, engine: Engine | Alone, tiers: Mapping[str, int], about: Mapping[str, str]) -> None:
+    def serving(self, name: str, engine: Engine, tiers: Mapping[str, int], about: Mapping[str, str]) -> None:
         """An engine is ready: its tiers' bytes, and that nothing has happened yet."""
         mine = self._model, name
         self.config.labels(*mine).info(dict(about))
@@ -75,6 +79,8 @@ class Metrics:
             self.preempted,
             self.copies,
             self.evicted,
+            self.drafted,
+            self.accepted,
             self.prompted,
             self.generated,
         )
@@ -86,37 +92,38 @@ class Metrics:
             self.over.labels(*mine, reason)
         for reason in REFUSALS:
             self.refused.labels(self._model, "", reason)
-        if isinstance(engine, Engine):
+        if engine.blocks.enough or engine.limits.snapshots:
             self.sharing.add(name)
 
-    def warm(self, engines: Mapping[str, Engine | Alone]) -> None:
+    def warm(self, engines: Mapping[str, Engine]) -> None:
         """All engines are: whatever is compiled from now on was not to be."""
         self._programs = {name: _compiled(engine) for name, engine in engines.items()}
         self.after(engines)
 
-    def after(self, engines: Mapping[str, Engine | Alone]) -> None:
+    def after(self, engines: Mapping[str, Engine]) -> None:
         """Take over what engines have counted since the last time."""
         for name, engine in engines.items():
             mine, stats = (self._model, name), engine.stats
             before = self._before.setdefault(name, collections.Counter())
             new = {key: stats[key] - before[key] for key in stats if stats[key] != before[key]}
             self._before[name] = collections.Counter(stats)
-            running, waiting = (
-                (engine.queue.running, engine.queue.waiting)
-                if isinstance(engine, Engine)
-                else (engine.running, engine.waiting)
-            )
-            self.running.labels(*mine).set(len(running))
-            self.waiting.labels(*mine).set(len(waiting))
+            self.running.labels(*mine).set(len(engine.queue.running))
+            self.waiting.labels(*mine).set(len(engine.queue.waiting))
             self.hits.labels(*mine).inc(new.get("found", 0))
             aside = new.get("put_aside", 0)
             self.preempted.labels(*mine).inc(new.get("stopped", 0))
             self.moved.labels(*mine, "aside", "blocks").inc(aside)
             self.moved.labels(*mine, "recompute", "blocks").inc(max(0, new.get("stopped", 0) - aside))
             self.copies.labels(*mine).inc(new.get("copied", 0))
+            self.drafted.labels(*mine).inc(new.get("drafted", 0))
+            for place, count in enumerate(engine.accepted):
+                more = count - before["accepted", place]
+                self.placed.labels(*mine, str(place)).inc(more)
+                self.accepted.labels(*mine).inc(more)
+                self._before[name]["accepted", place] = count
             if new.get("steps"):
                 self.step.labels(*mine).observe(new.get("tokens", 0))
-            if isinstance(engine, Engine):
+            if engine.blocks.limit:
                 states = engine.blocks.states()
                 for state, count in states.items():
                     self.blocks.labels(*mine, state).set(count)
@@ -179,6 +186,5 @@ class Heard:
 REFUSALS = ("invalid", "key", "body", "queue", "per_key", "draining", "timeout")
 
 
-def _compiled(engine: Engine | Alone) -> int:
-    device = engine.device if isinstance(engine, Engine) else engine
-    return device.compiled() if hasattr(device, "compiled") else 0  # pyright: ignore[reportAttributeAccessIssue]
+def _compiled(engine: Engine) -> int:
+    return engine.device.compiled() if hasattr(engine.device, "compiled") else 0  # pyright: ignore[reportAttributeAccessIssue]

@@ -5,6 +5,10 @@ generate, the one that has not run for longest first; prompts that have begun; t
 overtakes one that there is no room for. Where a row that has begun finds no block, the one of the last priority that came last stops and
 waits again; what it had computed stays known as long as there is room, and is put aside in host memory where that is quicker than to
 compute it again.
+
+Where rows keep slots of their own, what is in them depends on how tokens entered. So a prompt enters in chunks cut at multiples of a number
+of tokens, whatever else a step has, and what follows it token by token; a row that stops is put aside, never computed again; and one that
+begins like another goes on from a snapshot of what that had after one of its chunks.
 """
 
 import bisect
@@ -12,14 +16,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvcascade.cache.blocks import Blocks, Table
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.retention import Retention
+from kvcascade.cache.snapshots import Snapshots
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 """Tokens of a step's programs; there is one more for the most that a step may have."""
+CHUNK = 64
+"""Tokens of a prompt that enter slots of a row's own at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +41,23 @@ class Limits:
     """Seconds after which one that waits goes before all that came later, whatever their priority."""
     aside: int = 0
     """Blocks of rows that have stopped that host memory has room for."""
+    snapshots: int = 0
+    """Bytes of host memory for what rows had in slots of their own after chunks of their prompts."""
+    ahead: int = 0
+    """Tokens that a row's step computes beyond the next one, at most, where something foresees them."""
 
     def __post_init__(self):
-        if self.tokens < 1 or self.rows < 1 or not self.patience >= 0 or self.aside < 0:
+        if self.tokens < 1 or self.rows < 1 or not self.patience >= 0:
             raise BadInput(
-                "a step has room for a token and a row at least, host memory for 0 blocks, and nobody is patient for less than 0 seconds"
+                "a step has room for a token and a row at least, and nobody is patient for less than 0 seconds"
             )
+        if min(self.aside, self.snapshots, self.ahead) < 0:
+            raise BadInput("host memory has room for 0 blocks and bytes at least, and 0 tokens or more are foreseen")
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a prompt that enter slots of a row's own at once."""
+        return min(CHUNK, max(2, self.tokens))
 
     @functools.cached_property
     def buckets(self) -> list[int]:
@@ -48,7 +66,8 @@ class Limits:
 
     def drawn(self, bucket: int) -> int:
         """The most tokens that a program draws; of a prompt's last token several rows may go on, so the largest has room for all."""
-        return self.rows if bucket == self.tokens else min(bucket, self.rows)
+        most = min(bucket, self.rows * (1 + self.ahead))
+        return max(most, self.rows) if bucket == self.tokens else most
 
     def bucket(self, tokens: int, drawn: int) -> int:
         """The smallest program for so many tokens, and so many that are drawn."""
@@ -80,6 +99,12 @@ class Row:
     """Its blocks, while it runs."""
     aside: int = 0
     """Tokens whose keys and values lie in host memory, while it waits after it has stopped."""
+    prompt: int = 0
+    """How many of its tokens came with the request."""
+    draft: list[int] = dataclasses.field(default_factory=list)
+    """What is foreseen to follow its tokens, in its next step."""
+    state: Any = None
+    """What is to be put in its own slots when it begins: a snapshot, or what it had when it stopped."""
 
     @property
     def table(self) -> Table:
@@ -94,11 +119,26 @@ class Row:
 
 
 class Run(NamedTuple):
-    """The tokens of a row from `start` up to `stop`; with the last one comes the next token."""
+    """The tokens of a row from `start` up to `stop`, its draft behind its own; with the last one of its own comes the next token."""
 
     row: Row
     start: int
     stop: int
+
+    @property
+    def ahead(self) -> int:
+        """How many of them are foreseen."""
+        return max(0, self.stop - len(self.row.tokens))
+
+    @property
+    def tokens(self) -> list[int]:
+        """They themselves."""
+        return [*self.row.tokens[self.start : self.stop], *self.row.draft[: self.ahead]]
+
+    @property
+    def prompts(self) -> bool:
+        """Whether they are of its prompt."""
+        return self.start < self.row.prompt
 
 
 @dataclasses.dataclass
@@ -138,6 +178,8 @@ class Move(NamedTuple):
     row: Row
     first: int
     blocks: list[int]
+    place: int = -1
+    """Where the row was."""
 
 
 @dataclasses.dataclass
@@ -179,25 +221,32 @@ def plan(
     now: float,
     reuse: bool = True,
     quicker: Callable[[int], bool] = lambda blocks: True,
+    snapshots: Snapshots | None = None,
 ) -> Plan:
     """Choose the next step and take the blocks that it needs; `now` is in seconds. Without `reuse` no prefix is looked for.
 
-    `quicker` says whether so many blocks are sooner moved to host memory and back than computed again.
+    `quicker` says whether so many blocks are sooner moved to host memory and back than computed again. `snapshots` are of rows' own slots.
     """
     found = Plan(left=limits.tokens)
     queue.step += 1
     for row in sorted(queue.running, key=_order):
         if row.held:  # it has not stopped for another
             _go_on(queue, blocks, limits, found, row, now, quicker)
-    while queue.waiting and found.left:
+    while queue.waiting and found.left > 0:
         row = queue.first(limits, now)
         promised = sum(each.forks for each in queue.running)
         if len(queue.places) < promised + 1 + row.forks:
             break
+        known, state = 0, row.state
+        if snapshots and reuse and state is None:
+            known, state = snapshots.find(row.space, row.tokens[: min(row.prompt, len(row.tokens) - 1)])
         # Each row that runs will want a block before long: to take the last ones would be to stop soon.
-        table = blocks.admit(row.space, row.tokens, now, row.retention, reuse, spare=len(queue.running))
+        spare = sum(len(each.tokens) < blocks.limit for each in queue.running)
+        table = blocks.admit(row.space, row.tokens, now, row.retention, reuse, spare, known)
         if table is None:
             break
+        if row.state is None and table.computed == known:
+            row.state = state
         queue.waiting.remove(row)
         queue.running.append(row)
         found.begun.append(row)
@@ -222,7 +271,8 @@ def fork(queue: Queue, blocks: Blocks, row: Row, ids: list[int]) -> list[Row]:
     found = []
     for each in ids:
         table, place = blocks.fork(row.table), queue.places.pop()
-        more = dataclasses.replace(row, id=each, tokens=list(row.tokens), held=table, place=place, forks=0)
+        new = {"tokens": list(row.tokens), "draft": []}
+        more = dataclasses.replace(row, id=each, held=table, place=place, forks=0, **new)
         queue.running.append(more)
         found.append(more)
     row.forks = 0
@@ -233,19 +283,35 @@ def _go_on(queue: Queue, blocks: Blocks, limits: Limits, found: Plan, row: Row, 
     """Let a row run as far as the step has room, others stopping for its blocks where they must."""
     table = row.table
     start = table.computed
-    count = min(len(row.tokens) - start, found.left)
+    count = _count(row, start, blocks.own, limits, found)
     if not count:
         return
-    while (copies := blocks.room(table, start, start + count, now)) is None:
+    copies = blocks.room(table, start, start + count, now)
+    if copies is None:
+        count = min(count, len(row.tokens) - start)  # nobody stops for what is only foreseen
+        copies = blocks.room(table, start, start + count, now)
+    while copies is None:
         victim = max(queue.running, key=_turn)
         _stop(queue, blocks, limits, found, victim, now, quicker)
         if victim is row:
             return
+        copies = blocks.room(table, start, start + count, now)
     if copies:
         found.copies |= {copy.target: copy.source for copy in copies}
+    row.draft = row.draft[: max(0, start + count - len(row.tokens))]
     found.runs.append(Run(row, start, start + count))
     found.left -= count
     row.last = queue.step
+
+
+def _count(row: Row, start: int, own: bool, limits: Limits, found: Plan) -> int:
+    """How many tokens of a row a step takes. Of a prompt that goes into slots of the row's own it is a chunk or nothing: the first of a step
+    always, so that those that generate do not keep prompts out."""
+    left = max(0, found.left)
+    if not own or start >= row.prompt:
+        return min(len(row.tokens) + len(row.draft) - start, left)
+    count = min(limits.chunk - start % limits.chunk, row.prompt - start)
+    return count if count <= left or not any(run.prompts for run in found.runs) else 0
 
 
 def _stop(queue: Queue, blocks: Blocks, limits: Limits, found: Plan, row: Row, now: float, quicker) -> None:
@@ -259,11 +325,12 @@ def _stop(queue: Queue, blocks: Blocks, limits: Limits, found: Plan, row: Row, n
     found.runs = kept
     found.stopped.append(row)
     count = blocks.needed(row.table.computed)
-    if count and queue.aside + count <= limits.aside and quicker(count):
+    if blocks.own or (count and queue.aside + count <= limits.aside and quicker(count)):
         # What is to be copied into a block is not there yet either.
         sources = [found.copies.get(block, block) for block in row.table.blocks[:count]]
-        found.out.append(Move(row, 0, sources))
+        found.out.append(Move(row, 0, sources, row.place))
         row.aside = row.table.computed
+        row.state = () if blocks.own else None  # until the step is run: no snapshot is to take its place
         queue.aside += count
     blocks.publish(row.table, row.tokens, now)
     _give_back(queue, blocks, row, now)
@@ -275,7 +342,7 @@ def _bring_back(queue: Queue, blocks: Blocks, found: Plan, row: Row) -> None:
     if not row.aside:
         return
     count, first = blocks.needed(row.aside), row.table.computed // blocks.size
-    found.back.append(Move(row, first, row.table.blocks[first:count]))
+    found.back.append(Move(row, first, row.table.blocks[first:count], row.place))
     queue.aside -= count
     row.table.computed = max(row.table.computed, row.aside)
     row.aside = 0

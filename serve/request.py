@@ -6,8 +6,10 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from kvcascade.cache.blocks import Blocks
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.retention import Retention
+from kvcascade.cache.snapshots import Snapshots
 from kvcascade.model.sampling import FREE, GREEDY, Restriction, Sampling, restrictions
 from kvcascade.serve.plan import Limits, Plan, Row
 
@@ -52,12 +54,19 @@ class Grammar(Protocol):
 class Runs(Protocol):
     """What steps run on: a model with a pool (`device.Device`), or what stands in for one."""
 
-    blocks: int
-    size: int
     vocab: int
     context: int
     limits: Limits
     about: dict[str, str | int]
+
+    @property
+    def snapshots(self) -> Snapshots | None:
+        """What rows' own slots had after chunks of their prompts, where there are such slots."""
+        ...
+
+    def pool(self) -> Blocks:
+        """See `device.Device.pool`."""
+        ...
 
     def run(self, found: Plan, draws: Mapping[int, Sequence[Draw]], tell: bool) -> Drawn:
         """See `device.Device.run`."""
@@ -69,6 +78,14 @@ class Runs(Protocol):
 
     def forget(self, row: Row) -> None:
         """See `device.Device.forget`."""
+        ...
+
+    def fork(self, row: Row, more: Row) -> None:
+        """See `device.Device.fork`."""
+        ...
+
+    def places(self, row: Row) -> np.ndarray | None:
+        """See `device.Device.places`."""
         ...
 
     def quicker(self, blocks: int) -> bool:
@@ -100,6 +117,8 @@ class Request:
     """What is added to the logits of some tokens."""
     grammar: Callable[[], Grammar] | None = None
     """What makes the grammar of each of its rows."""
+    ahead: bool = True
+    """Whether tokens may be computed that are only foreseen, where the engine foresees any."""
     watched: bool = False
     """Whether events tell where the tokens are."""
 

@@ -18,7 +18,6 @@ from kvcascade.model import chat, tokenizer
 from kvcascade.model.pretrained import Model
 from kvcascade.serve import request as engine
 from kvcascade.serve.answers import Choice, Form, Json, Told, usage
-from kvcascade.serve.engine import Engine
 from kvcascade.serve.guard import Rules
 from kvcascade.serve.metrics import Heard, Metrics
 from kvcascade.serve.request import Event
@@ -136,7 +135,7 @@ class Server:
         stops = frozenset() if asked.ignore_eos else self.model.end
         retention, salt = tuple(each.retention() for each in asked.retention), json.dumps([tenant, asked.cache_salt])
         how = asked.sampling(), asked.n, stops, asked.priority, retention, salt, asked.likely or 0, asked.bias
-        return engine.Request(prompt, count, *how, grammar, asked.watch)
+        return engine.Request(prompt, count, *how, grammar, asked.speculate, asked.watch)
 
     def grammar(self, asked: Asked):
         """What makes the grammar of each row, where the answer must be JSON."""
@@ -222,7 +221,8 @@ class Server:
     ) -> Response:
         """All prompts' answers, at once or as a stream."""
         name = self.cache(asked.cache)
-        if asked.retention and not isinstance(self.worker.engines.get(name), Engine):
+        found = self.worker.engines.get(name)
+        if asked.retention and not (found and found.blocks.limit):
             raise Refused("nothing is kept for others behind a cache that is not on blocks", param="retention")
         counts = [self.room(prompt, asked.count, "messages" if chatty else "prompt") for prompt in prompts]
         http.state.told |= {"cache": name, "prompt_tokens": sum(map(len, prompts))}

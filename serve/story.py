@@ -10,8 +10,10 @@ from kvcascade.cache.spec import CacheSpec
 from kvcascade.model.pretrained import Model
 from kvcascade.model.programs import Compiled, kept
 from kvcascade.model.sampling import GREEDY, Sampling
-from kvcascade.serve.alone import Alone
+from kvcascade.serve.engine import Engine
+from kvcascade.serve.plan import Limits
 from kvcascade.serve.request import Request
+from kvcascade.serve.rows import RowDevice
 from kvcascade.serve.view import View, card
 
 PAGE = Path(__file__).with_name("ui.html")
@@ -50,11 +52,12 @@ def watch(
     if spec.on_blocks:
         raise BadInput(f"{spec} is on blocks, where every token stays: watch the same tiers in rows")
     context = min(len(prompt) + count, model.config.context)
-    alone, view = Alone(model.config, model.params, spec, 1, context, compiled), View()
-    alone.submit(Request(prompt, count, sampling, stops=model.end, watched=True))
+    device = RowDevice(model.config, model.params, spec, 2, Limits(rows=1), context, compiled=compiled)
+    engine, view = Engine(device), View()
+    engine.submit(Request(prompt, count, sampling, stops=model.end, watched=True))
     tokens, steps, token_bytes = list(prompt), [], model.encoding.decode_single_token_bytes
-    while alone.busy:
-        for event in alone.run_step():
+    while engine.busy:
+        for event in engine.run_step():
             if event.token is None:
                 raise BadInput("the model's logits are not numbers")
             tokens.append(event.token)

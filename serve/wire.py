@@ -132,6 +132,8 @@ class Asked(Strict):
     """Ours: what of the prompt is kept how long for others to find."""
     cache_salt: Annotated[str, Field(max_length=256)] = ""
     """Only requests of the same salt, and the same key, share prefixes."""
+    speculate: bool = True
+    """Ours: whether tokens may be computed that are only foreseen, where the server foresees any; the answer is the same."""
     watch: bool = False
     """Ours: whether each event of a stream tells which tier holds each token."""
 

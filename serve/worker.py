@@ -14,7 +14,7 @@ log = logging.getLogger("kvcascade.serve")
 
 @runtime_checkable
 class Serves(Protocol):
-    """An engine: `engine.Engine`, or `alone.Alone`."""
+    """An engine: `engine.Engine`, or what stands in for one."""
 
     def submit(self, request: Request) -> list[int]:
         """See `engine.Engine.submit`."""

@@ -17,7 +17,6 @@ from kvcascade.model.config import ModelConfig
 from kvcascade.model.pretrained import Model
 from kvcascade.model.programs import traced
 from kvcascade.serve import api
-from kvcascade.serve.alone import Alone
 from kvcascade.serve.engine import Engine
 from kvcascade.serve.engines import Room, starting
 from kvcascade.serve.guard import Rules
@@ -48,9 +47,7 @@ class Running:
     def __init__(self, model: Model, specs: Sequence[str], rules: Rules, room: Room):
         parsed = [*map(parse, specs)]
         metrics = Metrics(model.name)
-        self.worker: Worker[Engine | Alone] = Worker(
-            starting(model, parsed, room, metrics, traced), self._ended, metrics.after
-        )
+        self.worker: Worker[Engine] = Worker(starting(model, parsed, room, metrics, traced), self._ended, metrics.after)
         self.server = Server(model, parsed, self.worker, metrics, rules, room.context)
         config = uvicorn.Config(api.application(self.server), port=0, log_config=None, timeout_graceful_shutdown=5)
         self.http = uvicorn.Server(config)

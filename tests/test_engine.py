@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from kvcascade.cache.block_cache import BlockCache
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.kernels import backend, native
@@ -19,7 +20,9 @@ from kvcascade.model.sampling import FREE, GREEDY, Sampling, restrictions, setti
 from kvcascade.serve.device import Device, step
 from kvcascade.serve.engine import Engine
 from kvcascade.serve.plan import Limits
+from kvcascade.serve.propose import Propose, ngram
 from kvcascade.serve.request import Request
+from kvcascade.serve.rows import RowDevice
 
 CONFIG = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=64, vocab=97, context=96)
 
@@ -245,6 +248,7 @@ def test_a_step_copies_no_pool() -> None:
     compiled = jax.jit(whole, donate_argnums=0).lower(*arguments).compile()
     memory, program = compiled.memory_analysis(), compiled.as_text()
     assert memory and program
+    assert isinstance(ours.cache, BlockCache)
     pools = jax.tree.leaves(ours.cache.pools)
     shapes = [
         f"{x.dtype.name.replace('int8', 's8').replace('bfloat16', 'bf16')}[{','.join(map(str, x.shape))}]"
@@ -307,3 +311,88 @@ def test_logits_that_are_not_numbers_end_their_row_alone() -> None:
     events = ours.run_step()
     assert [(event.id, event.finished) for event in events] == [(number, "error")] and not ours.busy
     ours.check()
+
+
+def texts() -> list[Request]:
+    """Prompts that repeat themselves, of which some are drawn from."""
+    rng = np.random.default_rng(1)
+    found = []
+    for index in range(6):
+        part = rng.integers(0, CONFIG.vocab, 5).tolist()
+        sampling = Sampling(temperature=0.2, seed=index) if index % 2 else GREEDY
+        found.append(Request(part * 4, int(rng.integers(8, 40)), sampling))
+    return found
+
+
+def foresee(by: Propose, asked: list[Request], ahead: int = 3, **room) -> tuple[list[list[int]], Engine]:
+    device = Device(CONFIG, params(), parse("full@f32 on blocks"), size=16, limits=Limits(16, 3, ahead=ahead), **room)
+    ours = Engine(device, propose=by)
+    return serve(ours, asked), ours
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", [60, 6])
+def test_what_is_foreseen_changes_no_token(blocks: int) -> None:
+    """By what followed before, by the very answer, by what never comes and by now and then: greedy, and drawn."""
+    plain, ours = foresee(lambda tokens, count: [], texts(), blocks=blocks)
+    alike = {tuple([*request.prompt]): [*request.prompt, *row] for request, row in zip(texts(), plain, strict=True)}
+
+    def answer(tokens, count: int) -> list[int]:
+        whole = alike[tuple(tokens[:20])]
+        return whole[len(tokens) : len(tokens) + count]
+
+    wrong = lambda tokens, count: [(each + 1) % CONFIG.vocab for each in answer(tokens, count)]
+    now_and_then = lambda tokens, count: answer(tokens, 2) + wrong(tokens, 9)[2:count] if len(tokens) % 3 else []
+    found = {}
+    for name, by in {"ngram": ngram, "answer": answer, "wrong": wrong, "now and then": now_and_then}.items():
+        rows, found[name] = foresee(by, texts(), blocks=blocks)
+        assert rows == plain, name
+    assert found["answer"].stats["drafted"] == sum(found["answer"].accepted) > 0
+    assert not any(found["wrong"].accepted) and found["wrong"].stats["drafted"]
+    assert 0 < sum(found["ngram"].accepted) < found["ngram"].stats["drafted"]
+    if blocks == 60:  # each step of a row brings four tokens where all are right
+        assert found["answer"].stats["steps"] < 0.4 * ours.stats["steps"]
+    else:
+        assert found["ngram"].stats["stopped"]
+
+
+def test_a_draft_is_accepted_as_often_as_it_is_likely() -> None:
+    """The acceptance law, over many seeds: a token that is foreseen comes as often as the model's probability says, and the answers of all seeds
+    are those without a draft, so their distribution is the model's."""
+    prompt, count = [3, 1, 4, 1, 5], 400
+    request = lambda seed: Request(prompt, 3, Sampling(temperature=4.0, seed=seed))
+    device = lambda: Device(CONFIG, params(), parse("full@f32 on blocks"), 60, Limits(32, 8, ahead=1))
+    plain = Engine(device())
+    rows = serve(plain, [request(seed) for seed in range(count)])
+    draft = max(range(CONFIG.vocab), key=[row[1] for row in rows].count)
+    ours = Engine(device(), propose=lambda tokens, count: [draft])
+    assert serve(ours, [request(seed) for seed in range(count)]) == rows
+    # Of the first token that follows the prompt nothing is foreseen, of the second one is.
+    assert ours.accepted == [sum(row[1] == draft for row in rows)] and ours.stats["drafted"] == count
+
+
+def test_nothing_is_foreseen_where_more_than_the_tokens_decides() -> None:
+    """Not with a penalty for what was there, not where a request does not want it; and not in slots that cannot be taken back."""
+    penalised = Request([1, 2, 1, 2], 9, Sampling(repetition_penalty=1.3))
+    plain, _ = foresee(lambda tokens, count: [], [penalised], blocks=60)
+    rows, ours = foresee(ngram, [penalised, Request([1, 2, 1, 2], 9, ahead=False)], blocks=60)
+    assert rows[0] == plain[0] and not ours.stats["drafted"]
+    with pytest.raises(BadInput, match="tried in blocks"):
+        Engine(RowDevice(CONFIG, params(), parse("sink 2 | recent 6"), 20), propose=ngram)
+
+
+@pytest.mark.parametrize(
+    "tokens, count, wanted",
+    [
+        ([1, 2, 3, 9, 1, 2, 3], 3, [9, 1, 2]),
+        ([1, 2, 3, 9, 1, 2, 3], 6, [9, 1, 2, 3, 9, 1]),  # over its end it goes on
+        ([5, 2, 3, 7, 8, 2, 3, 6, 5, 2, 3], 1, [7]),  # three alike rather than two
+        ([2, 7, 2, 8, 2], 1, [8]),  # of equals the last
+        ([4, 4], 3, [4, 4, 4]),
+        ([1, 2, 3], 3, []),
+        ([1], 3, []),
+        ([1, 1], 0, []),
+    ],
+)
+def test_ngram_foresees_what_followed_before(tokens: list[int], count: int, wanted: list[int]) -> None:
+    assert ngram(tokens, count) == wanted

@@ -43,7 +43,7 @@ class Service:
         size = self.blocks.size
         slots = lambda block: [(block, at) for at in range(size)]
         self.counts["found"] += sum(row.table.published for row in found.begun)
-        for row, _, taken in found.out:
+        for row, _, taken, _ in found.out:
             assert row in found.stopped and row.id not in self.host
             self.host[row.id] = [[self.content.get(slot) for slot in slots(block)] for block in taken]
         assert sum(run.stop - run.start for run in found.runs) <= self.limits.tokens
@@ -53,7 +53,7 @@ class Service:
             for target, source in found.copies.items()
             for to, slot in zip(slots(target), slots(source), strict=True)
         }
-        for row, first, targets in found.back:
+        for row, first, targets, _ in found.back:
             content = self.host.pop(row.id)
             for block, each in zip(targets, content[first:], strict=True) if targets else ():
                 assert self.blocks._own(block), "a block comes back where others read"
@@ -196,7 +196,7 @@ def test_what_is_put_aside_comes_back() -> None:
         for row, _, stop in found.runs:
             row.table.computed = stop
             row.tokens.append(3)
-    assert [(row.id, at, len(moved)) for row, at, moved in found.out] == [(1, 0, 4)]
+    assert [(row.id, at, len(moved)) for row, at, moved, _ in found.out] == [(1, 0, 4)]
     assert last.aside == 8 and queue.aside == 4 and not found.back
     end(queue, blocks, first, 0.0)
     found = plan(queue, blocks, limits, 0.0)

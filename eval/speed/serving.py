@@ -22,10 +22,11 @@ from kvcascade.model import generate
 from kvcascade.model.pretrained import Model
 from kvcascade.model.programs import kept
 from kvcascade.serve.costs import Costs, Replay, attended
-from kvcascade.serve.device import Device
 from kvcascade.serve.engine import Engine
 from kvcascade.serve.plan import Limits, Row, check
+from kvcascade.serve.propose import PROPOSERS, Propose
 from kvcascade.serve.request import Request, Runs
+from kvcascade.serve.rows import device_for
 from kvcascade.serve.trace import Arrival, tokens
 
 VOCAB = 2**15
@@ -56,37 +57,46 @@ class Times:
 
 
 def engine(
-    model: Model, spec: CacheSpec, arrivals: Sequence[Arrival], prompts, blocks: int, limits: Limits, clock
+    model: Model,
+    spec: CacheSpec,
+    arrivals: Sequence[Arrival],
+    prompts,
+    blocks: int,
+    limits: Limits,
+    clock,
+    propose=None,
 ) -> dict[str, Any]:
     """Serve a trace by the engine; BadInput, before anything is compiled, for a request that the pool cannot hold."""
-    check_longest(arrivals, blocks, limits)
     steps: list[tuple[int, int, float]] = []
 
-    class Timed(Device):
-        def run(self, found, draws, tell):
-            start = clock()
-            drawn = super().run(found, draws, tell)
-            steps.append((drawn.size, attended(found), clock() - start))
-            return drawn
-
     context = max(each.tokens for each in arrivals)
-    device = Timed(
+    device = device_for(
         model.config, model.params, spec, blocks, limits, context, fingerprint=model.fingerprint, compiled=kept
     )
+    check_longest(arrivals, device.pool(), limits)
+    run = device.run
+
+    def timed(found, draws, tell):
+        start = clock()
+        drawn = run(found, draws, tell)
+        steps.append((drawn.size, attended(found), clock() - start))
+        return drawn
+
+    device.run = timed  # pyright: ignore[reportAttributeAccessIssue]
     warm = device.warm()
     compiled = device.compiled()
-    found = serve(device, arrivals, prompts, clock)
+    found = serve(device, arrivals, prompts, clock, propose)
     costs = Costs.of(steps)
     return found | {
         "warm_seconds": warm, "compiles": device.compiled() - compiled, "programs": tuple(costs.programs.items()), "attended": costs.attended,
-        "kv_bytes": sum(x.nbytes for pool in device.cache.pools for part in (pool.k, pool.v) for x in part.values()),
+        "kv_bytes": device.nbytes,
     }  # fmt: skip
 
 
-def check_longest(arrivals: Sequence[Arrival], blocks: int, limits: Limits) -> None:
+def check_longest(arrivals: Sequence[Arrival], blocks: Blocks, limits: Limits) -> None:
     """BadInput for a request that the engine would refuse in the middle of a trace."""
     longest = max(arrivals, key=lambda each: each.tokens)
-    check(Row(0, [0] * longest.prompt, longest.tokens), Blocks(blocks, BLOCK), limits)
+    check(Row(0, [0] * longest.prompt, longest.tokens), blocks, limits)
 
 
 def replay(served: Served, arrivals: Sequence[Arrival], prompts, blocks: int, limits: Limits) -> dict[str, Any]:
@@ -94,17 +104,21 @@ def replay(served: Served, arrivals: Sequence[Arrival], prompts, blocks: int, li
     costs = Costs(dict(served.programs or ()), served.attended or 0.0)
     if not costs.programs or limits.tokens > (served.step_tokens or 0):
         raise BadInput(f"what is known is what steps of up to {served.step_tokens} tokens take, not of {limits.tokens}")
-    check_longest(arrivals, blocks, limits)
+    if not all(each.shared and not each.own for each in parse(served.cache).cascades):
+        raise BadInput(f"what steps take is known of caches wholly on blocks alone, not of {served.cache}")
     context = max(each.tokens for each in arrivals)
     device = Replay(costs, blocks, BLOCK, VOCAB, context, limits)
+    check_longest(arrivals, device.pool(), limits)
     kv_bytes = (served.kv_bytes or 0) // (served.blocks or 1) * blocks
     return serve(device, arrivals, prompts, device.clock) | {"warm_seconds": 0.0, "kv_bytes": kv_bytes}
 
 
-def serve(device: Runs, arrivals: Sequence[Arrival], prompts: Iterable[list[int]], clock) -> dict[str, Any]:
+def serve(
+    device: Runs, arrivals: Sequence[Arrival], prompts: Iterable[list[int]], clock, propose: Propose | None = None
+) -> dict[str, Any]:
     """Let an engine take a trace's requests in as they come, until all are over; `clock` is what its steps take time of."""
     now = Clock(clock)
-    ours = Engine(device, clock=now)
+    ours = Engine(device, clock=now, propose=propose)
     rows, coming, seen = {}, collections.deque(arrivals), []
     texts, wasted = iter(prompts), []
     while coming or ours.busy:
@@ -126,13 +140,14 @@ def serve(device: Runs, arrivals: Sequence[Arrival], prompts: Iterable[list[int]
                 del rows[event.id]
         held, inside = ours.filled()
         wasted += [1 - inside / held] if held else []
-    stats = ours.stats
+    stats, accepted = ours.stats, sum(ours.accepted)
+    again = stats["again"] + stats["drafted"] - accepted
     return _summary(seen, now()) | {
-        "blocks": device.blocks, "rows": device.limits.rows, "step_tokens": device.limits.tokens, "steps": stats["steps"],
-        "useful": (stats["tokens"] - stats["again"]) / max(1, stats["tokens"] + stats["padded"]), "found": stats["found"],
+        "blocks": ours.blocks.count, "rows": device.limits.rows, "step_tokens": device.limits.tokens, "steps": stats["steps"],
+        "useful": (stats["tokens"] - again) / max(1, stats["tokens"] + stats["padded"]), "found": stats["found"],
         "stopped": stats["stopped"], "aside": device.limits.aside, "put_aside": stats["put_aside"], "copied": stats["copied"],
         "evicted": ours.blocks.evictions, "waste": float(np.mean(wasted or [0.0])),
-    }  # fmt: skip
+    } | ({"drafted": stats["drafted"], "accepted": tuple(ours.accepted)} if ours.accepted else {})  # fmt: skip
 
 
 def batches(model: Model, spec: CacheSpec, arrivals: Sequence[Arrival], prompts, size: int, clock) -> dict[str, Any]:
@@ -216,18 +231,30 @@ class Trace:
         }
 
 
-def job(model: Model, spec: CacheSpec, trace: Trace, blocks: int, limits: Limits, size: int, clock: str) -> Job:
+def job(
+    model: Model,
+    spec: CacheSpec,
+    trace: Trace,
+    blocks: int,
+    limits: Limits,
+    size: int,
+    clock: str,
+    speculate: str = "none",
+) -> Job:
     """The measurement of one trace: by the engine, and, with a `size`, in batches of so many with a full cache in rows."""
     about = trace.about | {
         "kind": "simulate", "model": model.name, "weights": model.config.weights, "weights_key": model.fingerprint, "cache": str(spec),
         "clock": clock, "processor": processor.name(), "threads": processor.count(),
     }  # fmt: skip
     plan = {"pool": blocks, "most": [limits.tokens, limits.rows, limits.aside], "batch": size}
+    plan |= {"speculate": speculate, "ahead": limits.ahead} if limits.ahead else {}
 
     def run() -> list[Served]:
         vocab = min(model.encoding.n_vocab, model.config.vocab)
-        made = engine(model, spec, trace.arrivals, trace.prompts(vocab), blocks, limits, CLOCKS[clock])
-        found = [Served(**about, way="engine", **made)]
+        propose = PROPOSERS.get(speculate)
+        made = engine(model, spec, trace.arrivals, trace.prompts(vocab), blocks, limits, CLOCKS[clock], propose)
+        way = "engine" if propose is None else f"engine, {speculate} {limits.ahead}"
+        found = [Served(**about, way=way, **made)]
         if size:
             rows = parse("full")
             served = batches(model, rows, trace.arrivals, [*trace.prompts(vocab)], size, CLOCKS[clock])
@@ -284,7 +311,8 @@ def table(found: Sequence[Served]) -> Table:
         Column("way", "way"), CACHE, Column("tok/s", "tokens_per_second", "{:,.1f}"),
         Column("first token, ms (50, 95 %)", lambda r: pair(r.first_ms)), Column("between, ms", lambda r: pair(r.between_ms)),
         Column("ms per token", lambda r: pair(r.per_token_ms)), Column("useful", "useful", "{:.0%}"), Column("steps", "steps"),
-        Column("found", "found"), Column("stopped", "stopped"), Column("put aside", "put_aside"), Column("waste", "waste", "{:.1%}"),
+        Column("accepted", lambda r: r.drafted and sum(r.accepted or ()) / r.drafted, "{:.0%}"), Column("found", "found"),
+        Column("stopped", "stopped"), Column("put aside", "put_aside"), Column("waste", "waste", "{:.1%}"),
         Column("compiles", "compiles"), Column("rows", "rows"), Column("blocks", "blocks"),
         Column("KV, MB", lambda r: r.kv_bytes and r.kv_bytes / 1e6, "{:,.1f}"),
     ]  # fmt: skip

@@ -1,0 +1,36 @@
+"""What may come next, foreseen cheaply: tokens that a step computes along with the next one, and keeps as far as they are what is drawn."""
+
+from collections.abc import Callable, Sequence
+
+type Propose = Callable[[Sequence[int], int], list[int]]
+"""Of a row's tokens and a number: at most so many tokens that may follow."""
+
+LONGEST = 4
+"""Tokens at a text's end that are looked for earlier in it."""
+
+
+def ngram(tokens: Sequence[int], count: int) -> list[int]:
+    """What followed when the text's last tokens were there before: of the most of them that were, and of several places the last.
+
+    Prompt lookup (Saxena 2023; `prompt_lookup_num_tokens` in transformers, `ngram` in vLLM).
+    """
+    end = len(tokens)
+    best, after = 0, end
+    for at in range(end - 2, -1, -1):
+        if tokens[at] != tokens[-1]:
+            continue
+        alike = 1
+        while alike < LONGEST and alike <= at and tokens[at - alike] == tokens[end - 1 - alike]:
+            alike += 1
+        if alike > best:
+            best, after = alike, at + 1
+            if best == LONGEST:
+                break
+    text = list(tokens[after:])
+    for index in range(count if text else 0):
+        text.append(text[index])  # what follows goes on as it did, over the text's end if need be
+    return text[:count]
+
+
+PROPOSERS: dict[str, Propose] = {"ngram": ngram}
+"""By their names."""
