@@ -43,13 +43,22 @@ class Moments:
             return Basis(scale_KH=_f32(np.broadcast_to(signs_H, self.mean_KH.shape)))
         if letter == "m":
             return Basis(shift_KH=_f32(self.mean_KH))
+        if letter == "p":
+            variance_KH, vectors_KHH = (x[..., ::-1] for x in np.linalg.eigh(self.covariance_KHH))
+            deviation_K1H = _no_less(variance_KH)[:, None] ** 0.5
+            matrix_KHH, inverse_KHH = vectors_KHH / deviation_K1H, (vectors_KHH * deviation_K1H).swapaxes(1, 2)
+            return Basis(shift_KH=_f32(self.mean_KH), matrix_KHH=_f32(matrix_KHH), inverse_KHH=_f32(inverse_KHH))
         if letter == "s":
             variance_KH = np.diagonal(self.covariance_KHH, axis1=1, axis2=2)
-            least_K1 = SMALL * variance_KH.mean(1, keepdims=True) + np.finfo(np.float32).tiny
-            return Basis(shift_KH=_f32(self.mean_KH), scale_KH=_f32(np.maximum(variance_KH, least_K1) ** -0.5))
+            return Basis(shift_KH=_f32(self.mean_KH), scale_KH=_f32(_no_less(variance_KH) ** -0.5))
         _, vectors_KHH = np.linalg.eigh(self.read_KHH)
         falling = vectors_KHH[:, :, ::-1]  # by how much they are read, the most first
         return Basis(matrix_KHH=_f32(falling), inverse_KHH=_f32(falling.swapaxes(1, 2)))
+
+
+def _no_less(variance_KH: np.ndarray) -> np.ndarray:
+    """Variances of directions, none of them less than is taken for something."""
+    return np.maximum(variance_KH, SMALL * variance_KH.mean(1, keepdims=True) + np.finfo(np.float32).tiny)
 
 
 def _f32(x: np.ndarray) -> jax.Array:

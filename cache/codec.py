@@ -2,7 +2,11 @@
 
 import dataclasses
 import functools
+import itertools
+import math
 import operator
+from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -170,27 +174,88 @@ class LloydMax(Packed):
         return normal_levels(self.bits)
 
     def encode(self, x):
-        x = self.turn(x.astype(jnp.float32))
-        most = jnp.abs(x).max(-1, keepdims=True)
-        shares = x / jnp.where(most > 0, most, 1)  # whose squares are neither too large nor too small
-        deviation = jnp.maximum(most * jnp.sqrt((shares**2).mean(-1, keepdims=True)), LEAST)
-        scale = jnp.where(most > 0, _round_to_bf16(deviation), 0)
-        levels = np.asarray(self.levels, np.float32)
-        units = x / jnp.where(scale > 0, scale, 1)
-        codes = (units[..., None] > (levels[1:] + levels[:-1]) / 2).sum(-1).astype(jnp.uint8)
-        return self.packed(codes) | {"scale": scale.astype(jnp.bfloat16)}
+        scale, units = _deviation(self.turn(x.astype(jnp.float32)))
+        return self.packed(_nearest(units, self.levels)) | {"scale": scale.astype(jnp.bfloat16)}
 
     def read(self, stored):
         return jnp.asarray(self.levels, jnp.float32)[self.unpacked(stored)] * stored["scale"].astype(jnp.float32)
 
     def bound(self, stored):
-        # All of a vector may be in one channel: the square root of H times the scale, of which the outermost level is all that is kept.
         width = stored[self._name].shape[-1] * 8 // (self.bits - self.fine)
-        farthest = max(width**0.5 * 1.01 - self.levels[-1], max(np.diff(self.levels)) / 2)
-        return farthest * 1.001 * stored["scale"].astype(jnp.float32)
+        return _farthest(width, self.levels) * stored["scale"].astype(jnp.float32)
 
     def nbytes(self, width):
         return self.check(width) + 2
+
+
+def _deviation(x):
+    """The root mean square of each vector's channels in bf16, and the channels over it."""
+    most = jnp.abs(x).max(-1, keepdims=True)
+    shares = x / jnp.where(most > 0, most, 1)  # whose squares are neither too large nor too small
+    deviation = jnp.maximum(most * jnp.sqrt((shares**2).mean(-1, keepdims=True)), LEAST)
+    scale = jnp.where(most > 0, _round_to_bf16(deviation), 0)
+    return scale, x / jnp.where(scale > 0, scale, 1)
+
+
+def _nearest(units, levels: Sequence[float]):
+    """The number of the level that is nearest to each."""
+    found = np.asarray(levels, np.float32)
+    return (units[..., None] > (found[1:] + found[:-1]) / 2).sum(-1).astype(jnp.uint8)
+
+
+def _farthest(width: int, levels: Sequence[float]) -> float:
+    """How far a channel may be from its level, over the vector's deviation: all of a vector may be in one channel, the square root of the width
+    times that, of which the outermost level is all that is kept."""
+    return max(width**0.5 * 1.01 - levels[-1], max(np.diff(levels)) / 2) * 1.001
+
+
+@dataclasses.dataclass(frozen=True)
+class Banded(Codec):
+    """Codes of unlike numbers of bits for bands of channels, which are to come in the order of their importance, and a bf16 scale per vector.
+
+    In a basis of principal components, each over its deviation, this is KVTC's transform (Staniszewski & Łańcucki 2025, arXiv 2511.01815, §3),
+    which chooses the bits of each head's channels by a dynamic program; here all heads have the same. Levels are Lloyd–Max's, of eight bits
+    evenly spread over all that a channel may be.
+    """
+
+    bands: tuple[tuple[int, int], ...]
+    """Quarters of the channels, and their bits: 8, 4, 2 or 1."""
+
+    def _levels(self, bits: int, width: int) -> Sequence[float]:
+        """What the codes of a band stand for, over the vector's deviation; to the square root of the width no channel is larger."""
+        return np.linspace(-1, 1, 256).dot(1.01 * width**0.5).tolist() if bits == 8 else normal_levels(bits)
+
+    def _parts(self, width: int) -> list[tuple[slice, int]]:
+        """The channels of each band, and their bits."""
+        stops = np.cumsum([0, *(count * width // 4 for count, _ in self.bands)]).tolist()
+        return [(slice(*each), bits) for each, (_, bits) in zip(itertools.pairwise(stops), self.bands, strict=True)]
+
+    def encode(self, x):
+        width = x.shape[-1]
+        scale, units = _deviation(x.astype(jnp.float32))
+        codes = {
+            f"codes{bits}": pack(_nearest(units[..., some], self._levels(bits, width)), bits)
+            for some, bits in self._parts(width)
+        }
+        return codes | {"scale": scale.astype(jnp.bfloat16)}
+
+    def read(self, stored):
+        codes = {bits: unpack(stored[f"codes{bits}"], bits) for _, bits in self.bands}
+        width = sum(each.shape[-1] for each in codes.values())
+        levels = [jnp.asarray(self._levels(bits, width), jnp.float32)[each] for bits, each in codes.items()]
+        return jnp.concatenate(levels, -1) * stored["scale"].astype(jnp.float32)
+
+    def bound(self, stored):
+        width = sum(stored[f"codes{bits}"].shape[-1] * 8 // bits for _, bits in self.bands)
+        farthest = max(_farthest(width, self._levels(bits, width)) for _, bits in self.bands)
+        return farthest * stored["scale"].astype(jnp.float32)
+
+    def nbytes(self, width):
+        parts = self._parts(width)
+        if width % 4 or any((some.stop - some.start) * bits % 8 for some, bits in parts):
+            least = 4 * max(8 // bits // math.gcd(count, 8 // bits) for count, bits in self.bands)
+            raise BadInput(f"{self.name} needs a head width that is a multiple of {least}, not {width}")
+        return sum((some.stop - some.start) * bits // 8 for some, bits in parts) + 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +341,9 @@ int2 = Uniform("int2", bits=2)
 lloyd4 = LloydMax("lloyd4")
 lloyd3 = LloydMax("lloyd3", bits=3, fine=1)
 lloyd2 = LloydMax("lloyd2", bits=2)
+kvtc4 = Banded("kvtc4", bands=((1, 8), (1, 4), (2, 2)))
+kvtc3 = Banded("kvtc3", bands=((2, 4), (2, 2)))
+kvtc2 = Banded("kvtc2", bands=((1, 4), (1, 2), (2, 1)))
 
 BASES = {
     "h": "turned by a Hadamard matrix",
@@ -283,15 +351,18 @@ BASES = {
     "m": "less the head's mean, then a Hadamard matrix; of a calibration",
     "s": "less the head's mean, each channel over its deviation; of a calibration",
     "o": "the eigenvectors of what attention reads, then a Hadamard matrix (OSCAR); of a calibration",
+    "p": "less the head's mean, principal components, each over its deviation, the largest first (KVTC); of a calibration",
 }
 """What the last letter of a codec's name says of the basis that it encodes in (cache/basis.py)."""
 TURNED = "hrmo"
+BANDED = "p"
+"""The one in which channels come in the order of their importance."""
 
 
-def in_basis(codec: Packed, letter: str) -> Packed:
+def in_basis[C: Packed | Banded](codec: C, letter: str) -> C:
     """The codec in a basis."""
-    basis = "" if letter == "h" else letter
-    return dataclasses.replace(codec, name=codec.name + letter, basis=basis, turned=letter in TURNED)
+    changed: dict[str, Any] = {"name": codec.name + letter, "basis": "" if letter == "h" else letter}
+    return dataclasses.replace(codec, **changed | ({"turned": True} if letter in TURNED else {}))
 
 
 int4h, int3h, int2h = (in_basis(codec, "h") for codec in (int4, int3, int2))
@@ -304,7 +375,7 @@ CODECS = {
 """Those that need to know nothing of a model."""
 NAMES = CODECS | {
     codec.name + letter: in_basis(codec, letter)
-    for codec in (planes, int4, int3, int2, lloyd4, lloyd3, lloyd2)
     for letter in BASES
+    for codec in ((kvtc4, kvtc3, kvtc2) if letter == BANDED else (planes, int4, int3, int2, lloyd4, lloyd3, lloyd2))
 }
 """All, by their names."""

@@ -26,7 +26,7 @@ class Pair(Protocol):
 
 def payload(stored: Stored) -> Array:
     """The largest of the arrays of stored vectors: their codes, or the values of a codec that keeps them as they are."""
-    return next(stored[name] for name in ("values", "codes", "codes2") if name in stored)
+    return max((x for name, x in stored.items() if name.startswith(("values", "codes"))), key=lambda x: x.shape[-1])
 
 
 def format_of(stored: Stored) -> str | None:

@@ -73,7 +73,7 @@ def run(spec: str, implementation=None, steps: int = 6):
 EXACT = "sink 2{} | recent 6{} | heavy 9{} | keydiff 12{}"
 
 
-@pytest.mark.parametrize("letter, implementation", [("r", None), ("m", None), ("s", "xla"), ("o", None)])
+@pytest.mark.parametrize("letter, implementation", [("r", None), ("m", None), ("s", "xla"), ("o", None), ("p", None)])
 @pytest.mark.parametrize("place", ["", " on blocks"])
 def test_attention_is_the_same_in_any_basis(file: str, letter: str, place: str, implementation, monkeypatch) -> None:
     """With a codec that rounds nothing: the outputs, and what is held, are those of the model's own basis."""
@@ -98,7 +98,10 @@ def test_attention_is_the_same_in_any_basis(file: str, letter: str, place: str, 
 
 @pytest.mark.parametrize(
     "spec",
-    ["heads[0]: full@int4m ; heads[1]: recent 9@int8 | heavy 20@int4m", "sink 2 | recent 60@lloyd4m/int4o"],
+    [
+        "heads[0]: full@int4m ; heads[1]: recent 9@int8 | heavy 20@int4m",
+        "sink 2 | recent 60@lloyd4m/int4o",
+    ],
 )
 def test_by_heads_and_for_keys_and_values_apart(file: str, spec: str) -> None:
     """Four bits in a basis of the model's are near to attention in full, near to as near as the codec's bound allows."""
@@ -106,6 +109,20 @@ def test_by_heads_and_for_keys_and_values_apart(file: str, spec: str) -> None:
     wanted, _ = run(spec.replace("lloyd4m/int4o", "f32").replace("int4m", "f32").replace("int8", "f32"))
     for a, b in zip(ours, wanted, strict=True):
         assert np.linalg.norm(a - b) < 0.4 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("ours, theirs", [("kvtc4", "int4h"), ("kvtc3", "lloyd3h"), ("kvtc2", "lloyd2h")])
+def test_bits_by_channel_miss_by_less_where_few_directions_count(ours: str, theirs: str) -> None:
+    """Of vectors whose directions are of unlike sizes, by the moments that they have, in fewer bytes or as many."""
+    rng = np.random.default_rng(0)
+    turn, _ = np.linalg.qr(rng.standard_normal((64, 64)))
+    x = (rng.standard_normal((2000, 64)) * 0.85 ** np.arange(64)) @ turn + 2
+    shown = jnp.asarray(x, jnp.float32)[None, None]
+    basis = Moments(x.mean(0)[None], np.cov(x.T)[None], np.eye(64)[None]).basis("p")
+    codec, other = NAMES[f"{ours}p"], NAMES[theirs]
+    missed = jnp.linalg.norm(basis.back(codec.decode(codec.encode(basis.into(shown)))) - shown)
+    assert missed < 0.5 * jnp.linalg.norm(other.decode(other.encode(shown)) - shown)
+    assert codec.nbytes(64) <= other.nbytes(64)
 
 
 def test_a_look_and_a_commit_are_a_step(file: str) -> None:
