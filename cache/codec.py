@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
-import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -211,51 +209,50 @@ def _farthest(width: int, levels: Sequence[float]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Banded(Codec):
-    """Codes of unlike numbers of bits for bands of channels, which are to come in the order of their importance, and a bf16 scale per vector.
+    """Codes of one more bit for the first quarter of channels, of one less for the last, and a bf16 scale per vector; levels are Lloyd–Max's.
 
-    In a basis of principal components, each over its deviation, this is KVTC's transform (Staniszewski & Łańcucki 2025, arXiv 2511.01815, §3),
-    which chooses the bits of each head's channels by a dynamic program; here all heads have the same. Levels are Lloyd–Max's, of eight bits
-    evenly spread over all that a channel may be.
+    In a basis of principal components, each over its deviation, the largest first, this is KVTC's transform (Staniszewski & Łańcucki 2025,
+    arXiv 2511.01815, §3), which chooses the bits of each head's channels by a dynamic program; here all heads have the same.
     """
 
-    bands: tuple[tuple[int, int], ...]
-    """Quarters of the channels, and their bits: 8, 4, 2 or 1."""
+    bits: int
+    """Of a code, on average: 2, 3 or 4."""
 
-    def _levels(self, bits: int, width: int) -> Sequence[float]:
-        """What the codes of a band stand for, over the vector's deviation; to the square root of the width no channel is larger."""
-        return np.linspace(-1, 1, 256).dot(1.01 * width**0.5).tolist() if bits == 8 else normal_levels(bits)
-
-    def _parts(self, width: int) -> list[tuple[slice, int]]:
-        """The channels of each band, and their bits."""
-        stops = np.cumsum([0, *(count * width // 4 for count, _ in self.bands)]).tolist()
-        return [(slice(*each), bits) for each, (_, bits) in zip(itertools.pairwise(stops), self.bands, strict=True)]
+    def _bands(self, width: int) -> list[tuple[slice, int]]:
+        """Channels and their bits."""
+        quarter = width // 4
+        parts = (0, quarter, self.bits + 1), (quarter, 3 * quarter, self.bits), (3 * quarter, width, self.bits - 1)
+        return [(slice(start, stop), bits) for start, stop, bits in parts]
 
     def encode(self, x):
-        width = x.shape[-1]
         scale, units = _deviation(x.astype(jnp.float32))
-        codes = {
-            f"codes{bits}": pack(_nearest(units[..., some], self._levels(bits, width)), bits)
-            for some, bits in self._parts(width)
-        }
-        return codes | {"scale": scale.astype(jnp.bfloat16)}
+        stored = {"scale": scale.astype(jnp.bfloat16)}
+        for some, bits in self._bands(x.shape[-1]):
+            codes = _nearest(units[..., some], normal_levels(bits))
+            low = bits % 2 if bits > 1 else 0  # three and five bits are a plane of two or four, and one of one
+            stored[f"codes{bits}"] = pack(codes >> low, bits - low)
+            if low:
+                stored[f"low{bits}"] = pack(codes & 1, 1)
+        return stored
 
     def read(self, stored):
-        codes = {bits: unpack(stored[f"codes{bits}"], bits) for _, bits in self.bands}
-        width = sum(each.shape[-1] for each in codes.values())
-        levels = [jnp.asarray(self._levels(bits, width), jnp.float32)[each] for bits, each in codes.items()]
-        return jnp.concatenate(levels, -1) * stored["scale"].astype(jnp.float32)
+        found = []
+        for bits in (self.bits + 1, self.bits, self.bits - 1):
+            low = stored.get(f"low{bits}")
+            codes = unpack(stored[f"codes{bits}"], bits - (low is not None))
+            codes = codes if low is None else codes << 1 | unpack(low, 1)
+            found.append(jnp.asarray(normal_levels(bits), jnp.float32)[codes])
+        return jnp.concatenate(found, -1) * stored["scale"].astype(jnp.float32)
 
     def bound(self, stored):
-        width = sum(stored[f"codes{bits}"].shape[-1] * 8 // bits for _, bits in self.bands)
-        farthest = max(_farthest(width, self._levels(bits, width)) for _, bits in self.bands)
+        width = stored[f"codes{self.bits}"].shape[-1] * 8 // (self.bits - self.bits % 2) * 2
+        farthest = max(_farthest(width, normal_levels(bits)) for _, bits in self._bands(width))
         return farthest * stored["scale"].astype(jnp.float32)
 
     def nbytes(self, width):
-        parts = self._parts(width)
-        if width % 4 or any((some.stop - some.start) * bits % 8 for some, bits in parts):
-            least = 4 * max(8 // bits // math.gcd(count, 8 // bits) for count, bits in self.bands)
-            raise BadInput(f"{self.name} needs a head width that is a multiple of {least}, not {width}")
-        return sum((some.stop - some.start) * bits // 8 for some, bits in parts) + 2
+        if width % 32:
+            raise BadInput(f"{self.name} needs a head width that is a multiple of 32, not {width}")
+        return width * self.bits // 8 + 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,9 +338,7 @@ int2 = Uniform("int2", bits=2)
 lloyd4 = LloydMax("lloyd4")
 lloyd3 = LloydMax("lloyd3", bits=3, fine=1)
 lloyd2 = LloydMax("lloyd2", bits=2)
-kvtc4 = Banded("kvtc4", bands=((1, 8), (1, 4), (2, 2)))
-kvtc3 = Banded("kvtc3", bands=((2, 4), (2, 2)))
-kvtc2 = Banded("kvtc2", bands=((1, 4), (1, 2), (2, 1)))
+kvtc4, kvtc3, kvtc2 = (Banded(f"kvtc{bits}", bits=bits) for bits in (4, 3, 2))
 
 BASES = {
     "h": "turned by a Hadamard matrix",

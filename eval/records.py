@@ -516,6 +516,32 @@ class Stream(Named):
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Speculated(Named):
+    """Answers to the prompts of one kind of task, with so many tokens foreseen; what is counted is from each answer's first token on."""
+
+    same: ClassVar = ("model", "weights", "task", "processor")
+    kind: Literal["speculate"] = "speculate"
+    weights: Text
+    task: Text
+    prompts: Count
+    tokens_at_most: Count
+    repeats: Count
+    proposer: Text
+    ahead: Size
+    """0: none are foreseen."""
+    tokens: Count
+    steps: Count
+    drafted: Index
+    accepted: tuple[Index, ...]
+    """Of those, what was drawn, by places in their drafts."""
+    seconds_each: Some[Positive]
+    """Of all prompts, round by round."""
+    tokens_per_second: Positive
+    bytes_per_token: Positive
+    """Of parameters, and of keys and values, that steps read."""
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Served(Named):
     """A trace of requests, served in one way; times in milliseconds, from the least to the most in steps of 5 % of their number."""
 
@@ -757,7 +783,7 @@ def _uneven(growth: Mapping[str, Any]) -> str | None:
 KINDS: dict[str, type[Record]] = {
     "train": Training, "evaluate": Evaluation, "quantize": Quantization, "rank": Ranking, "tune": Tuned, "curve": Curve, "codec": Distortion, "board": Board,
     "retrieve": Retrieval, "harness": TaskResult, "layer": Layer, "growth": Growth, "bench": Bench, "stream": Stream, "fit": Fit, "crash": Crash,
-    "prompt": Prompting, "profile": Profile, "parity": Parity, "simulate": Served,
+    "prompt": Prompting, "profile": Profile, "parity": Parity, "simulate": Served, "speculate": Speculated,
 }  # fmt: skip
 OTHERS = {("evaluate", "kl"): Compared, ("bench", "reason"): BenchFailed, ("fit", "failed"): FitFailed}
 """The classes of records that have a certain key."""

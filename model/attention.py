@@ -14,6 +14,7 @@ from kvcascade.kernels.causal import causal_attention
 from kvcascade.kernels.rotation import Rotation, turn
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.linear import Linear, together
+from kvcascade.model.norm import RMSNorm
 
 
 class Attention(nnx.Module):
@@ -28,7 +29,7 @@ class Attention(nnx.Module):
         self.v = project(width, heads.kv * heads.value_width)
         self.o = linear(heads.queries * heads.value_width, width, init=out_init, use_bias=config.biases == "all")
         if config.qk_norm:
-            norm = functools.partial(nnx.RMSNorm, heads.width, epsilon=config.norm_eps, dtype=jnp.float32, rngs=rngs)
+            norm = functools.partial(RMSNorm, heads.width, epsilon=config.norm_eps, dtype=jnp.float32, rngs=rngs)
             self.q_norm, self.k_norm = norm(), norm()
         self.heads, self.index = heads, index
 

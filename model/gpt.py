@@ -23,6 +23,7 @@ from kvcascade.model.attention import Attention
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.experts import Experts
 from kvcascade.model.linear import Embedding, Linear, head_weights, products
+from kvcascade.model.norm import LayerNorm, RMSNorm
 
 type Params = dict[str, Any]
 
@@ -32,7 +33,7 @@ LEAD = 8
 
 def make_norm(config: ModelConfig, rngs: nnx.Rngs):
     """The norm before a block or the head; computed in float32."""
-    norm = {"rms": nnx.RMSNorm, "layer": nnx.LayerNorm}[config.norm]
+    norm = {"rms": RMSNorm, "layer": LayerNorm}[config.norm]
     return norm(config.width, epsilon=config.norm_eps, dtype=jnp.float32, rngs=rngs)
 
 

@@ -27,6 +27,7 @@ COMMANDS = {
     "leaderboard": "everything known, by what it loses at so many bytes",
     "bench": "prefill and decode speed, and the share of the memory bandwidth",
     "stream": "decode on and on: whether time and memory per token stay flat",
+    "speculate": "what it gains to compute tokens that are only foreseen, on copying, JSON and summaries",
     "simulate": "serve a trace of requests: latency, throughput, waste, what prefixes were found",
     "memory": "bytes of models and caches by arithmetic, and the users that leaves room for",
     "methods": "every policy: what it keeps, whose it is, what it reads and takes",

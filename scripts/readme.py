@@ -32,7 +32,8 @@ def generated() -> dict[Path, str]:
     """The files that come from the records, with their content: pages and figures."""
     toy, pretrained = recorded("toy"), recorded("smollm2")
     costly = {
-        name: recorded(name) for name in ("speed", "heads", "stream", "serving", "fit", "crash", "weights", "prompt")
+        name: recorded(name)
+        for name in ("speed", "heads", "stream", "serving", "speculation", "fit", "crash", "weights", "prompt")
     }
     kernels: list[Any] = record_files.read(RESULTS / "kernels.jsonl")
     parts = tables_of.readme_tables(toy) | tables_of.pretrained_tables(pretrained) | costs.readme_tables(costly)

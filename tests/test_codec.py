@@ -20,7 +20,7 @@ def normal(*shape: int) -> jax.Array:
 @pytest.mark.parametrize("width", [2, 16, 64])
 def test_claimed_bytes_of_a_vector_are_those_of_its_arrays(codec: Codec, width: int) -> None:
     """Codes, scale and low end of one vector, as they are stored; a width that is refused fills no whole bytes."""
-    narrow = isinstance(codec, Banded) and width == 2
+    narrow = isinstance(codec, Banded) and width < 32
     if narrow or isinstance(codec, Packed) and width < 8 // min(codec.bits, codec.fine or 8):
         with pytest.raises(BadInput, match="needs a head width"):
             codec.nbytes(width)
@@ -67,7 +67,7 @@ def test_a_rotation_spreads_an_outlier() -> None:
 
 
 @pytest.mark.parametrize(
-    "codec, width, need", [(int4h, 24, "a power of two"), (int4, 7, "even"), (kvtc2, 24, "a multiple of 16")]
+    "codec, width, need", [(int4h, 24, "a power of two"), (int4, 7, "even"), (kvtc2, 48, "a multiple of 32")]
 )
 def test_a_head_width_that_does_not_fit_is_told(codec: Codec, width: int, need: str) -> None:
     """A Walsh-Hadamard matrix has a power of two of rows, and two codes share a byte."""
@@ -86,17 +86,16 @@ def test_bits_by_channel_miss_by_less_than_they_say(codec: Banded, channel: int)
 
 
 def test_bits_by_channel_are_where_channels_count() -> None:
-    """Of eight bits the first channels keep a hundredth, of one bit the last ones four tenths; both as the levels' theory has it."""
+    """The mean square errors of Max 1960, table I, of five bits to one."""
     x = normal(4000, 64)
     error = lambda codec: np.asarray(jnp.square(codec.decode(codec.encode(x)) - x).mean(0))
-    assert error(kvtc4)[:16].max() < 1e-3
-    np.testing.assert_allclose(error(kvtc2)[:16], 0.0095, rtol=0.15)  # Max 1960, table I: 4, 2 and 1 bits
-    np.testing.assert_allclose(error(kvtc2)[16:32], 0.1175, rtol=0.15)
-    np.testing.assert_allclose(error(kvtc2)[32:], 0.3634, rtol=0.1)
+    for codec, wanted in ((kvtc4, (0.0025, 0.0095, 0.0345)), (kvtc2, (0.0345, 0.1175, 0.3634))):
+        for some, each in zip((slice(16), slice(16, 48), slice(48, 64)), wanted, strict=True):
+            np.testing.assert_allclose(error(codec)[some], each, rtol=0.2)
 
 
 @pytest.mark.parametrize("codec", EVERY.values(), ids=EVERY)
 def test_bf16_vectors_are_coded_like_the_same_numbers_in_f32(codec: Codec) -> None:
     """What a model computes in does not change what a codec stores."""
-    x = normal(20, 16).astype(jnp.bfloat16)
+    x = normal(20, 64).astype(jnp.bfloat16)
     np.testing.assert_array_equal(codec.decode(codec.encode(x)), codec.decode(codec.encode(x.astype(jnp.float32))))

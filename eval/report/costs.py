@@ -18,13 +18,14 @@ from kvcascade.eval.records import (
     Quantization,
     Record,
     Served,
+    Speculated,
     Stream,
     commits,
     grouped,
     of,
 )
 from kvcascade.eval.report import figures
-from kvcascade.eval.speed import bench, profile_report, serving, stream
+from kvcascade.eval.speed import bench, profile_report, serving, speculation, stream
 from kvcascade.eval.table import CACHE, Column, Table, markdown
 
 _svg = markupsafe.Markup
@@ -104,6 +105,7 @@ def readme_tables(found: dict[str, list[Record]]) -> dict[str, str]:
         "stream": f"{markdown(decoded.code)}\n\n{decoded.title}; {_stamp(streams)}.",
         "heads": _heads_text(of(found["heads"], Bench)),
         "serving": _served_text(of(found["serving"], Served)),
+        "speculation": _speculated_text(of(found["speculation"], Speculated)),
         "fit": _fits_text(of(found["fit"], FitTask)),
         "crash": f"{markdown(users.code)}\n\n{protocol}",
         "peak": prompt.sentence(prompts, of(found["prompt"], Evaluation)),
@@ -128,6 +130,12 @@ def _heads_text(found: list[Bench]) -> str:
         said = f"{first.model}, {first.batch} × {first.context:,}, {first.steps} steps × {first.repeats} rounds, all in turns"
         parts += [markdown(Table.of("", columns, mine).code), f"{said}; {_stamp(mine)}."]
     return "\n\n".join(parts)
+
+
+def _speculated_text(found: list[Speculated]) -> str:
+    """What it gains to foresee tokens, of each cache."""
+    tables = [speculation.table(mine) for mine in grouped(found, lambda r: (r.model, r.weights, r.cache))]
+    return "\n\n".join(f"{each.title}:\n\n{markdown(each.code)}" for each in tables) + f"\n\n{_stamp(found)}."
 
 
 def _served_text(found: list[Served]) -> str:

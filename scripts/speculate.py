@@ -1,0 +1,38 @@
+"""What it gains to foresee tokens: `kvcascade speculate --model smollm2 --weights int8 --cache "full@int8 on blocks" --ahead 3 7`; two minutes."""
+
+import dataclasses
+from typing import Literal
+
+from kvcascade.cache.spec import parse
+from kvcascade.eval.speed import speculation
+from kvcascade.scripts import console
+from kvcascade.scripts.arguments import Count, Recorded, arguments_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(Recorded):
+    """Let a model that chats copy, write JSON and summarise, token by token and with foreseen tokens computed along; the answers are the same."""
+
+    model: str
+    """smollm2, gguf:FILE, or a Hugging Face directory or name."""
+    cache: str = "full on blocks"
+    """A cache in one line, wholly on blocks."""
+    ahead: tuple[Count, ...] = (3,)
+    """How many tokens are foreseen, at most; several take turns."""
+    task: tuple[Literal["copying", "JSON", "summary"], ...] = ("copying", "JSON", "summary")
+    """What is asked."""
+    tokens: Count = 96
+    """Tokens of an answer, at most."""
+    repeats: Count = 5
+    """Rounds, in turns."""
+    weights: str = "float32"
+    """What a pretrained model's matrices are kept in: float32, bfloat16, int8 or int4."""
+
+
+def main(arguments: list[str]) -> None:
+    """Answer each task in each way, print a table, append the records."""
+    args = arguments_of(Args, "speculate", arguments)
+    spec = parse(args.cache)
+    model = console.open_model(args.model, args.weights, [spec])
+    jobs = [speculation.job(model, spec, task, args.ahead, args.tokens, args.repeats) for task in args.task]
+    console.show(speculation.table(console.measured("speculate", jobs, args)))
