@@ -580,6 +580,8 @@ class Served(Named):
     useful: Maybe[Share] = None
     """Tokens of requests, each counted once, among all that steps had room for."""
     steps: Maybe[Count] = None
+    users: Maybe[Index] = None
+    """Rows that ran at once, at most."""
     rows: Maybe[Count] = None
     kv_bytes: Maybe[Size] = None
     warm_seconds: Maybe[Size] = None

@@ -120,7 +120,7 @@ def serve(
     now = Clock(clock)
     ours = Engine(device, clock=now, propose=propose)
     rows, coming, seen = {}, collections.deque(arrivals), []
-    texts, wasted = iter(prompts), []
+    texts, wasted, users = iter(prompts), [], 0
     while coming or ours.busy:
         if coming and not ours.busy:
             now.skip_to(coming[0].at)
@@ -138,12 +138,13 @@ def serve(
             rows[event.id].tokens.append(after)
             if event.finished:
                 del rows[event.id]
+        users = max(users, len(ours.queue.running))
         held, inside = ours.filled()
         wasted += [1 - inside / held] if held else []
     stats, accepted = ours.stats, sum(ours.accepted)
     again = stats["again"] + stats["drafted"] - accepted
     return _summary(seen, now()) | {
-        "blocks": ours.blocks.count, "rows": device.limits.rows, "step_tokens": device.limits.tokens, "steps": stats["steps"],
+        "blocks": ours.blocks.count, "rows": device.limits.rows, "step_tokens": device.limits.tokens, "steps": stats["steps"], "users": users,
         "useful": (stats["tokens"] - again) / max(1, stats["tokens"] + stats["padded"]), "found": stats["found"],
         "stopped": stats["stopped"], "aside": device.limits.aside, "put_aside": stats["put_aside"], "copied": stats["copied"],
         "evicted": ours.blocks.evictions, "waste": float(np.mean(wasted or [0.0])),
@@ -313,7 +314,7 @@ def table(found: Sequence[Served]) -> Table:
         Column("ms per token", lambda r: pair(r.per_token_ms)), Column("useful", "useful", "{:.0%}"), Column("steps", "steps"),
         Column("accepted", lambda r: r.drafted and sum(r.accepted or ()) / r.drafted, "{:.0%}"), Column("found", "found"),
         Column("stopped", "stopped"), Column("put aside", "put_aside"), Column("waste", "waste", "{:.1%}"),
-        Column("compiles", "compiles"), Column("rows", "rows"), Column("blocks", "blocks"),
+        Column("compiles", "compiles"), Column("users at once", "users"), Column("rows", "rows"), Column("blocks", "blocks"),
         Column("KV, MB", lambda r: r.kv_bytes and r.kv_bytes / 1e6, "{:,.1f}"),
     ]  # fmt: skip
     first = found[0]
