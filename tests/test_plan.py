@@ -10,6 +10,7 @@ from test_blocks import SPACES, Both
 
 from kvcascade.cache.blocks import Blocks
 from kvcascade.cache.errors import BadInput
+from kvcascade.cache.snapshots import Snapshots
 from kvcascade.serve.plan import Limits, Queue, Row, check, end, fork, plan
 
 
@@ -226,3 +227,82 @@ def test_what_could_never_end_is_refused(row: Row, reason: str) -> None:
         check(row, Blocks(9, 2), Limits(rows=3))
     with pytest.raises(BadInput, match="a token and a row at least"):
         Limits(tokens=0)
+
+
+def groups(prompt: int, limit: int, chunk: int, enough: int) -> list[tuple[int, int]]:
+    """In which pieces a text's tokens are to come into slots of its own: of those that are not on blocks alone."""
+    stops = [*range(chunk, prompt, chunk), *range(prompt, limit)]
+    pieces = zip([0, *stops], stops, strict=False)
+    return [(max(start, enough), stop) for start, stop in pieces if stop > enough]
+
+
+def serve_rows(seed: int) -> collections.Counter:
+    """Rows with slots of their own, which are a list of the pieces in which tokens came: moved, copied and found again as contents are."""
+    draw = random.Random(seed)
+    size, limit = draw.choice([1, 2, 4]), draw.choice([0, 4, 6, 8])
+    enough = draw.choice([limit, limit, 0])
+    limits = Limits(draw.choice([2, 4, 7, 30]), draw.choice([1, 3, 6]), snapshots=draw.choice([0, 3, 50]))
+    chunk, counts = limits.chunk, collections.Counter()
+    blocks = Blocks(max(2, draw.choice([6, 9, 30])), size, limit=limit, enough=enough)
+    snapshots, queue = Snapshots(limits.snapshots, chunk), Queue.of(limits)
+    own: dict[int, list] = {}
+    coming = collections.deque(requests(draw, 14, Blocks(40, 4), limits))
+    for row in coming:
+        row.prompt = len(row.tokens)
+    if limit:
+        coming = collections.deque(row for row in coming if blocks.needed(row.limit) < blocks.count)
+    now, over = 0.0, []
+    for _ in range(3000):
+        now += 1
+        if coming and draw.random() < 0.5:
+            check(coming[0], blocks, limits)
+            queue.wait(coming.popleft())
+        everyone = queue.running + queue.waiting
+        if everyone and draw.random() < 0.02:
+            end(queue, blocks, draw.choice(everyone), now)
+        found = plan(queue, blocks, limits, now, True, lambda blocks: True, snapshots)
+        for move in found.out:
+            move.row.state = list(own[move.place])
+        for row in found.begun:
+            counts["snapshots"] += row.state is not None and row not in [move.row for move in found.back]
+            own[row.place], row.state = list(row.state or []), None
+        counts.update(
+            stopped=len(found.stopped), back=len(found.back), blocks=sum(0 < r.table.published for r in found.begun)
+        )
+        for run in found.runs:
+            row, held = run.row, own[run.row.place]
+            assert run.start == row.table.computed and (held[-1][1] if held else min(run.start, enough)) == run.start
+            held += [(max(run.start, enough), run.stop)] if run.stop > enough else []
+            row.table.computed = run.stop
+            begun = row.tokens[: run.stop]
+            if run.prompts and run.stop > enough and snapshots.lacks(row.space, begun):
+                snapshots.keep(row.space, begun, list(held), 1)
+            if run.stop < len(row.tokens):
+                continue
+            more = fork(queue, blocks, row, [row.id * 1000 + index + 1 for index in range(row.forks)])
+            counts["forks"] += len(more)
+            for each in more:
+                own[each.place] = list(held)
+            for each in (row, *more):
+                each.tokens.append(follows(each.space, tuple(each.tokens)))
+                blocks.publish(each.table, each.tokens, now)
+                if len(each.tokens) == each.limit:
+                    assert own[each.place] == groups(each.prompt, each.limit, chunk, enough)
+                    assert each.tokens == alone(Row(0, each.tokens[: each.prompt], 0, space=each.space), each.limit)
+                    end(queue, blocks, each, now)
+                    over.append(each)
+        blocks.check([row.table for row in queue.running])
+        assert found.runs or not (queue.running or queue.waiting), "nothing runs, and somebody waits"
+        if not (coming or queue.running or queue.waiting):
+            break
+    assert not queue.running and not queue.waiting and blocks.states()["used"] == 0 and not queue.aside
+    counts["over"] += len(over)
+    return counts
+
+
+@pytest.mark.slow
+def test_whatever_happens_tokens_come_into_slots_of_their_own_in_the_same_pieces(monkeypatch) -> None:
+    """A row that was stopped, copied, or began from a snapshot has in its slots what it would have alone: a function of its tokens."""
+    monkeypatch.setattr("kvcascade.serve.plan.CHUNK", 4)
+    counts = sum(map(serve_rows, range(100)), collections.Counter())
+    assert min(counts[each] for each in ("stopped", "back", "forks", "snapshots", "blocks", "over")) > 15, counts

@@ -21,6 +21,8 @@ from kvcascade.eval.table import CACHE, KV_BYTES, Column, Table
 from kvcascade.model.pretrained import Model
 
 type Objective = Literal["ppl", "kl", "retrieval"]
+TRUE: dict[str, str] = {"ppl": "nats a token", "kl": "nats from the full cache", "retrieval": "share not answered"}
+"""What the loss of each is."""
 
 CURVES = 4
 """Windows that error curves are of."""
@@ -224,7 +226,7 @@ def table(found: Tuned) -> Table:
         Column("candidate", lambda each: each["name"]),
         Column("bytes", lambda each: each["kv_bytes"] / found.kv_bytes_full, "{:.1%}"),
         Column("predicted, nats", lambda each: each["predicted"], "{:.4f}"),
-        Column(found.objective, lambda each: each["losses"][-1], "{:.4f}"),
+        Column(f"true, {TRUE[found.objective]}", lambda each: each["losses"][-1], "{:.4f}"),
     ]
     title = (
         f"{found.model}: {found.options} options for each head, {len(found.candidates)} candidates scored; rank correlation of predicted and true "
