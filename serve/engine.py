@@ -157,7 +157,8 @@ class Engine:
             live = self.live[row.id]
             room = min(self.limits.ahead, row.limit - len(row.tokens) - 1)
             free = live.request.ahead and live.grammar is None and live.sampling.repetition_penalty == 1
-            row.draft = self.propose(row.tokens, room) if free and room > 0 and row.behind == 1 else []
+            follows = row.behind == 1 and not row.forks  # of a prompt's end several rows may go on
+            row.draft = self.propose(row.tokens, room) if free and room > 0 and follows else []
 
     def _verified(self, row: Row, now: float, drawn: Sequence[tuple]) -> list[Event]:
         """The tokens that were drawn, up to the first that was not foreseen. Each is drawn as it would have been without a draft: by the model's

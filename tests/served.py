@@ -22,6 +22,7 @@ from kvcascade.serve.engines import Room, starting
 from kvcascade.serve.guard import Rules
 from kvcascade.serve.metrics import Metrics
 from kvcascade.serve.plan import Limits
+from kvcascade.serve.propose import Propose
 from kvcascade.serve.server import Server
 from kvcascade.serve.worker import Worker
 
@@ -44,10 +45,11 @@ def toy() -> Model:
 class Running:
     """A server that answers, and what is inside it."""
 
-    def __init__(self, model: Model, specs: Sequence[str], rules: Rules, room: Room):
+    def __init__(self, model: Model, specs: Sequence[str], rules: Rules, room: Room, propose: Propose | None = None):
         parsed = [*map(parse, specs)]
         metrics = Metrics(model.name)
-        self.worker: Worker[Engine] = Worker(starting(model, parsed, room, metrics, traced), self._ended, metrics.after)
+        start = starting(model, parsed, room, metrics, traced, propose)
+        self.worker: Worker[Engine] = Worker(start, self._ended, metrics.after)
         self.server = Server(model, parsed, self.worker, metrics, rules, room.context)
         config = uvicorn.Config(api.application(self.server), port=0, log_config=None, timeout_graceful_shutdown=5)
         self.http = uvicorn.Server(config)
@@ -79,9 +81,10 @@ def serving(
     rules: Rules | None = None,
     room: Room = ROOM,
     model: Model | None = None,
+    propose: Propose | None = None,
 ) -> Iterator[Running]:
     """A server that is ready; it ends with the test."""
-    running = Running(model or toy(), specs, rules or Rules(), room)
+    running = Running(model or toy(), specs, rules or Rules(), room, propose)
     running.worker.start()
     running.thread.start()
     try:

@@ -321,7 +321,8 @@ def texts() -> list[Request]:
         part = rng.integers(0, CONFIG.vocab, 5).tolist()
         sampling = Sampling(temperature=0.2, seed=index) if index % 2 else GREEDY
         found.append(Request(part * 4, int(rng.integers(8, 40)), sampling))
-    return found
+    # Its last step is of one token, as are those of rows that generate.
+    return [*found, Request([7, 8] * 8 + [7], 12, Sampling(temperature=1.0), continuations=3)]
 
 
 def foresee(by: Propose, asked: list[Request], ahead: int = 3, **room) -> tuple[list[list[int]], Engine]:
@@ -335,11 +336,12 @@ def foresee(by: Propose, asked: list[Request], ahead: int = 3, **room) -> tuple[
 def test_what_is_foreseen_changes_no_token(blocks: int) -> None:
     """By what followed before, by the very answer, by what never comes and by now and then: greedy, and drawn."""
     plain, ours = foresee(lambda tokens, count: [], texts(), blocks=blocks)
-    alike = {tuple([*request.prompt]): [*request.prompt, *row] for request, row in zip(texts(), plain, strict=True)}
+    prompts = [[*request.prompt] for request in texts() for _ in range(request.continuations)]
+    whole = [[*prompt, *row] for prompt, row in zip(prompts, plain, strict=True)]
 
     def answer(tokens, count: int) -> list[int]:
-        whole = alike[tuple(tokens[:20])]
-        return whole[len(tokens) : len(tokens) + count]
+        mine = next(each for each in whole if each[: len(tokens)] == list(tokens))
+        return mine[len(tokens) : len(tokens) + count]
 
     wrong = lambda tokens, count: [(each + 1) % CONFIG.vocab for each in answer(tokens, count)]
     now_and_then = lambda tokens, count: answer(tokens, 2) + wrong(tokens, 9)[2:count] if len(tokens) % 3 else []
@@ -347,8 +349,9 @@ def test_what_is_foreseen_changes_no_token(blocks: int) -> None:
     for name, by in {"ngram": ngram, "answer": answer, "wrong": wrong, "now and then": now_and_then}.items():
         rows, found[name] = foresee(by, texts(), blocks=blocks)
         assert rows == plain, name
-    assert found["answer"].stats["drafted"] == sum(found["answer"].accepted) > 0
-    assert not any(found["wrong"].accepted) and found["wrong"].stats["drafted"]
+    # Of three rows that go on from one prompt the first that is alike is another's.
+    assert 0 < sum(found["answer"].accepted) <= found["answer"].stats["drafted"] < 1.1 * sum(found["answer"].accepted)
+    assert sum(found["wrong"].accepted) < 0.05 * found["wrong"].stats["drafted"]
     assert 0 < sum(found["ngram"].accepted) < found["ngram"].stats["drafted"]
     if blocks == 60:  # each step of a row brings four tokens where all are right
         assert found["answer"].stats["steps"] < 0.4 * ours.stats["steps"]

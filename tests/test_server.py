@@ -24,7 +24,7 @@ import jsonschema_rs
 import numpy as np
 import openai
 import pytest
-from served import CASCADE, CONFIG, Running, serving, toy
+from served import CASCADE, CONFIG, ROOM, Running, serving, toy
 
 from kvcascade.cache.spec import parse
 from kvcascade.model import chat, generate, gpt
@@ -32,6 +32,8 @@ from kvcascade.model.sampling import GREEDY, Sampling
 from kvcascade.serve.engine import Engine
 from kvcascade.serve.grammar import Schema
 from kvcascade.serve.guard import Lines, Rules, read_keys
+from kvcascade.serve.plan import Limits
+from kvcascade.serve.propose import ngram
 
 
 @pytest.fixture(scope="module")
@@ -590,6 +592,32 @@ def test_a_slow_reader_holds_up_nobody(running: Running, client: openai.OpenAI) 
         completed(client, "others")
     running.until(lambda: not running.worker.engines["full@f32 on blocks"].busy)
     sock.close()
+
+
+def test_foreseen_tokens_change_no_answer_and_are_counted() -> None:
+    """A request may do without; what was foreseen and what came is told by places, as vLLM tells it."""
+    room = dataclasses.replace(ROOM, limits=Limits(tokens=32, rows=8, ahead=3))
+    with serving(["full@f32 on blocks"], room=room, propose=ngram) as running:
+        ask = lambda **more: (
+            completed(running.client(), "abcabcabcabc", logit_bias={"256": -100}, **more).choices[0].text
+        )
+        figures = lambda: {
+            line.split("{")[0] + ("position" in line) * line.split('position="')[-1][:1]: float(line.split()[-1])
+            for line in running.server.metrics.text().decode().splitlines()
+            if line.startswith("kvcascade:spec_decode") and "_created" not in line
+        }
+        plain = ask(extra_body={"speculate": False})
+        running.until(lambda: not running.worker.engines["full@f32 on blocks"].busy)
+        assert not any(figures().values())
+        assert ask() == plain
+        name = "kvcascade:spec_decode_num_"
+        running.until(lambda: figures()[f"{name}draft_tokens_total"] > 0)
+        found = figures()
+        assert (
+            sum(found[f"{name}accepted_tokens_per_pos_total{place}"] for place in range(3))
+            == found[f"{name}accepted_tokens_total"]
+        )
+        assert found[f"{name}accepted_tokens_total"] <= found[f"{name}draft_tokens_total"]
 
 
 def test_an_answer_takes_so_long_at_most(monkeypatch) -> None:
