@@ -256,7 +256,7 @@ MUTATIONS = {
         "            for block in reversed(found):\n                self._drop(block, now)\n            return None",
         "            return None",
     ),
-    "no token is left to compute": (B, "tokens[: len(tokens) - 1]) if reuse", "tokens) if reuse"),
+    "no token is left to compute": (B, "tokens[: min(len(tokens) - 1, self.limit)]) if reuse", "tokens) if reuse"),
     "a known block is written": (
         B,
         "return self.references[block] == 1 and block not in self.index",
@@ -274,12 +274,12 @@ MUTATIONS = {
     ),
     "blocks are published that are not full": (
         B,
-        "known = table.published, table.computed // self.size",
+        "known = table.published, min(table.computed, self.limit) // self.size",
         "known = table.published, self.needed(table.computed)",
     ),
     "tokens are published that are not computed": (
         B,
-        "known = table.published, table.computed // self.size",
+        "known = table.published, min(table.computed, self.limit) // self.size",
         "known = table.published, len(tokens) // self.size",
     ),
     "a replaced block is lost": (B, "                self._drop(own, now)\n", ""),
