@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kvcascade.cache.block_cache import BlockCache
 from kvcascade.cache.whole import Cache
 
-type State = list[Array]
+type State = list[Array] | list[np.ndarray]
 """All that a row keeps in slots of its own, each array with an axis of one row."""
 
 

@@ -140,7 +140,8 @@ class RowDevice(Device):
             cache = generate.empty_cache(self.config, spec, count, self.context)
         else:
             cache = BlockCache.empty(groups, count, self.context, self.blocks, self.size, spec.bases(groups))
-        self._nothing: State = [x[:1] for x in rows.state(cache)]
+        # Copies: where there is one row only, they would be the cache's own buffers, which steps are given away.
+        self._nothing: State = [np.array(x[:1]) for x in rows.state(cache)]
         return cache.answering()
 
     def __init__(self, *arguments: Any, **named: Any):

@@ -187,6 +187,12 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
     assert ([each._cache_size() for each in device.jitted], {*device.programs}) == before
 
 
+def test_one_row_at_a_time() -> None:
+    """As where a conversation is watched: whatever begins is put into the only row."""
+    ours = engine(SPECS[0], limit=Limits(tokens=CHUNK, rows=1))
+    assert serve({SPECS[0]: ours}, asked=growing)[SPECS[0]] == alone(SPECS[0], growing)
+
+
 def test_prompts_get_their_chunk_beside_many_that_generate() -> None:
     """A step has room for fewer tokens than a chunk where rows generate, and takes one all the same."""
     ours = engine(SPECS[0])
