@@ -277,8 +277,6 @@ class Device:
         self._compile()  # all before one runs: XLA writes no program down whose functions have run in this process
         self._try()
         self._seen = mark(self._seen, np.int32(0), np.zeros(self.vocab, bool))
-        if self.limits.aside:
-            self._measure()
         jax.block_until_ready((self.cache, self._seen))
         return time.perf_counter() - start
 
@@ -298,6 +296,8 @@ class Device:
         for each in self._padding():
             likeliest(self._step(*each, [])[2])
         self._copy({self.blocks: 0})
+        if self.limits.aside:
+            self._measure()
 
     def compiled(self) -> int:
         """How many programs there are."""

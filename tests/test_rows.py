@@ -178,7 +178,7 @@ def test_snapshot_swap_and_neither_leave_the_same_state(spec: str) -> None:
 
 def test_nothing_is_compiled_after_the_warm_up() -> None:
     spec = SPECS[1]
-    ours = engine(spec, blocks=10, limit=Limits(tokens=CHUNK, rows=6, snapshots=2**24))
+    ours = engine(spec, blocks=10, limit=Limits(tokens=CHUNK, rows=6, aside=9, snapshots=2**24))
     device = ours.device
     assert isinstance(device, RowDevice)
     device.warm()
