@@ -37,20 +37,19 @@ def starting(
     """What makes the engines by their caches' texts, warm; the metrics hear of each. BadInput for a cache that must have a prompt whole."""
 
     def start() -> dict[str, Engine]:
-        engines: dict[str, Engine] = {}
-        for spec in specs:
-            about = room.blocks, room.limits, room.context
-            named = {"fingerprint": model.fingerprint, "compiled": compiled}
-            device = device_for(model.config, model.params, spec, *about, **named)
-            engine = Engine(device, propose=propose)
-            seconds = device.warm()
+        shape = room.blocks, room.limits, room.context
+        named = {"fingerprint": model.fingerprint, "compiled": compiled}
+        devices = [device_for(model.config, model.params, spec, *shape, **named) for spec in specs]
+        # What cannot be is told before anything is compiled.
+        engines = {str(spec): Engine(device, propose=propose) for spec, device in zip(specs, devices, strict=True)}
+        for spec, device in zip(specs, devices, strict=True):
+            engine, seconds = engines[str(spec)], device.warm()
             about = {
                 "weights": model.config.weights,
                 "context": str(room.context),
                 "block_size": str(device.size if engine.blocks.limit else 0),
             }
             metrics.serving(str(spec), engine, _sizes(model, spec, room.context), about)
-            engines[str(spec)] = engine
             fields = {"cache": str(spec), "seconds": round(seconds, 1), "programs": device.compiled()}
             log.info("warm", extra={"fields": fields})
         metrics.warm(engines)
