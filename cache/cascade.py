@@ -3,7 +3,7 @@
 import dataclasses
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.cache.policies import Full
+from kvcascade.cache.policies import Full, Pending
 from kvcascade.cache.statistic import Memory, Statistic
 from kvcascade.cache.tier import Tier
 from kvcascade.kernels.heads import Heads
@@ -31,6 +31,12 @@ class Cascade:
             raise BadInput(
                 f"{tiers[shared[-1]]} must be the first tier, and the only one on blocks: what it held would else depend on the tiers before it"
             )
+        waiting = [index for index, tier in enumerate(tiers) if isinstance(tier.policy, Pending)]
+        if waiting and (waiting != [len(shared)] or waiting == [len(tiers) - 1]):
+            raise BadInput(
+                f"{tiers[waiting[-1]]} must be the first tier of those that rows have of their own, with others behind it: "
+                "tokens come to it one by one, and go on together"
+            )
         if not 0 <= front < len(tiers):
             raise BadInput(f"of {len(tiers)} tiers {front} cannot stand before those of a prompt")
         object.__setattr__(self, "tiers", tiers)
@@ -52,6 +58,12 @@ class Cascade:
         if self.shared is None:
             return self
         return Cascade(*self.tiers[1:]) if len(self.tiers) > 1 else None
+
+    @property
+    def pending(self) -> int:
+        """Tokens that wait at most before they are handed over; 0: none do."""
+        first = (self.own or self).tiers[0]
+        return first.slots(0) if isinstance(first.policy, Pending) else 0
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:

@@ -26,6 +26,7 @@ from kvcascade.kernels.heads import Heads
 from kvcascade.kernels.partial import Partial, Weights, attend_each, joined, normalise
 from kvcascade.kernels.prefill import observed_attention
 from kvcascade.kernels.slots import Codecs, Entry, Held, Slots
+from kvcascade.kernels.write import exchange
 
 
 @functools.partial(
@@ -322,11 +323,14 @@ class LayerCache:
         return tuple(map(one, statistics, numbers))
 
     @jax.named_scope("review")
-    def _review(self, statistic: Statistic, entry: Entry, now_B11) -> tuple["LayerCache", Entry]:
-        """Reckon a statistic's numbers anew where it is time, from all that a head holds and is offered."""
+    def _review(self, statistic: Statistic, entry: Entry, now_B11, single: int) -> tuple["LayerCache", Entry]:
+        """Reckon a statistic's numbers anew where it is time, from all that a head holds and is offered.
+
+        `single` is how many tokens of each row come that came one by one; 0: a prompt's do, for which it is always time.
+        """
         kept = [self.cascade.numbers(index) for index in range(len(self.slots))]
-        single, place = entry.pos_BKT.shape[2] == 1, self.cascade.statistics.index(statistic)
-        due_B11 = (now_B11 >= 0) & ((now_B11 % statistic.period(self.kept) == 0) | (not single))
+        place, period = self.cascade.statistics.index(statistic), statistic.period(self.kept)
+        due_B11 = (now_B11 >= 0) & ((now_B11 // period != (now_B11 - single) // period) | (not single))
         numbers = [
             slots.numbers[names.index(statistic)]
             if statistic in names
@@ -353,7 +357,7 @@ class LayerCache:
             )
             return lax.cond(due_B11[index, 0, 0], put, lambda numbers: numbers, numbers)
 
-        # A call of one token reviews the rows that are due, one after the other: the others pay nothing, and what is reckoned with is small.
+        # A step reviews the rows that are due, one after the other: the others pay nothing, and what is reckoned with is small.
         if single:
             rows = lambda numbers: lax.fori_loop(0, len(now_B11), row, numbers)
             new = lax.cond(due_B11.any(), rows, lambda numbers: numbers, arguments[0])
@@ -370,17 +374,60 @@ class LayerCache:
     def _take(self, q_BTNH, entry: Entry, positions_BT) -> "LayerCache":
         """Tier 0 takes the tokens in, its victims go to tier 1, and so on; what the last tier does not keep is forgotten.
 
-        The newest token is never forgotten in its own call: the last tier cannot refuse it.
+        The newest token is never forgotten in its own call: the last tier cannot refuse it, if it has not waited.
         """
         now_B11 = positions_BT.max(-1)[:, None, None]
         promise(lambda: self._new(positions_BT), NOT_NEW)
         if isinstance(self.cascade.tiers[-1].policy, Full) and not self.heads.window:
             promise(lambda: (now_B11 < self.context).all(), f"a full cache for {self.context} tokens is given another")
-        cache = self._remember(q_BTNH, positions_BT)
+        cache, single = self._remember(q_BTNH, positions_BT), positions_BT.shape[1] == 1
+        first = 0 if single else self.cascade.front if self.prompting else 0
+        if self.cascade.pending and not first:
+            return cache._wait(entry, now_B11, single)
+        return cache._enter(entry, now_B11, first, int(single))
+
+    def _wait(self, entry: Entry, now_B11, single: bool) -> "LayerCache":
+        """Tokens wait in the first tier, each in the slot of its position modulo their number, until one comes that does not belong to those
+        that wait: these are then handed over together. Of many tokens at once those go with them that would have been handed over already."""
+        count, waiting = self.cascade.pending, self.slots[0]
+        begin_B11 = now_B11 // count * count  # of those that wait from now on
+        over = lambda pos: (pos >= 0) & (pos < begin_B11)
+        handed_BKS = over(waiting.pos_BKS)
+        closed = dataclasses.replace(waiting, pos_BKS=jnp.where(handed_BKS, -1, waiting.pos_BKS))
+        cache = dataclasses.replace(self, slots=(closed, *self.slots[1:]))
+
+        def hand_over(slots: tuple[Slots, ...]) -> tuple[Slots, ...]:
+            k, v = self._vectors(self.bases)[0]
+            handed = Entry(k, v, jnp.where(handed_BKS, waiting.pos_BKS, -1), waiting.numbers)
+            if not single:
+                gone = dataclasses.replace(entry, pos_BKT=jnp.where(over(entry.pos_BKT), entry.pos_BKT, -1))
+                handed = jax.tree.map(lambda *parts: jnp.concatenate(parts, 2), handed, gone)
+            newest_B11 = handed.pos_BKT.max((1, 2), keepdims=True)
+            return dataclasses.replace(cache, slots=slots)._enter(handed, newest_B11, 1, count * single).slots
+
+        if single:
+            slots = lax.cond(handed_BKS.any(), hand_over, lambda slots: slots, cache.slots)
+        else:
+            slots = hand_over(cache.slots)
+        # The slots of the tokens to come are the worst, in their order, and those tokens the best.
+        place_BKT = jnp.where((entry.pos_BKT >= 0) & ~over(entry.pos_BKT), entry.pos_BKT - begin_B11, count)
+        index_S, rank_BKT = jnp.arange(count), jnp.where(place_BKT < count, count - place_BKT, -jnp.inf)
+        there_BKS = (index_S >= place_BKT.min(-1, keepdims=True)) & (index_S <= now_B11 - begin_B11)
+        rank_BKS = jnp.where(there_BKS, index_S - count, 2 * count)
+        ranks = jnp.concatenate([rank_BKS, rank_BKT], -1).astype(jnp.float32)
+        bases = self.bases[0] if self.bases else None
+        written, _ = exchange(
+            slots[0], bases.into(entry) if bases else entry, ranks, self.cascade.tiers[0].codecs, True
+        )
+        return dataclasses.replace(cache, slots=(written, *slots[1:]))
+
+    def _enter(self, entry: Entry, now_B11, first: int, single: int) -> "LayerCache":
+        """Offer tokens to the tiers from the `first` on, their numbers reviewed if it is time; `single` as of `_review`."""
+        cache = self
         for statistic in self.cascade.statistics:
             if statistic.reviews:
-                cache, entry = cache._review(statistic, entry, now_B11)
-        return cache._sink(entry, now_B11, self.cascade.front if self.prompting and positions_BT.shape[1] > 1 else 0)
+                cache, entry = cache._review(statistic, entry, now_B11, single)
+        return cache._sink(entry, now_B11, first)
 
     def _sink(self, entry: Entry, now_B11, first: int) -> "LayerCache":
         """Offer tokens to the tiers from the `first` on."""
@@ -391,7 +438,8 @@ class LayerCache:
             offered = dataclasses.replace(entry, numbers=tuple(carried[each] for each in kept))
             last = index == len(self.slots) - 1
             bases = self.bases[index] if self.bases else None
-            slots, left = take_in(tier, slots, offered, kept, cache._memory, now_B11, window, last, bases)
+            newest = not self.cascade.pending
+            slots, left = take_in(tier, slots, offered, kept, cache._memory, now_B11, window, last, newest, bases)
             held.append(slots)
             if left is not None:
                 # Where a tier does not keep a number, nothing leaves it: those left over are the tokens that were offered.

@@ -3,7 +3,9 @@
 The laws (tests/test_laws.py) draw from `POLICIES`, so they test a new one with no test written. Those of papers are in `published.py`.
 """
 
+import collections
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -125,9 +127,23 @@ class PositionAware(Policy):
         return self.mass * mass + self.recency * recency + self.sink * (pos_BKS < self.sinks)
 
 
+@dataclasses.dataclass(frozen=True)
+class Pending(Policy):
+    """Hold tokens back, and hand all over together when a position comes that is a multiple of their number.
+
+    The tiers behind rank once for so many tokens, as R-KV's buffer has it (Cai et al. 2025), and KIVI's residual (Liu et al. 2024).
+    """
+
+    def alike(self):
+        return True
+
+    def priority(self, pos_BKS, read, now_B11):
+        return age(pos_BKS, now_B11)
+
+
 def text(policy: Policy) -> str:
     """A policy as it is written in a spec: its name, and its arguments where they differ from the defaults."""
-    name = next(name for name, cls in POLICIES.items() if cls is type(policy))
+    name = next(name for name, cls in NAMED.items() if cls is type(policy))
     fields = [f for f in dataclasses.fields(policy) if getattr(policy, f.name) != f.default]
     arguments = ",".join(f"{f.name}={argument(f.type).write(getattr(policy, f.name))}" for f in fields)
     return f"{name}[{arguments}]" if arguments else name
@@ -165,3 +181,7 @@ POLICIES: dict[str, type[Policy]] = {
     "hinted": Hinted,
     "learned": Learned,
 }
+"""What chooses tokens."""
+
+NAMED: Mapping[str, type[Policy]] = collections.ChainMap({"pending": Pending}, POLICIES)
+"""What may stand in a spec's text."""

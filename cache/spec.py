@@ -14,6 +14,7 @@ A part is of the layers and the KV heads that it names, of all where it names no
 `|` is the cascade, `POLICY[ARGUMENT=VALUE,...] COUNT[@CODEC]` a tier. COUNT is slots per KV head, or a share of the context;
 CODEC is for keys and values, `KEYS/VALUES` names one for each: `full@int8/int4`.
 A codec's last letter is the basis that it encodes in (`codec.BASES`); those of a calibration name its file: `full@int4m with FILE`.
+`pending 16 | …`: tokens wait in bf16, and 16 at a time go to the tiers behind, which rank once for all of them.
 `on blocks` puts a first tier that forgets nothing, full or sink, into blocks that rows of the same tokens share: `full@int8 on blocks`.
 """
 
@@ -35,7 +36,7 @@ from kvcascade.cache.codec import CODECS, NAMES, bf16
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.groups import Group
 from kvcascade.cache.layer import LayerCache
-from kvcascade.cache.policies import POLICIES, Full
+from kvcascade.cache.policies import NAMED, Full
 from kvcascade.cache.policy import Policy
 from kvcascade.cache.policy import argument as argument_of
 from kvcascade.cache.statistic import Statistic
@@ -320,9 +321,9 @@ def _tier(text: str, start: int, piece: str) -> Tier:
         a, b = match.span(group)
         return _wrong(text, start + a, start + b, reason)
 
-    if match["policy"] not in POLICIES:
+    if match["policy"] not in NAMED:
         presets = "" if match["policy"] not in PRESETS else "; a preset's name stands alone"
-        raise wrong("policy", f"no policy {_unknown(match['policy'], POLICIES)}{presets}")
+        raise wrong("policy", f"no policy {_unknown(match['policy'], NAMED)}{presets}")
     try:
         policy = _policy(match["policy"], match["arguments"])
     except BadInput as error:
@@ -346,8 +347,8 @@ def _tier(text: str, start: int, piece: str) -> Tier:
 
 
 def _policy(name: str, arguments: str | None) -> Policy:
-    types = typing.get_type_hints(POLICIES[name], include_extras=True)
-    types = {field.name: types[field.name] for field in dataclasses.fields(POLICIES[name])}
+    types = typing.get_type_hints(NAMED[name], include_extras=True)
+    types = {field.name: types[field.name] for field in dataclasses.fields(NAMED[name])}
     values = {}
     for argument in (arguments or "").split(",") if arguments is not None else []:
         key, equals, value = (part.strip() for part in argument.partition("="))
@@ -359,7 +360,7 @@ def _policy(name: str, arguments: str | None) -> Policy:
             values[key] = kind.read(value)
         except ValueError:
             raise BadInput(f"{key} must be {kind.what}, not {value!r}") from None
-    return POLICIES[name](**values)
+    return NAMED[name](**values)
 
 
 def _unknown(name: str, known: Iterable[str], named: Iterable[str] = ()) -> str:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 from kvcascade.cache.basis import Bases
 from kvcascade.cache.codec import bf16
 from kvcascade.cache.errors import BadInput
-from kvcascade.cache.policies import Full, Heavy, PositionAware, Random, Recent, Sink, text
+from kvcascade.cache.policies import Full, Heavy, Pending, PositionAware, Random, Recent, Sink, text
 from kvcascade.cache.policy import Policy
 from kvcascade.cache.statistic import Memory, Statistic
 from kvcascade.kernels.heads import Heads
@@ -44,6 +44,8 @@ class Tier:
                 f"{text(self.policy)} lets go of what later tokens do not need, and blocks are shared by rows whose later tokens differ"
             )
         if isinstance(self.count, str):
+            if isinstance(self.policy, Pending):
+                raise BadInput(f"how many tokens wait is a number, not {self.count}")
             if not re.fullmatch(r"\d+(\.\d+)?%", self.count) or not 0 < float(self.count[:-1]) <= 100:
                 raise BadInput(f"{self.count!r} is not a share of the context between 0% and 100%")
         elif self.count < 1:
@@ -61,12 +63,12 @@ class Tier:
     def slots(self, context: int, window: int = 0) -> int:
         """Slots per KV head for a context of so many tokens; a share is rounded, to at least one.
 
-        A layer whose queries see only a `window` needs no more than so many.
+        A layer whose queries see only a `window` needs no more than so many, but for those that wait.
         """
         count = self.count
         if isinstance(count, str):
             count = max(1, round(context * float(count[:-1]) / 100))
-        return min(count, window) if window else count
+        return min(count, window) if window and not isinstance(self.policy, Pending) else count
 
     def nbytes(self, context: int, heads: Heads, numbers: int) -> int:
         """Predicted bytes per row, layer and KV head: codes and scales of K and V, an int32 position, each float32 number carried; of blocks all
@@ -94,6 +96,7 @@ sink = functools.partial(Tier, Sink())
 recent = functools.partial(Tier, Recent())
 heavy = functools.partial(Tier, Heavy())
 random = functools.partial(Tier, Random())
+pending = functools.partial(Tier, Pending())
 position_aware = functools.partial(Tier, PositionAware())
 
 
@@ -116,12 +119,13 @@ def take_in(
     now_B11: Int[Array, "B 1 1"],
     window: int,
     last: bool,
+    newest: bool,
     bases: Bases | None = None,
 ) -> tuple[Slots, Entry | None]:
     """Offer T tokens to a tier; return its slots after it kept the S best of S + T, and the T tokens that it did not keep.
 
     Slots and tokens carry the numbers of the statistics that are `kept`, in that order. An empty slot always loses, and so does a token
-    that no query sees any more. The last tier cannot refuse the token at position `now`, and forgets what it does not keep (None).
+    that no query sees any more. The `last` tier forgets what it does not keep (None), and if it must it keeps the `newest`, at position `now`.
     """
     both = lambda held, new: jnp.concatenate([held, new], -1)
     pos = both(slots.pos_BKS, entry.pos_BKT)
@@ -130,7 +134,7 @@ def take_in(
     priority = jnp.maximum(tier.policy.priority(pos, read, now_B11), jnp.finfo(jnp.float32).min)
     gone = (pos < 0) | (pos <= now_B11 - window) if window else pos < 0
     priority = jnp.where(gone, -jnp.inf, priority)
-    if last:
+    if last and newest:
         priority = jnp.where((pos >= 0) & (pos == now_B11), jnp.inf, priority)
     slots, left = exchange(slots, bases.into(entry) if bases else entry, priority, tier.codecs, forget=last)
     return slots, bases.back(left, entry) if bases and left is not None else left

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "native_stored.h"
@@ -25,8 +26,31 @@ int64_t First(const float* ranks, const int32_t* positions, int64_t S) {
   return slot;
 }
 
-// A row's KV head: the slot that goes first is exchanged for the newcomer if that ranks higher.
-// args: the newcomer's numbers; positions, the arrays of K, those of V, the slots' numbers; rets: the latter, in place, and what was
+// The newcomers that may come in, the best first: of equals the one of the highest position.
+int64_t Coming(const float* ranks, const int32_t* positions, std::vector<int64_t>& order) {
+  const auto end = std::partition(order.begin(), order.end(), [&](int64_t t) { return ranks[t] > kNever; });
+  std::sort(order.begin(), end, [&](int64_t a, int64_t b) {
+    return ranks[a] != ranks[b] ? ranks[a] > ranks[b] : positions[a] != positions[b] ? positions[a] > positions[b] : a < b;
+  });
+  return end - order.begin();
+}
+
+// As many slots that go first, in that order; not a number goes last.
+void First(const float* ranks, const int32_t* positions, int64_t count, std::vector<int64_t>& order) {
+  if (count == 1) {
+    order[0] = First(ranks, positions, order.size());
+    return;
+  }
+  std::iota(order.begin(), order.end(), 0);
+  auto rank = [&](int64_t s) { return std::isnan(ranks[s]) ? std::numeric_limits<float>::infinity() : ranks[s]; };
+  std::partial_sort(order.begin(), order.begin() + count, order.end(), [&](int64_t a, int64_t b) {
+    const float x = rank(a), y = rank(b);
+    return x != y ? x < y : positions[a] != positions[b] ? positions[a] < positions[b] : a < b;
+  });
+}
+
+// A row's KV head: the i-th slot that goes first is exchanged for the i-th best newcomer if that ranks higher.
+// args: the newcomers' numbers; positions, the arrays of K, those of V, the slots' numbers; rets: the latter, in place, and what was
 // left over: key, value, position, numbers.
 ffi::Error Exchange(ffi::Span<const int64_t> formats, ffi::Span<const float> levels, int64_t numbers, bool forget,
                     ffi::Buffer<ffi::F32> priority, ffi::Buffer<ffi::F32> k, ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::S32> pos,
@@ -60,32 +84,43 @@ ffi::Error Exchange(ffi::Span<const int64_t> formats, ffi::Span<const float> lev
   }
 
   const auto dims = held_pos->dimensions();
-  const int64_t S = dims[2];
+  const int64_t S = dims[2], T = pos.dimensions()[2];
   std::vector<float> x(std::max(k.dimensions()[3], v.dimensions()[3]));
+  std::vector<int64_t> slots(S), newcomers(T);
   for (int64_t head = 0; head < dims[0] * dims[1]; ++head) {
-    const float* ranks = priority.typed_data() + head * (S + 1);
+    const float* ranks = priority.typed_data() + head * (S + T);
+    const int32_t* offered = pos.typed_data() + head * T;
     int32_t* positions = held_pos->typed_data() + head * S;
-    const int64_t slot = First(ranks, positions, S);
-    const float mine = ranks[S], least = ranks[slot];
-    const int32_t position = pos.typed_data()[head];
-    const bool swap = mine > least || (mine == least && position > positions[slot] && mine > kNever);
-    auto exchange = [&](const Stored& stored, ffi::Buffer<ffi::F32>& vectors, float* all_left) {
-      const int64_t H = vectors.dimensions()[3];
-      const float* from = vectors.typed_data() + head * H;
-      if (!forget && swap) Decode(stored, head * S + slot, H, all_left + head * H);
-      if (!forget && !swap) std::copy_n(from, H, all_left + head * H);
-      if (!swap) return;
-      std::copy_n(from, H, x.data());
-      Write(stored, head * S + slot, H, x.data());
-    };
-    exchange(*held_k, k, left_k);
-    exchange(*held_v, v, left_v);
-    if (!forget) left_pos[head] = swap ? positions[slot] : position;
-    if (swap) positions[slot] = position;
-    for (int64_t i = 0; i < numbers; ++i) {
-      float* number = held[i] + head * S + slot;
-      if (!forget) left[i][head] = swap ? *number : coming[i][head];
-      if (swap) *number = coming[i][head];
+    if (!forget) {
+      for (auto [vectors, all_left] : {std::pair{&k, left_k}, std::pair{&v, left_v}}) {
+        const int64_t size = T * vectors->dimensions()[3];
+        std::copy_n(vectors->typed_data() + head * size, size, all_left + head * size);
+      }
+      std::copy_n(offered, T, left_pos + head * T);
+      for (int64_t i = 0; i < numbers; ++i) std::copy_n(coming[i] + head * T, T, left[i] + head * T);
+    }
+    std::iota(newcomers.begin(), newcomers.end(), 0);
+    const int64_t count = std::min(S, Coming(ranks + S, offered, newcomers));
+    if (count) First(ranks, positions, count, slots);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t slot = slots[i], t = newcomers[i];
+      const float mine = ranks[S + t], least = ranks[slot];
+      if (!(mine > least || (mine == least && offered[t] > positions[slot]))) continue;
+      auto exchange = [&](const Stored& stored, ffi::Buffer<ffi::F32>& vectors, float* all_left) {
+        const int64_t H = vectors.dimensions()[3], row = head * T + t;
+        if (!forget) Decode(stored, head * S + slot, H, all_left + row * H);
+        std::copy_n(vectors.typed_data() + row * H, H, x.data());
+        Write(stored, head * S + slot, H, x.data());
+      };
+      exchange(*held_k, k, left_k);
+      exchange(*held_v, v, left_v);
+      if (!forget) left_pos[head * T + t] = positions[slot];
+      positions[slot] = offered[t];
+      for (int64_t n = 0; n < numbers; ++n) {
+        float* number = held[n] + head * S + slot;
+        if (!forget) left[n][head * T + t] = *number;
+        *number = coming[n][head * T + t];
+      }
     }
   }
   return ffi::Error::Success();

@@ -11,6 +11,9 @@ from kvcascade.kernels import launch, native
 from kvcascade.kernels.backend import Implementation, Kernel, run
 from kvcascade.kernels.slots import Codecs, Entry, Slots
 
+FEW = 64
+"""Newcomers up to which the C++ kernel takes them: one after the other on one core, where XLA encodes all of a prompt's at once."""
+
 
 @jax.named_scope("exchange")
 def exchange(
@@ -26,8 +29,8 @@ def exchange(
     `priority` ranks the S slots, then the T newcomers; of equals the one of the higher position ranks higher, so the order of slots and
     of tokens does not matter. A newcomer of priority -inf, like padding, never comes in. A slot that stays is not written again, so
     nothing is quantised twice. The newcomers carry as many numbers as the slots. With `forget` nobody asks for those left over, and None
-    is returned for them. `xla` runs everywhere; `native` is C++ for a CPU and `triton` a GPU's kernel, both for T = 1; None takes the
-    best that there is.
+    is returned for them. `xla` runs everywhere; `native` is C++ for a CPU and T up to FEW, `triton` a GPU's kernel for T = 1; None takes
+    the best that there is.
     """
     reference, on_cpu, on_gpu = (functools.partial(each, codecs, forget) for each in (_xla, _native, _triton))
     kernels = {"native": native.kernel(on_cpu, _native_refuses), "triton": Kernel(on_gpu, _triton_refuses)}
@@ -111,7 +114,7 @@ def _native(codecs: Codecs, forget, slots, entry, priority):
 
 
 def _native_refuses(slots, entry, priority) -> str | None:
-    return "made for one newcomer per KV head" if entry.pos_BKT.shape[-1] != 1 else native.unread(slots)
+    return f"made for {FEW} newcomers per KV head" if entry.pos_BKT.shape[-1] > FEW else native.unread(slots)
 
 
 def _triton(codecs: Codecs, forget, slots, entry, priority, interpret):

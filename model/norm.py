@@ -1,4 +1,4 @@
-"""Norms whose results do not depend on how many rows are normalised beside a row."""
+"""Norms whose results on a CPU do not depend on how many rows are normalised beside a row."""
 
 import functools
 import operator
@@ -39,7 +39,12 @@ class LayerNorm(nnx.LayerNorm):
 
 
 def _mean(x: Float[Array, "*B M"]) -> Float[Array, "*B 1"]:
-    """The mean of the last axis, halves added to halves: XLA's own sums go another way from eight rows on."""
+    """The mean of the last axis; how its numbers are added up on a CPU does not depend on how many rows there are."""
+    return lax.platform_dependent(x, cpu=_by_halves, default=lambda x: x.mean(-1, keepdims=True))
+
+
+def _by_halves(x: Float[Array, "*B M"]) -> Float[Array, "*B 1"]:
+    """Halves added to halves: XLA's own sums go another way from eight rows on."""
     count, parts = x.shape[-1], x
     while parts.shape[-1] % 2 == 0:
         half = parts.shape[-1] // 2

@@ -89,14 +89,14 @@ def dense(q_BNH, now_B, slots: list[Held], window=0, scale=None, soft_cap=0.0):
     return out, np.split(weights.sum(2), np.cumsum([s.pos_BKS.shape[-1] for s, _ in slots])[:-1], -1)
 
 
-def offered(rng, batch: int, kv_heads: int, slots: int, width: int, scale: float, numbers: int = 1):
-    """A newcomer for each KV head, and priorities with many ties, without a limit on either side."""
-    shape = (batch, kv_heads, 1)
+def offered(rng, batch: int, kv_heads: int, slots: int, width: int, scale: float, numbers: int = 1, newcomers: int = 1):
+    """Newcomers for each KV head, and priorities with many ties, without a limit on either side."""
+    shape = (batch, kv_heads, newcomers)
     vectors = lambda: jnp.asarray(rng.normal(size=(*shape, width)) * scale, jnp.float32)
     pos = jnp.asarray(rng.integers(0, 99, shape), jnp.int32)
     carried = tuple(jnp.asarray(rng.random(shape), jnp.float32) for _ in range(numbers))
     entry = Entry(vectors(), vectors(), pos, carried)
-    return entry, jnp.asarray(rng.choice([-np.inf, 0, 1, 2, np.inf], (batch, kv_heads, slots + 1)), jnp.float32)
+    return entry, jnp.asarray(rng.choice([-np.inf, 0, 1, 2, np.inf], (batch, kv_heads, slots + newcomers)), jnp.float32)
 
 
 def assert_same_stored(codec: Codec, ours: Stored, theirs: Stored) -> None:
@@ -113,10 +113,10 @@ def assert_same_stored(codec: Codec, ours: Stored, theirs: Stored) -> None:
         assert (jnp.abs(codec.read(ours) - codec.read(theirs)) <= step).all()
 
 
-def check_exchange(implementation, rng, names, batch, kv_heads, slots, width, numbers, forget, scale):
+def check_exchange(implementation, rng, names, batch, kv_heads, slots, width, numbers, forget, scale, newcomers=1):
     """The exchange against the reference: bit for bit, but for what is turned, whose sums may come in another order."""
     before, by = held(rng, names, batch, kv_heads, slots, width, numbers)
-    entry, priority = offered(rng, batch, kv_heads, slots, width, scale, numbers)
+    entry, priority = offered(rng, batch, kv_heads, slots, width, scale, numbers, newcomers)
     both = jax.jit(
         lambda slots, entry, priority: [
             exchange(slots, entry, priority, by, forget, one) for one in (implementation, "xla")

@@ -114,12 +114,15 @@ def test_what_a_query_does_not_see_is_not_read():
     numbers=st.integers(0, 3),
     forget=st.booleans(),
     scale=st.sampled_from([0, 5]),
+    newcomers=st.sampled_from([1, 2, 16]),
     seed=st.integers(0, 2**16),
 )
-def test_exchange_equals_the_reference(names, batch, kv_heads, slots, head_dim, numbers, forget, scale, seed):
+def test_exchange_equals_the_reference(
+    names, batch, kv_heads, slots, head_dim, numbers, forget, scale, newcomers, seed
+):
     assume(fits(names, head_dim))
     rng = np.random.default_rng(seed)
-    check_exchange("native", rng, names, batch, kv_heads, slots, head_dim, numbers, forget, scale)
+    check_exchange("native", rng, names, batch, kv_heads, slots, head_dim, numbers, forget, scale, newcomers)
 
 
 @needs_compiler
