@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvcascade.cache.basis import Bases, inside
+from kvcascade.cache.codec import coarse
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.groups import Group, Share
 from kvcascade.cache.layer import LayerCache
@@ -53,7 +54,7 @@ def limit(groups: Sequence[Group], context: int) -> int:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["layers", "pools", "table_RW", "row_B", "bases"],
-    meta_fields=["of", "shared", "room"],
+    meta_fields=["of", "shared", "room", "coarsely"],
 )
 @dataclasses.dataclass(frozen=True)
 class BlockCache(Cache):
@@ -76,6 +77,8 @@ class BlockCache(Cache):
     """The number of positions that it was made for."""
     bases: tuple[Bases | None, ...] = ()
     """Of what each layer has in blocks; (): none is in a basis of its own."""
+    coarsely: bool = False
+    """Whether only the high plane is read of what is in blocks, which must be in `planes`."""
 
     @classmethod
     def empty(
@@ -154,9 +157,14 @@ class BlockCache(Cache):
         pool = self.pools[shared.pool]
         pool = pages.write(pool, tokens(k), tokens(v), slots_N, shared.layer, shared.codecs)
 
+        read, codecs = pool, shared.codecs
+        if self.coarsely:
+            (k_codec, k_read), (v_codec, v_read) = (coarse(*pair) for pair in zip(shared.codecs, pool, strict=True))
+            read, codecs = Pool(k_read, v_read), Codecs(k_codec, v_codec)
+
         def attention(held, observed):
             def attend(q_BTNH, held):
-                arguments = q_BTNH, positions_BT, row_B, self.table_RW, pool, shared.layer, shared.codecs, shared.heads
+                arguments = q_BTNH, positions_BT, row_B, self.table_RW, read, shared.layer, codecs, shared.heads
                 return pages.attend(*arguments, shared.limit, held, observed)
 
             if not bases or not held:

@@ -80,6 +80,7 @@ class Packed(Codec):
 
     bits: int = 4
     fine: int = 0
+    skipped: int = 0
     turned: bool = False
 
     def packed(self, codes: Integer[Array, "*B H"]) -> Stored:
@@ -90,7 +91,7 @@ class Packed(Codec):
     @property
     def _name(self) -> str:
         """Of the array of codes: a kernel is to know four bits from two without being told."""
-        return "codes" if self.bits - self.fine == 4 else "codes2"
+        return "high" if self.skipped else "codes" if self.bits - self.fine == 4 else "codes2"
 
     def unpacked(self, stored: Stored) -> Integer[Array, "*B H"]:
         """The inverse of that."""
@@ -136,23 +137,32 @@ def unpack(packed: Integer[Array, "*B W"], bits: int) -> Integer[Array, "*B H"]:
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(Packed):
-    """Unsigned codes with a bf16 scale and a bf16 low end per vector: x ≈ low + scale · code, code in 0…2^bits − 1."""
+    """Unsigned codes with a bf16 scale and a bf16 low end per vector: x ≈ low + scale · code, code in 0…2^bits − 1.
+
+    Of a code whose lowest bits are `skipped` the middle of what it may be is taken.
+    """
 
     def encode(self, x):
         x = self.turn(x.astype(jnp.float32))
-        most = 2**self.bits - 1
+        most = 2 ** (self.bits + self.skipped) - 1
         low = _round_to_bf16(x.min(-1, keepdims=True))
         scale = _scale(x.max(-1, keepdims=True) - low, most)
         codes = jnp.clip(jnp.round((x - low) / scale), 0, most).astype(jnp.uint8)
-        return self.packed(codes) | {"scale": scale.astype(jnp.bfloat16), "low": low.astype(jnp.bfloat16)}
+        stored = {"scale": scale.astype(jnp.bfloat16), "low": low.astype(jnp.bfloat16)}
+        return self.packed(codes >> self.skipped) | stored
 
     def read(self, stored):
-        codes = self.unpacked(stored).astype(jnp.float32)
+        codes = self.unpacked(stored).astype(jnp.float32) * 2**self.skipped + self._middle
         return codes * stored["scale"].astype(jnp.float32) + stored["low"].astype(jnp.float32)
 
     def bound(self, stored):
         scale, low = stored["scale"].astype(jnp.float32), stored["low"].astype(jnp.float32)
-        return 0.501 * scale + jnp.abs(low) * 2**-8  # the low end is rounded to bf16's eight significant bits
+        # The low end is rounded to bf16's eight significant bits.
+        return (self._middle + 0.501) * scale + jnp.abs(low) * 2**-8
+
+    @property
+    def _middle(self) -> float:
+        return (2**self.skipped - 1) / 2
 
     def nbytes(self, width):
         return self.check(width) + 4
@@ -332,6 +342,7 @@ int8 = Int8("int8")
 fp8 = Fp8("fp8")
 nvfp4 = NVFP4("nvfp4")
 planes = Uniform("planes", bits=8, fine=4)
+high = Uniform("high", bits=4, skipped=4)
 int4 = Uniform("int4")
 int3 = Uniform("int3", bits=3, fine=1)
 int2 = Uniform("int2", bits=2)
@@ -362,6 +373,16 @@ def in_basis[C: Packed | Banded](codec: C, letter: str) -> C:
 
 int4h, int3h, int2h = (in_basis(codec, "h") for codec in (int4, int3, int2))
 lloyd4h, lloyd3h, lloyd2h = (in_basis(codec, "h") for codec in (lloyd4, lloyd3, lloyd2))
+
+
+def coarse(codec: Codec, stored: Stored) -> tuple[Codec, Stored]:
+    """What the high plane alone says of vectors in `planes`: half of the bytes, and nothing is copied; BadInput for another codec."""
+    if (codec.bits, codec.fine) != (8, 4):
+        raise BadInput(f"{codec.name} has no plane of high bits, as `planes` has")
+    assert isinstance(codec, Packed)
+    kept = {"high" if name == "codes" else name: x for name, x in stored.items() if name != "fine"}
+    return dataclasses.replace(high, turned=codec.turned, basis=codec.basis), kept
+
 
 CODECS = {
     codec.name: codec

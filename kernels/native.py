@@ -67,7 +67,7 @@ def kernel(call: Callable, refuses: Callable[..., str | None] = lambda *argument
     return Kernel(call, lambda *arguments: refuses(*arguments) or missing())
 
 
-ORDER = ("values", "codes", "codes2", "fine", "scale", "low")
+ORDER = ("values", "codes", "codes2", "high", "fine", "scale", "low")
 
 
 def unread(*slots: Pair) -> str | None:
@@ -88,7 +88,9 @@ def formats(stored: Sequence[Stored], codecs: Sequence[Codec]) -> dict[str, np.n
     """The attributes by which the kernels know how vectors are stored, in the order of their arrays."""
     pairs = zip(stored, codecs, strict=True)
     about = [
-        number for each, codec in pairs for number in (len(each), codec.turned, codec.bits - codec.fine, codec.fine)
+        number
+        for each, codec in pairs
+        for number in (len(each), codec.turned, codec.bits - codec.fine, codec.fine, codec.skipped)
     ]
     levels = [level for codec in codecs for level in codec.levels]
     return {"formats": np.array(about, np.int64), "levels": np.array(levels, np.float32)}

@@ -11,11 +11,12 @@ namespace kvcascade {
 enum class Format { kFloat32, kBfloat16, kInt8, kPacked };
 
 // Stored vectors of H numbers: values, or codes with a bf16 scale and, of some, a bf16 low end per vector. Packed codes have so many bits in
-// one plane and the `fine` lowest in another (cache/codec.py, `pack`); they stand for levels, or for themselves.
+// one plane and the `fine` lowest in another (cache/codec.py, `pack`), and `skipped` ones below that are not read; they stand for levels, or for
+// themselves.
 struct Stored {
   Format format;
   bool turned;  // in the Walsh-Hadamard basis
-  int bits, fine;
+  int bits, fine, skipped;
   const float* levels;
   void* codes;
   uint8_t* fines;
@@ -40,7 +41,7 @@ inline Lanes Looked(Integers codes, const Stored& stored, int which) {
   return _mm512_maskz_permutexvar_ps(-1, reinterpret_cast<__m512i>(codes), _mm512_loadu_ps(stored.table[which]));
 #else
   codes &= (1 << kBits) - 1;
-  if (!stored.levels) return Numbers(codes << stored.fine) + stored.table[which][0];
+  if (!stored.levels) return Numbers(codes << (stored.fine + stored.skipped)) + stored.table[which][0];
   Lanes to;
   for (int lane = 0; lane < kLanes; ++lane) to[lane] = stored.table[which][codes[lane]];
   return to;
@@ -158,7 +159,7 @@ inline uint16_t Step(float width, float steps) {
 
 // The codes of a vector in the stored basis.
 inline void WritePacked(const Stored& stored, int64_t row, int64_t H, float* x) {
-  const int bits = stored.bits + stored.fine;
+  const int bits = stored.bits + stored.fine + stored.skipped;
   float scale, low = 0;
   if (stored.levels) {
     float most = 0, squares = 0;
@@ -186,7 +187,7 @@ inline void WritePacked(const Stored& stored, int64_t row, int64_t H, float* x) 
   };
   auto* codes = static_cast<uint8_t*>(stored.codes) + row * (H * stored.bits / 8);
   for (int64_t c = 0; c < H; ++c) {
-    const int found = code(x[c]);
+    const int found = code(x[c]) >> stored.skipped;
     put(codes, stored.bits, c, found >> stored.fine);
     if (stored.fine) put(stored.fines + row * (H * stored.fine / 8), stored.fine, c, found & ((1 << stored.fine) - 1));
   }
@@ -232,7 +233,7 @@ inline Stored From(Stored stored, int64_t row, int64_t H) {
   return stored;
 }
 
-// What a call says of its formats, one after the other: how many arrays, whether turned, the bits of a code in each plane; and levels.
+// What a call says of its formats, one after the other: how many arrays, whether turned, the bits of a code in each plane and below; and levels.
 struct Formats {
   const int64_t* next;
   const float* levels;
@@ -243,8 +244,8 @@ inline ffi::ErrorOr<Stored> ReadStored(ffi::RemainingArgs& args, size_t& next, F
   if (!first.has_value()) return ffi::Unexpected(first.error());
   Stored stored{};
   const int64_t arrays = formats.next[0];
-  stored.turned = formats.next[1], stored.bits = formats.next[2], stored.fine = formats.next[3];
-  formats.next += 4;
+  stored.turned = formats.next[1], stored.bits = formats.next[2], stored.fine = formats.next[3], stored.skipped = formats.next[4];
+  formats.next += 5;
   stored.codes = first->untyped_data();
   switch (first->element_type()) {
     case ffi::F32: stored.format = Format::kFloat32; break;
@@ -261,11 +262,12 @@ inline ffi::ErrorOr<Stored> ReadStored(ffi::RemainingArgs& args, size_t& next, F
   if (stored.format == Format::kPacked) {
     const int bits = stored.bits, codes = 1 << (bits + stored.fine);
     if (!stored.low) stored.levels = formats.levels, formats.levels += codes;
-    stored.middle = stored.levels ? 0.0f : (codes - 1) / 2.0f;
+    const int step = 1 << stored.skipped;
+    stored.middle = stored.levels ? 0.0f : (codes * step - 1) / 2.0f;
     for (int which = 0; which < 2; ++which) {
       for (int i = 0; i < 16; ++i) {
         const int code = std::min((i & ((1 << bits) - 1)) << stored.fine | which, codes - 1);
-        stored.table[which][i] = stored.levels ? stored.levels[code] : code - stored.middle;
+        stored.table[which][i] = stored.levels ? stored.levels[code] : code * step + (step - 1) / 2.0f - stored.middle;
       }
     }
   }

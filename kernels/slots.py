@@ -26,7 +26,9 @@ class Pair(Protocol):
 
 def payload(stored: Stored) -> Array:
     """The largest of the arrays of stored vectors: their codes, or the values of a codec that keeps them as they are."""
-    return max((x for name, x in stored.items() if name.startswith(("values", "codes"))), key=lambda x: x.shape[-1])
+    return max(
+        (x for name, x in stored.items() if name.startswith(("values", "codes", "high"))), key=lambda x: x.shape[-1]
+    )
 
 
 def format_of(stored: Stored) -> str | None:
@@ -66,6 +68,8 @@ class Codec:
     """Of a code, where several are packed in a byte."""
     fine = 0
     """The lowest of them, which lie in a plane of their own."""
+    skipped = 0
+    """Bits below them that a code has and nobody reads."""
 
     @property
     def levels(self) -> Sequence[float]:

@@ -139,10 +139,10 @@ def _told(box: str) -> str:
     return f"{reason}; did you mean {' or '.join(close[:3])}?" if suggests else reason
 
 
-type Speculate = Literal["none", "ngram"]
+type Speculate = Literal["none", "ngram", "self"]
 
 
-def foreseen(name: Speculate, ahead: int) -> tuple[Propose | None, int]:
-    """What foresees tokens, and how many of them at most: none where nothing does."""
+def foreseen(name: Speculate, ahead: int) -> tuple[Propose | None, dict[str, Any]]:
+    """What foresees tokens, and what limits are to say of it: nothing where nothing does."""
     propose = PROPOSERS.get(name)
-    return propose, ahead if propose else 0
+    return propose, {"ahead": ahead, "itself": name == "self"} if propose else {}

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -47,7 +47,8 @@ class Args:
     tokens: Count = 64
     """The most tokens to generate."""
     speculate: Speculate = "none"
-    """Compute foreseen tokens along with the next: `ngram`, what followed the same tokens before. On blocks alone; the answer is the same."""
+    """Compute foreseen tokens along with the next: `ngram`, what followed the same tokens before, in blocks and behind `pending`; `self`, what the
+    model finds by half of the bits of `full@planes on blocks`. The answer is the same."""
     ahead: Count = 3
     """How many tokens are foreseen, at most."""
     chat: bool = False
@@ -137,14 +138,20 @@ class _Foreseeing:
     """The same by an engine that tries what it foresees."""
 
     def __init__(
-        self, model: Model, spec: CacheSpec, prompts: list[list[int]], args: Args, propose: Propose, ahead: int
+        self,
+        model: Model,
+        spec: CacheSpec,
+        prompts: list[list[int]],
+        args: Args,
+        propose: Propose,
+        ahead: dict[str, Any],
     ):
         if args.keep or args.chunk is not None:
-            raise BadInput("--keep and --chunk are for caches in rows, and --speculate for one wholly on blocks")
+            raise BadInput("--keep and --chunk do not go with --speculate")
         context = max(map(len, prompts)) + args.tokens
-        blocks, limits = 1 + len(prompts) * -(-context // BLOCK), Limits(rows=len(prompts), ahead=ahead)
+        blocks, limits = 1 + len(prompts) * -(-context // BLOCK), Limits(rows=len(prompts), **ahead)
         device = device_for(model.config, model.params, spec, blocks, limits, context, compiled=programs.kept)
-        self.engine = Engine(device, propose=propose)
+        self.device, self.engine = device, Engine(device, propose=propose)
         self.nbytes = device.nbytes // len(prompts)
         drawn = [seeded(args.sampling, row) for row in range(len(prompts))]
         asked = [Request(prompt, args.tokens, each) for prompt, each in zip(prompts, drawn, strict=True)]
@@ -165,7 +172,10 @@ class _Foreseeing:
         """Tokens of the longest row that its cache has been given."""
         return max(self.lengths) - 1
 
-    held = seen
+    @property
+    def held(self) -> int:
+        """Those that are there."""
+        return self.device.cache.held(self.seen)
 
     @property
     def more(self) -> str:

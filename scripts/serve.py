@@ -94,7 +94,7 @@ def main(arguments: list[str]) -> None:
     room = Room(
         context,
         args.blocks,
-        Limits(args.tokens, args.rows, aside=args.aside, snapshots=10**6 * args.snapshots, ahead=ahead),
+        Limits(args.tokens, args.rows, aside=args.aside, snapshots=10**6 * args.snapshots, **ahead),
     )
     worker: Worker[Engine] = Worker(
         starting(model, specs, room, metrics, propose=propose),

@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> None:
     """Serve the trace, print the table, append the records."""
     args = arguments_of(Args, "simulate", arguments)
     propose, ahead = foreseen(args.speculate, args.ahead)
-    limits = Limits(args.tokens, args.rows, aside=args.aside, snapshots=10**6 * args.snapshots, ahead=ahead)
+    limits = Limits(args.tokens, args.rows, aside=args.aside, snapshots=10**6 * args.snapshots, **ahead)
     arrivals = trace.read(args.trace)
     if bool(args.model) == bool(args.costs):
         raise BadInput("a trace is served by a --model, or by the --costs that one was recorded with")

@@ -16,10 +16,12 @@ class Args(Recorded):
     model: str
     """smollm2, gguf:FILE, or a Hugging Face directory or name."""
     cache: str = "full on blocks"
-    """A cache in one line, wholly on blocks."""
+    """A cache in one line, on blocks or with `pending`; for `self` it is `full@planes on blocks`."""
+    proposer: tuple[Literal["ngram", "self"], ...] = ("ngram",)
+    """What foresees; several take turns: what followed the same tokens before, or the model by half of the bits of its cache."""
     ahead: tuple[Count, ...] = (3,)
     """How many tokens are foreseen, at most; several take turns."""
-    task: tuple[Literal["copying", "JSON", "summary"], ...] = ("copying", "JSON", "summary")
+    task: tuple[Literal["copying", "JSON", "summary", "writing"], ...] = ("copying", "JSON", "summary")
     """What is asked."""
     tokens: Count = 96
     """Tokens of an answer, at most."""
@@ -34,5 +36,7 @@ def main(arguments: list[str]) -> None:
     args = arguments_of(Args, "speculate", arguments)
     spec = parse(args.cache)
     model = console.open_model(args.model, args.weights, [spec])
-    jobs = [speculation.job(model, spec, task, args.ahead, args.tokens, args.repeats) for task in args.task]
+    jobs = [
+        speculation.job(model, spec, task, args.proposer, args.ahead, args.tokens, args.repeats) for task in args.task
+    ]
     console.show(speculation.table(console.measured("speculate", jobs, args)))

@@ -8,7 +8,7 @@ import numpy as np
 from kvcascade.cache.blocks import Blocks
 from kvcascade.model.sampling import Sampling
 from kvcascade.serve.plan import Limits, Plan, Row
-from kvcascade.serve.request import Draw, Drawn
+from kvcascade.serve.request import Asked, Draw, Drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +95,14 @@ class Replay:
 
     def places(self, row: Row) -> None:
         """Every token stays."""
+
+    def foresee(self, asked: Sequence[Asked]) -> list[list[int]]:
+        """Nothing is computed, and so nothing foreseen."""
+        return [[] for _ in asked]
+
+    def room(self, position: int) -> int:
+        """As `Device.room`."""
+        return self.limits.ahead
 
     def quicker(self, blocks: int) -> bool:
         """Moving takes no time here, so that nothing is put aside is the safe answer."""

@@ -28,8 +28,8 @@ from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
 from kvcascade.model.programs import Compiled, traced
 from kvcascade.model.sampling import GREEDY, Sampling, Settings, sample, settings
-from kvcascade.serve.plan import Limits, Move, Plan, Row, Run
-from kvcascade.serve.request import TOP, Draw, Drawn, Likely
+from kvcascade.serve.plan import BUCKETS, Limits, Move, Plan, Row, Run
+from kvcascade.serve.request import TOP, Asked, Draw, Drawn, Likely
 
 MOVED = 16
 """Blocks that go to host memory, or come back, by one program."""
@@ -62,6 +62,38 @@ def step(
     logits_OV = model.logits(x_NTM[at_O])[:, 0].astype(jnp.float32)
     drawn = draw(logits_OV, position_N[at_O] + 1, by, seen_RV[row_N[at_O].clip(0)], restrictions)
     return *drawn, logits_OV, dataclasses.replace(cache, row_B=None), seen_RV
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def guess(
+    config: ModelConfig,
+    params: Params,
+    cache: BlockCache,
+    seen_RV: Bool[Array, "R V"],
+    token_N: Int[Array, " N"],
+    position_N: Int[Array, " N"],
+    row_N: Int[Array, " N"],
+    count_A: Int[Array, " A"],
+    table_RW: Int[Array, "R W"],
+    by: Settings,
+    restrictions: sampling.Restrictions,
+) -> tuple[Int[Array, "A N"], BlockCache]:
+    """As many tokens of each row as `count` is long, one after the other, by a model that reads the high plane of blocks alone.
+
+    Their keys and values are written where those of the row's next tokens will be, over them.
+    """
+    model = nnx.merge(gpt.graph(config)[0], params)
+    cache = dataclasses.replace(cache, table_RW=table_RW, row_B=row_N, coarsely=True)
+
+    def one(carry, _):
+        cache, token_N, position_N = carry
+        x_N1M, cache = model.hidden(token_N[:, None], position_N[:, None], cache)
+        logits_NV = model.logits(x_N1M)[:, 0].astype(jnp.float32)
+        token_N, _ = draw(logits_NV, position_N + 1, by, seen_RV[row_N.clip(0)], restrictions)
+        return (cache, token_N, jnp.where(position_N < 0, -1, position_N + 1)), token_N
+
+    (cache, _, _), token_AN = jax.lax.scan(one, (cache, token_N, position_N), count_A)
+    return token_AN, dataclasses.replace(cache, row_B=None, coarsely=False)
 
 
 def draw(
@@ -116,6 +148,11 @@ def mark(seen_RV: Bool[Array, "R V"], row: Int[Array, ""], tokens_V: Bool[Array,
     return seen_RV.at[row].set(tokens_V)
 
 
+def _nobody(count: int) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
+    """Tokens, positions and rows of padding."""
+    return np.zeros(count, np.int32), np.full(count, -1, np.int32), np.full(count, -1, np.int32)
+
+
 class Device:
     """A model and a pool: what an engine's steps run on."""
 
@@ -159,6 +196,10 @@ class Device:
 
     def _empty(self, spec: CacheSpec) -> Cache:
         groups = spec.groups(self.config.layer_heads)
+        if self.limits.itself and any((codec.bits, codec.fine) != (8, 4) for codec in spec.codecs):
+            raise BadInput(
+                f"{spec}: the model foresees by the high plane of what it holds, as in `full@planes on blocks`"
+            )
         if not self.holds(groups):
             raise BadInput(f"caches wholly on blocks, such as `full@int8 on blocks`, are meant here, not {spec}")
         return BlockCache.empty(groups, self.limits.rows, self.context, self.blocks, self.size, spec.bases(groups))
@@ -259,6 +300,43 @@ class Device:
         """`Cache.places` of its tokens; None where all of them stay."""
         return None
 
+    def foresee(self, asked: Sequence[Asked]) -> list[list[int]]:
+        """What the model draws for rows when it reads half of what they have in blocks; the blocks that they have are all that it writes in.
+
+        By each row's own seed and positions, so that it is the token to come wherever that does not hang on the other half. A token that
+        there is no block for yet is not seen by the next ones.
+        """
+        size = next(count for count in self._drafts if count >= len(asked))
+        token, position, row = np.zeros(size, np.int32), np.full(size, -1, np.int32), np.full(size, -1, np.int32)
+        for index, each in enumerate(asked):
+            token[index], position[index], row[index] = each.row.tokens[-1], len(each.row.tokens) - 1, each.row.place
+            blocks = each.row.table.blocks
+            self._table[each.row.place, : len(blocks)], self._table[each.row.place, len(blocks) :] = blocks, -1
+        token_NA = self._foreseen(token, position, row, [each.draw for each in asked]).T.tolist()
+        made = [tokens[: each.room] for tokens, each in zip(token_NA, asked, strict=False)]
+        return [[*itertools.takewhile(lambda token: token >= 0, tokens)] for tokens in made]
+
+    def _foreseen(self, token, position, row, by: Sequence[Draw]) -> Int[np.ndarray, "A N"]:
+        program, arguments = self._drafting(token, position, row, by)
+        token_AN, self.cache = program(*arguments)
+        return np.asarray(token_AN)
+
+    def _drafting(self, token, position, row, by: Sequence[Draw]):
+        count_A = np.arange(self.limits.ahead)
+        how = self._table, *self._how(by, len(token))
+        arguments = self.params, self.cache, self._seen, token, position, row, count_A, *how
+        return self._named(f"guess {len(token)}", guess, *arguments), arguments
+
+    @property
+    def _drafts(self) -> list[int]:
+        """Rows of each program by which the model foresees; none where it does not."""
+        most = self.limits.rows
+        return sorted({count for count in BUCKETS if count < most} | {most}) if self.limits.itself else []
+
+    def room(self, position: int) -> int:
+        """How many tokens after one at that position can be tried along with it, and taken back."""
+        return self.limits.ahead
+
     def quicker(self, blocks: int) -> bool:
         """Whether so many blocks are sooner moved to host memory and back than computed again, as `warm` has measured it."""
         start, each, token = self._seconds
@@ -290,11 +368,15 @@ class Device:
     def _compile(self) -> None:
         for each in self._padding():
             self._program(*each, [])
+        for count in self._drafts:
+            self._drafting(*_nobody(count), [])
 
     def _try(self) -> None:
         """Run whatever a step may run, on nothing."""
         for each in self._padding():
             likeliest(self._step(*each, [])[2])
+        for count in self._drafts:
+            self._foreseen(*_nobody(count), [])
         self._copy({self.blocks: 0})
         if self.limits.aside:
             self._measure()
@@ -303,7 +385,7 @@ class Device:
         """How many programs there are."""
         return len(self.programs) + sum(each._cache_size() for each in self.jitted)
 
-    jitted: ClassVar[tuple[Any, ...]] = (step, copy, take, put, mark, likeliest)
+    jitted: ClassVar[tuple[Any, ...]] = (step, guess, copy, take, put, mark, likeliest)
     """What is compiled besides the programs of steps."""
 
     def _moved(self, programs: int) -> None:

@@ -11,7 +11,7 @@ from kvcascade.cache.prefix import namespace
 from kvcascade.model.sampling import NOT_A_NUMBER, Restriction, Sampling
 from kvcascade.serve.plan import Queue, Row, check, end, fork, plan
 from kvcascade.serve.propose import Propose
-from kvcascade.serve.request import Draw, Event, Grammar, Likely, Request, Runs, seeded
+from kvcascade.serve.request import Asked, Draw, Event, Grammar, Likely, Request, Runs, seeded
 from kvcascade.serve.request import check as check_request
 
 
@@ -59,9 +59,10 @@ class Engine:
         self.device, self.limits, self.reuse, self.clock = device, device.limits, reuse, clock
         self.propose = propose
         self.blocks, self.queue = device.pool(), Queue.of(device.limits)
-        if propose and self.blocks.own:
+        if propose and not device.room(0):
             raise BadInput(
-                "what is foreseen is tried in blocks, where it can be taken back, and this cache keeps slots of a row's own"
+                "what is foreseen is tried where it can be taken back: in blocks, and in tiers of a row's own while tokens wait before them, "
+                "as in `pending 16 | sink 4 | recent 108`"
             )
         self.stats: collections.Counter[str] = collections.Counter()
         self.accepted = [0] * self.limits.ahead
@@ -153,12 +154,19 @@ class Engine:
         """What rows that generate may have next; not where the next token depends on more than the tokens before it."""
         if self.propose is None:
             return
+        asked = []
         for row in self.queue.running:
             live = self.live[row.id]
-            room = min(self.limits.ahead, row.limit - len(row.tokens) - 1)
+            room = min(self.device.room(len(row.tokens) - 1), row.limit - len(row.tokens) - 1)
             free = live.request.ahead and live.grammar is None and live.sampling.repetition_penalty == 1
             follows = row.behind == 1 and not row.forks  # of a prompt's end several rows may go on
-            row.draft = self.propose(row.tokens, room) if free and room > 0 and follows else []
+            row.draft = []
+            if free and room > 0 and follows:
+                asked.append(Asked(row, room, live.draw))
+        if asked:
+            self.stats["asked"] += 1
+            for each, draft in zip(asked, self.propose(self.device, asked), strict=True):
+                each.row.draft = draft
 
     def _verified(self, row: Row, now: float, drawn: Sequence[tuple]) -> list[Event]:
         """The tokens that were drawn, up to the first that was not foreseen. Each is drawn as it would have been without a draft: by the model's

@@ -45,6 +45,8 @@ class Limits:
     """Bytes of host memory for what rows had in slots of their own after chunks of their prompts."""
     ahead: int = 0
     """Tokens that a row's step computes beyond the next one, at most, where something foresees them."""
+    itself: bool = False
+    """Whether that is the model, reading less of what is in blocks."""
 
     def __post_init__(self):
         if self.tokens < 1 or self.rows < 1 or not self.patience >= 0:

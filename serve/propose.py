@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-type Propose = Callable[[Sequence[int], int], list[int]]
-"""Of a row's tokens and a number: at most so many tokens that may follow."""
+from kvcascade.serve.request import Asked, Runs
+
+type Propose = Callable[[Runs, Sequence[Asked]], list[list[int]]]
+"""Of rows and what they run on: of each at most so many tokens as are asked for that may follow."""
 
 LONGEST = 4
 """Tokens at a text's end that are looked for earlier in it."""
@@ -32,5 +34,15 @@ def ngram(tokens: Sequence[int], count: int) -> list[int]:
     return text[:count]
 
 
-PROPOSERS: dict[str, Propose] = {"ngram": ngram}
+def by_text(look: Callable[[Sequence[int], int], list[int]]) -> Propose:
+    """What foresees by a row's tokens alone: of those and a number, at most so many that may follow."""
+    return lambda device, asked: [look(each.row.tokens, each.room) for each in asked]
+
+
+def itself(device: Runs, asked: Sequence[Asked]) -> list[list[int]]:
+    """The model itself, which reads only the high plane of its own cache (QuantSpec, Tiwari et al. 2025): see `device.Device.foresee`."""
+    return device.foresee(asked)
+
+
+PROPOSERS: dict[str, Propose] = {"ngram": by_text(ngram), "self": itself}
 """By their names."""

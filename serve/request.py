@@ -50,6 +50,16 @@ class Grammar(Protocol):
         ...
 
 
+class Asked(NamedTuple):
+    """A row that generates, of which tokens are to be foreseen."""
+
+    row: Row
+    room: int
+    """So many at most."""
+    draw: Draw
+    """How its tokens are drawn."""
+
+
 @runtime_checkable
 class Runs(Protocol):
     """What steps run on: a model with a pool (`device.Device`), or what stands in for one."""
@@ -86,6 +96,14 @@ class Runs(Protocol):
 
     def places(self, row: Row) -> np.ndarray | None:
         """See `device.Device.places`."""
+        ...
+
+    def foresee(self, asked: Sequence[Asked]) -> list[list[int]]:
+        """See `device.Device.foresee`."""
+        ...
+
+    def room(self, position: int) -> int:
+        """See `device.Device.room`."""
         ...
 
     def quicker(self, blocks: int) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -58,19 +59,25 @@ def lines(
     seen_RV: Bool[Array, "R V"],
     token_N: Int[Array, " N"],
     position_N: Int[Array, " N"],
-    row_N: Int[Array, " N"],
+    line_RA: Int[Array, "R A"],
     table_RW: Int[Array, "R W"],
     by: Settings,
     restrictions: sampling.Restrictions,
 ) -> Found:
-    """Put a token of each of some rows into their tiers, and draw what follows; row -1 is padding."""
+    """Put tokens of some rows into their tiers, and draw what follows each; of a row's tokens those after the first are foreseen, and leave
+    nothing where they are not what is drawn. `line` says where each row's tokens are; -1: it has no more."""
     count = len(seen_RV)
+    call = Lines.of(_on(cache, table_RW), line_RA, len(token_N))
+    row_N = call.row_N
     seen_RV = seen_RV.at[jnp.where(row_N < 0, count, row_N), token_N].set(True, mode="drop")
     model = nnx.merge(gpt.graph(config)[0], params)
-    x_N1M, after = model.hidden(token_N[:, None], position_N[:, None], Lines(_on(cache, table_RW), row_N))
+    x_N1M, call = model.hidden(token_N[:, None], position_N[:, None], call)
     logits_NV = model.logits(x_N1M)[:, 0].astype(jnp.float32)
-    drawn = draw(logits_NV, position_N + 1, by, seen_RV[row_N.clip(0)], restrictions)
-    return *drawn, logits_NV, after.cache, seen_RV
+    drawn_N, logprob_N = draw(logits_NV, position_N + 1, by, seen_RV[row_N.clip(0)], restrictions)
+    each = lambda x_N, none: jnp.where(line_RA < 0, none, x_N[line_RA.clip(0)])
+    right_RA = each(drawn_N, -3)[:, :-1] == each(token_N, -2)[:, 1:]
+    kept_R = (line_RA[:, 0] >= 0) * (1 + jnp.cumprod(right_RA, 1, dtype=jnp.int32).sum(1))
+    return drawn_N, logprob_N, logits_NV, call.accept(kept_R, position_N), seen_RV
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames=("cache", "seen_RV"))
@@ -126,6 +133,10 @@ class RowDevice(Device):
     """A model, and caches of which some tiers or all are in slots of each row; in front of them there may be a pool."""
 
     def _empty(self, spec: CacheSpec) -> Cache:
+        if self.limits.itself:
+            raise BadInput(
+                f"{spec}: the model foresees by the high plane of what is in blocks, as in `full@planes on blocks`"
+            )
         if spec.rereads:
             raise BadInput(f"{spec} reads a prompt twice, and here it enters in parts of {self.limits.chunk} tokens")
         heads, count = self.config.layer_heads, self.limits.rows
@@ -140,6 +151,7 @@ class RowDevice(Device):
             cache = generate.empty_cache(self.config, spec, count, self.context)
         else:
             cache = BlockCache.empty(groups, count, self.context, self.blocks, self.size, spec.bases(groups))
+        self._waits = [cascade.pending for each in groups if (cascade := each.cascade.own)]
         # Copies: where there is one row only, they would be the cache's own buffers, which steps are given away.
         self._nothing: State = [np.array(x[:1]) for x in rows.state(cache)]
         return cache.answering()
@@ -170,8 +182,9 @@ class RowDevice(Device):
             drawn[run.row.id] = self._chunk(run, draws.get(run.row.id, ()), tell)
             size += self.limits.chunk
         if generating := [each for each in found.runs if not each.prompts]:
-            bucket = next(count for count in self._buckets if count >= len(generating))
-            drawn |= self._lines(generating, bucket, [draws[run.row.id][0] for run in generating], tell)
+            total = sum(run.stop - run.start for run in generating)
+            bucket = next(count for count in self._buckets if count >= total)
+            drawn |= self._lines(generating, bucket, [each for run in generating for each in draws[run.row.id]], tell)
             size += bucket
         every = [each for run in found.runs for each in drawn[run.row.id]]
         told = [each.likely for each in every]
@@ -179,7 +192,17 @@ class RowDevice(Device):
 
     @property
     def _buckets(self) -> list[int]:
-        return sorted({count for count in BUCKETS if count < self.limits.rows} | {self.limits.rows})
+        most = min(self.limits.rows * self._none.shape[1], self.limits.tokens)
+        return sorted({count for count in BUCKETS if count < most} | {most})
+
+    def room(self, position: int) -> int:
+        """As `Device.room`: of tokens that wait no slot is taken before those that wait are handed over."""
+        return min([self.limits.ahead, *(max(1, count) - 1 - position % max(1, count) for count in self._waits)])
+
+    @property
+    def _none(self) -> Int[np.ndarray, "R A"]:
+        """The lines of rows that have none."""
+        return np.full((self.limits.rows, 1 + self.room(0)), -1, np.int32)
 
     def _chunk(self, run: Run, by: Sequence[Draw], tell: bool) -> list[Next]:
         """A chunk of a prompt, and the next token of each row that goes on from its end; what the row has then is known from now on."""
@@ -199,14 +222,16 @@ class RowDevice(Device):
         return [Next(int(token_O[index]), float(logprob_O[index]), told) for index in range(len(by))]
 
     def _lines(self, runs: Sequence[Run], bucket: int, by: Sequence[Draw], tell: bool) -> dict[int, list[Next]]:
-        """A token of each of some rows, and the next one."""
-        token, position, row = np.zeros(bucket, np.int32), np.full(bucket, -1, np.int32), np.full(bucket, -1, np.int32)
-        for index, run in enumerate(runs):
-            token[index], position[index], row[index] = run.row.tokens[run.start], run.start, run.row.place
-        token_N, logprob_N, logits_NV = self._called(bucket, lines, token, position, row, by, bucket)
-        told = self._likely(logits_NV, len(runs)) if tell else [()] * len(runs)
-        every = zip(runs, token_N.tolist(), logprob_N.tolist(), told, strict=False)
-        return {run.row.id: [Next(token, logprob, each)] for run, token, logprob, each in every}
+        """A token of each of some rows and what is foreseen to follow it, and the next one of each."""
+        token, position, line = np.zeros(bucket, np.int32), np.full(bucket, -1, np.int32), self._none
+        starts = [*itertools.accumulate((run.stop - run.start for run in runs), initial=0)]
+        for run, start, stop in zip(runs, starts, starts[1:], strict=False):
+            token[start:stop], position[start:stop] = run.tokens, range(run.start, run.stop)
+            line[run.row.place, : stop - start] = range(start, stop)
+        token_N, logprob_N, logits_NV = self._called(bucket, lines, token, position, line, by, bucket)
+        told = self._likely(logits_NV, len(by)) if tell else [()] * len(by)
+        every = [*itertools.starmap(Next, zip(token_N.tolist(), logprob_N.tolist(), told, strict=False))]
+        return {run.row.id: every[start:stop] for run, start, stop in zip(runs, starts, starts[1:], strict=False)}
 
     def _bound(self, name: int | str, work: Callable, token, position, row, by: Sequence[Draw], count: int):
         arguments = self.params, self.cache, self._seen, token, position, row, self._table, *self._how(by, count)
@@ -233,7 +258,7 @@ class RowDevice(Device):
         none = lambda count: np.full(count, -1, np.int32)
         of = lambda name, work, size, row, drawn: (name, work, np.zeros(size, np.int32), none(size), row, [], drawn)
         chunks = of("chunk", chunk, self.limits.chunk, np.int32(0), 1)
-        return [chunks, *(of(count, lines, count, none(count), count) for count in self._buckets)]
+        return [chunks, *(of(count, lines, count, self._none, count) for count in self._buckets)]
 
     def _compile(self) -> None:
         for each in self._calls():

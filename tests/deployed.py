@@ -385,7 +385,7 @@ def test_a_disk_that_is_full_takes_lines_and_nothing_else(run: Path, tmp_path) -
 def test_bad_input_of_the_command_is_one_line(run: Path, tmp_path) -> None:
     (tmp_path / "keys").write_text("just-one-word\n")
     for more, words in (
-        (["--cache", "sink 4 | recent 8", "--speculate", "ngram"], "tried in blocks"),
+        (["--cache", "sink 4 | recent 8", "--speculate", "ngram"], "tried where it can be taken back"),
         (["--cache", "kvzip 9 then recent 8"], "twice"),
         (["--keys", str(tmp_path / "keys")], "line 1"),
         (["--blocks", "1"], "2 blocks"),

@@ -20,7 +20,7 @@ from kvcascade.model.sampling import FREE, GREEDY, Sampling, restrictions, setti
 from kvcascade.serve.device import Device, step
 from kvcascade.serve.engine import Engine
 from kvcascade.serve.plan import Limits
-from kvcascade.serve.propose import Propose, ngram
+from kvcascade.serve.propose import by_text, ngram
 from kvcascade.serve.request import Request
 from kvcascade.serve.rows import RowDevice
 
@@ -325,9 +325,9 @@ def texts() -> list[Request]:
     return [*found, Request([7, 8] * 8 + [7], 12, Sampling(temperature=1.0), continuations=3)]
 
 
-def foresee(by: Propose, asked: list[Request], ahead: int = 3, **room) -> tuple[list[list[int]], Engine]:
+def foresee(by, asked: list[Request], ahead: int = 3, **room) -> tuple[list[list[int]], Engine]:
     device = Device(CONFIG, params(), parse("full@f32 on blocks"), size=16, limits=Limits(16, 3, ahead=ahead), **room)
-    ours = Engine(device, propose=by)
+    ours = Engine(device, propose=by_text(by))
     return serve(ours, asked), ours
 
 
@@ -368,7 +368,7 @@ def test_a_draft_is_accepted_as_often_as_it_is_likely() -> None:
     plain = Engine(device())
     rows = serve(plain, [request(seed) for seed in range(count)])
     draft = max(range(CONFIG.vocab), key=[row[1] for row in rows].count)
-    ours = Engine(device(), propose=lambda tokens, count: [draft])
+    ours = Engine(device(), propose=by_text(lambda tokens, count: [draft]))
     assert serve(ours, [request(seed) for seed in range(count)]) == rows
     # Of the first token that follows the prompt nothing is foreseen, of the second one is.
     assert ours.accepted == [sum(row[1] == draft for row in rows)] and ours.stats["drafted"] == count
@@ -380,8 +380,8 @@ def test_nothing_is_foreseen_where_more_than_the_tokens_decides() -> None:
     plain, _ = foresee(lambda tokens, count: [], [penalised], blocks=60)
     rows, ours = foresee(ngram, [penalised, Request([1, 2, 1, 2], 9, ahead=False)], blocks=60)
     assert rows[0] == plain[0] and not ours.stats["drafted"]
-    with pytest.raises(BadInput, match="tried in blocks"):
-        Engine(RowDevice(CONFIG, params(), parse("sink 2 | recent 6"), 20), propose=ngram)
+    with pytest.raises(BadInput, match="tried where it can be taken back"):
+        Engine(RowDevice(CONFIG, params(), parse("sink 2 | recent 6"), 20), propose=by_text(ngram))
 
 
 @pytest.mark.parametrize(

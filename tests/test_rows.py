@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from test_pending import content
 
 from kvcascade.cache.errors import BadInput
+from kvcascade.cache.rows import Lines
 from kvcascade.cache.snapshots import Snapshots
 from kvcascade.cache.spec import parse
 from kvcascade.model import generate, gpt
@@ -19,6 +21,7 @@ from kvcascade.model.sampling import FREE, GREEDY, Sampling, restrictions, setti
 from kvcascade.serve.device import draw
 from kvcascade.serve.engine import Engine
 from kvcascade.serve.plan import Limits
+from kvcascade.serve.propose import by_text, ngram
 from kvcascade.serve.request import Request
 from kvcascade.serve.rows import RowDevice, device_for, put, take
 
@@ -150,7 +153,7 @@ def test_snapshot_swap_and_neither_leave_the_same_state(spec: str) -> None:
     def state(ours: Engine, swap_at: int = -1) -> list[np.ndarray]:
         (number,) = ours.submit(request)
         row = ours.live[number].row
-        content: list[np.ndarray] = []
+        held: list[np.ndarray] = []
         step = 0
         while ours.busy:
             if step == swap_at:
@@ -162,23 +165,121 @@ def test_snapshot_swap_and_neither_leave_the_same_state(spec: str) -> None:
                     device.cache = put(device.cache, place, [*map(jnp.asarray, each)])
             if row.held and row.table.computed == len(request.prompt) + request.count - 2:
                 assert isinstance(ours.device, RowDevice)
-                content = [np.asarray(x) for x in take(ours.device.cache, jnp.int32(row.place))]
+                held = [np.asarray(x) for x in take(ours.device.cache, jnp.int32(row.place))]
             ours.run_step()
             step += 1
-        assert content
-        return content
+        assert held
+        return held
 
     plain = state(engine(spec))
     again = engine(spec, limit=Limits(tokens=CHUNK, rows=6, snapshots=2**24))
-    for content in (state(engine(spec), swap_at=5), state(again), state(again)):
-        for a, b in zip(plain, content, strict=True):
+    for found in (state(engine(spec), swap_at=5), state(again), state(again)):
+        for a, b in zip(plain, found, strict=True):
             np.testing.assert_array_equal(a, b)
     assert again.stats["found"] >= CHUNK * (len(request.prompt) // CHUNK - 1)
 
 
+WAITING = (
+    "pending 4 | sink 2 | recent 6",
+    "sink 16@f32 on blocks | pending 4 | recent 4 | heavy 6@int8",
+    "heads[0]: pending 3 | recent 5 ; heads[1]: pending 4 | sink 2 | heavy 8@int4h",
+    "pending 4 | sink 1 | expected[every=8] 10 | keydiff 6@int8",
+)
+
+
+def repeating() -> list[Request]:
+    """Texts in which something comes again, some drawn, some of them several times."""
+    return [*requests(6), Request([7, 8] * 8 + [7], 12, Sampling(temperature=1.0), continuations=3), *growing()[:3]]
+
+
+@pytest.mark.parametrize(
+    "spec", [WAITING[1], *(pytest.param(each, marks=pytest.mark.slow) for each in WAITING if each != WAITING[1])]
+)
+def test_what_is_foreseen_changes_no_token(spec: str) -> None:
+    """By what followed before, by the very answer, by what never comes and by now and then."""
+    plain = alone(spec, repeating)
+    prompts = [[*request.prompt] for request in repeating() for _ in range(request.continuations)]
+    whole = [[*prompt, *row] for prompt, row in zip(prompts, plain, strict=True)]
+
+    def answer(tokens, count: int) -> list[int]:
+        mine = next(each for each in whole if each[: len(tokens)] == list(tokens))
+        return mine[len(tokens) : len(tokens) + count]
+
+    wrong = lambda tokens, count: [(each + 1) % CONFIG.vocab for each in answer(tokens, count)]
+    now_and_then = lambda tokens, count: answer(tokens, 2) + wrong(tokens, 9)[2:count] if len(tokens) % 3 else []
+    found = {}
+    for name, by in {"ngram": ngram, "answer": answer, "wrong": wrong, "now and then": now_and_then}.items():
+        device = RowDevice(CONFIG, params(), parse(spec), 60, Limits(tokens=CHUNK, rows=6, ahead=3), size=4)
+        found[name] = Engine(device, propose=by_text(by))
+        assert serve({spec: found[name]}, asked=repeating)[spec] == plain, name
+    # Of rows that go on from one prompt the first that is alike is another's.
+    assert 0 < sum(found["answer"].accepted) <= found["answer"].stats["drafted"] < 1.2 * sum(found["answer"].accepted)
+    assert sum(found["wrong"].accepted) < 0.05 * found["wrong"].stats["drafted"]
+    assert found["answer"].accepted[1] and found["ngram"].accepted[0]
+
+
+@pytest.mark.parametrize("spec", WAITING)
+def test_what_was_foreseen_leaves_no_trace(spec: str) -> None:
+    """Bit for bit: tokens that come one by one, or some at once of which the last do not count, beside another row; all that slots hold that are
+    not empty, what layers remember, and what each token saw."""
+    shape = len(CONFIG.layer_heads), 2, CONFIG.context, 1
+    vectors = lambda heads: np.random.default_rng(heads).normal(size=(2, *shape, heads, 8)).astype(np.float32)
+    q, k, v = vectors(4), vectors(2), vectors(2) + 1
+
+    @functools.partial(jax.jit, static_argnames="most")
+    def call(cache, row_N, position_N, wrong_N, line_RA, kept_R, most):
+        lines, seen = Lines.of(cache, line_RA, len(row_N)), []
+        for index in range(shape[0]):
+            given = (jnp.asarray(x)[wrong_N, index, row_N, position_N.clip(0)] for x in (q, k, v))
+            out, lines = lines.step(index, *given, position_N[:, None])
+            seen.append(out[:, 0])
+        return jnp.stack(seen), lines.accept(kept_R, position_N)
+
+    def after(draft: Callable[[int], tuple[int, int]], most: int) -> tuple[dict[tuple[int, int], np.ndarray], list]:
+        """Tokens in steps: of the first row so many that are right and so many that are not behind them, of the second one every other step."""
+        cache, seen = parse(spec).init(2, CONFIG.layer_heads, CONFIG.context), {}
+        at, steps = [0, 0], 0
+        while at[0] < 60:
+            right, wrong = draft(at[0])
+            row, position, false, line = [], [], [], np.full((2, most), -1, np.int32)
+            for index, count in enumerate((right + wrong, steps % 2)):
+                line[index, :count] = range(len(row), len(row) + count)
+                row += [index] * count
+                position += range(at[index], at[index] + count)
+                false += [int(index == 0 and each >= right) for each in range(count)]
+            fill = 5 - len(row)
+            padded = [np.asarray(x + [none] * fill, np.int32) for x, none in ((row, -1), (position, -1), (false, 0))]
+            kept = np.asarray([right, steps % 2], np.int32)
+            found, cache = call(cache, *padded, line, kept, most)
+            for place in range(len(row)):
+                if not false[place]:
+                    seen[row[place], position[place]] = np.asarray(found[:, place])
+            at, steps = [at[0] + right, at[1] + steps % 2], steps + 1
+        memories = [np.asarray(x)[:1] for layer in cache.layers for x in jax.tree.leaves(layer.memories)]
+        return seen, [x[:1] for layer in cache.layers for slots in layer.slots for x in content(slots)] + memories
+
+    room = lambda position: min([3, *(each - 1 - position % each for each in waits)])
+    waits = [cascade.pending for cascade in parse(spec).cascades]
+    rng = np.random.default_rng(0)
+
+    def draft(position: int) -> tuple[int, int]:
+        count = 1 + min(room(position), 59 - position)
+        right = int(rng.integers(1, count + 1))
+        return right, count - right
+
+    plain, foreseen = after(lambda position: (1, 0), 1), after(draft, 4)
+    for position in range(60):
+        np.testing.assert_array_equal(foreseen[0][0, position], plain[0][0, position])
+    for a, b in zip(foreseen[1], plain[1], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_nothing_is_compiled_after_the_warm_up() -> None:
-    spec = SPECS[1]
-    ours = engine(spec, blocks=10, limit=Limits(tokens=CHUNK, rows=6, aside=9, snapshots=2**24))
+    spec = WAITING[1]
+    device = RowDevice(
+        CONFIG, params(), parse(spec), 10, Limits(tokens=CHUNK, rows=6, aside=9, snapshots=2**24, ahead=2), size=4
+    )
+    ours = Engine(device, propose=by_text(ngram))
     device = ours.device
     assert isinstance(device, RowDevice)
     device.warm()

@@ -33,7 +33,7 @@ from kvcascade.serve.engine import Engine
 from kvcascade.serve.grammar import Schema
 from kvcascade.serve.guard import Lines, Rules, read_keys
 from kvcascade.serve.plan import Limits
-from kvcascade.serve.propose import ngram
+from kvcascade.serve.propose import by_text, ngram
 
 
 @pytest.fixture(scope="module")
@@ -597,7 +597,7 @@ def test_a_slow_reader_holds_up_nobody(running: Running, client: openai.OpenAI) 
 def test_foreseen_tokens_change_no_answer_and_are_counted() -> None:
     """A request may do without; what was foreseen and what came is told by places, as vLLM tells it."""
     room = dataclasses.replace(ROOM, limits=Limits(tokens=32, rows=8, ahead=3))
-    with serving(["full@f32 on blocks"], room=room, propose=ngram) as running:
+    with serving(["full@f32 on blocks"], room=room, propose=by_text(ngram)) as running:
         ask = lambda **more: (
             completed(running.client(), "abcabcabcabc", logit_bias={"256": -100}, **more).choices[0].text
         )

@@ -8,11 +8,15 @@ from typing import Any
 
 import jax
 
+from kvcascade.cache.block_cache import BlockCache
+from kvcascade.cache.codec import coarse
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.cache.tier import BLOCK
+from kvcascade.cache.whole import Cache
 from kvcascade.eval.measure import Job
 from kvcascade.eval.records import Speculated
+from kvcascade.eval.speed.bench import occupied_bytes
 from kvcascade.eval.table import Column, Table
 from kvcascade.kernels import processor
 from kvcascade.model import chat, generate
@@ -49,6 +53,11 @@ TASKS: dict[str, tuple[str, ...]] = {
         f"Write this JSON again, one object on each line, and write nothing else:\n\n{items}" for items in ITEMS
     ),
     "summary": tuple(f"Summarize this text in three sentences:\n\n{text}" for text in TEXTS),
+    "writing": (
+        "Write a story about a lighthouse keeper who finds a letter.",
+        "Explain to a child why the sea is salty.",
+        "Describe a market in a small town on a winter morning.",
+    ),
 }
 """What is asked, by the kind of task; the prompts are ours."""
 
@@ -67,8 +76,10 @@ class Run:
     """Bytes of parameters, and of keys and values, that all steps read."""
 
 
-def job(model: Model, spec: CacheSpec, task: str, ahead: Sequence[int], tokens: int, repeats: int) -> Job:
-    """One kind of task: greedy decoding, and the same with so many tokens foreseen, each of these in turns."""
+def job(
+    model: Model, spec: CacheSpec, task: str, proposers: Sequence[str], ahead: Sequence[int], tokens: int, repeats: int
+) -> Job:
+    """One kind of task: greedy decoding, and the same with so many tokens foreseen in each of these ways, all in turns."""
     prompts = [chat.encode(model, [{"role": "user", "content": each}]) for each in TASKS[task]]
     context = max(map(len, prompts)) + tokens
     generate.check_context(model.config, context)
@@ -78,10 +89,10 @@ def job(model: Model, spec: CacheSpec, task: str, ahead: Sequence[int], tokens: 
     }  # fmt: skip
 
     def run() -> list[Speculated]:
-        ways = [("none", 0), *(("ngram", each) for each in ahead)]
+        ways = [("none", 0), *((name, each) for name in proposers for each in ahead)]
         devices = []
-        for _, count in ways:
-            limits = Limits(tokens=64, rows=1, ahead=count)
+        for name, count in ways:
+            limits = Limits(tokens=64, rows=1, ahead=count, itself=name == "self")
             named = {"fingerprint": model.fingerprint, "compiled": kept}
             about_pool = 1 + -(-context // BLOCK), limits, context
             devices.append(device_for(model.config, model.params, spec, *about_pool, **named))
@@ -107,35 +118,52 @@ def job(model: Model, spec: CacheSpec, task: str, ahead: Sequence[int], tokens: 
             )  # fmt: skip
         return made
 
-    return Job(about | {"ahead": [*ahead]}, "eval/speed", run, f"{spec}, {task}", also=("serve",))
+    return Job(
+        about | {"proposers": [*proposers], "ahead": [*ahead]}, "eval/speed", run, f"{spec}, {task}", also=("serve",)
+    )
 
 
 def _answered(model: Model, device, proposer: str, prompts: Sequence[list[int]], tokens: int) -> Run:
     """Each prompt by itself; what is timed are its steps after the one that brought the first token."""
     found = Run(accepted=[0] * device.limits.ahead)
-    weights, slot = (
-        sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
-        device.nbytes / (device.blocks * device.size),
-    )
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     for prompt in prompts:
         engine = Engine(device, reuse=False, propose=PROPOSERS.get(proposer))
         (number,) = engine.submit(Request(prompt, tokens, stops=model.end))
-        row, answer, begun, steps = engine.live[number].row, [], 0.0, 0
+        row, answer, begun, held = engine.live[number].row, [], 0.0, []
         while engine.busy:
-            held = row.held.computed if row.held else 0
+            computed, asked = row.held.computed if row.held else 0, engine.stats["asked"]
             events = engine.run_step()
             if answer:
-                steps += 1
-                found.read += int(weights + held * slot)
+                held.append((computed, engine.stats["asked"] - asked))
             elif events:
                 begun = time.perf_counter()
             answer += [event.token for event in events if event.token is not None]
         found.seconds += time.perf_counter() - begun
         found.answers.append(answer)
-        found.steps += steps
+        found.steps += len(held)
+        for computed, asked in held:
+            # What a row has in slots of its own as it is in the end: a prompt has filled them.
+            cache = occupied_bytes(device.cache, computed)
+            found.read += weights + cache
+            if proposer == "self":
+                found.read += asked * device.limits.ahead * int(weights + cache * _coarse(device.cache))
         found.drafted += engine.stats["drafted"]
         found.accepted = [a + b for a, b in zip(found.accepted, engine.accepted, strict=True)]
     return found
+
+
+def _coarse(cache: Cache) -> float:
+    """The share of the bytes in blocks that the high plane is."""
+    assert isinstance(cache, BlockCache)
+    size = lambda stored: sum(x.nbytes for x in stored.values())
+    pairs = [
+        (codec, stored)
+        for each in cache.shared
+        if each
+        for codec, stored in zip(each.codecs, cache.pools[each.pool], strict=True)
+    ]
+    return sum(size(coarse(*pair)[1]) for pair in pairs) / sum(size(stored) for _, stored in pairs)
 
 
 def table(found: Sequence[Speculated]) -> Table:
