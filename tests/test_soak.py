@@ -26,16 +26,20 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-SPECS = {"full@int8 on blocks": 10_000, "sink 32@int8 on blocks | pending 4 | recent 6 | heavy 4@int8": 2_000}
-"""Caches, and how many requests each gets."""
+SPECS = {
+    "full@int8 on blocks": (10_000, 16, 16, 32),
+    "sink 32@int8 on blocks | pending 4 | recent 6 | heavy 4@int8": (2_000, 11, 8, 16),
+}
+"""Caches: how many requests, blocks, tokens of a block and tokens of a step each gets."""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 @pytest.mark.parametrize("spec", SPECS)
 def test_thousands_of_requests(spec: str) -> None:
-    draw, rng, count = random.Random(0), np.random.default_rng(0), SPECS[spec]
-    limits = Limits(32, 12, aside=6, snapshots=2**18, ahead=2)
-    device = device_for(CONFIG, params(), parse(spec), 16 if spec.startswith("full") else 9, limits)
+    draw, rng = random.Random(0), np.random.default_rng(0)
+    count, blocks, size, tokens = SPECS[spec]
+    limits = Limits(tokens, 12, aside=6, snapshots=2**18, ahead=2)
+    device = device_for(CONFIG, params(), parse(spec), blocks, limits, size=size)
     device.warm()
     device._seconds = 0.0, 0.0, math.inf  # whatever is measured
     engine, compiled = Engine(device, propose=by_text(ngram)), device.compiled()
