@@ -248,9 +248,10 @@ def test_what_was_foreseen_leaves_no_trace(spec: str) -> None:
                 position += range(at[index], at[index] + count)
                 false += [int(index == 0 and each >= right) for each in range(count)]
             fill = 5 - len(row)
-            padded = [np.asarray(x + [none] * fill, np.int32) for x, none in ((row, -1), (position, -1), (false, 0))]
+            padded = lambda x, none, fill=fill: np.asarray(x + [none] * fill, np.int32)
             kept = np.asarray([right, steps % 2], np.int32)
-            found, cache = call(cache, *padded, line, kept, most)
+            given = padded(row, -1), padded(position, -1), padded(false, 0)
+            found, cache = call(cache, given[0], given[1], given[2], line, kept, most)
             for place in range(len(row)):
                 if not false[place]:
                     seen[row[place], position[place]] = np.asarray(found[:, place])
