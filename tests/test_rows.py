@@ -230,8 +230,8 @@ def test_what_was_foreseen_leaves_no_trace(spec: str) -> None:
     def call(cache, row_N, position_N, wrong_N, line_RA, kept_R, most):
         lines, seen = Lines.of(cache, line_RA, len(row_N)), []
         for index in range(shape[0]):
-            given = (jnp.asarray(x)[wrong_N, index, row_N, position_N.clip(0)] for x in (q, k, v))
-            out, lines = lines.step(index, *given, position_N[:, None])
+            of = lambda x, index=index: jnp.asarray(x)[wrong_N, index, row_N, position_N.clip(0)]
+            out, lines = lines.step(index, of(q), of(k), of(v), position_N[:, None])
             seen.append(out[:, 0])
         return jnp.stack(seen), lines.accept(kept_R, position_N)
 
