@@ -1,5 +1,6 @@
 """An operation under JAX's transformations: the same numbers through the kernels as by a loop, and reasons for what does not run."""
 
+import dataclasses
 import functools
 
 import jax
@@ -204,9 +205,10 @@ def test_reasons():
 
 
 def test_prefill_has_a_reason(nano):
-    """A chunk of tokens is no native kernel's business, and the caller can read that."""
-    cache = generate.empty_cache(nano.config, SPEC, 1, 16)
-    tokens = jnp.arange(4)[None]
-    found = backend.choices(functools.partial(gpt.step, nano.config), nano.params, cache, tokens, tokens)
+    """A large chunk of tokens is no native kernel's business, and the caller can read that."""
+    config = dataclasses.replace(nano.config, context=80)
+    cache = generate.empty_cache(config, SPEC, 1, 80)
+    tokens = jnp.arange(65)[None]
+    found = backend.choices(functools.partial(gpt.step, config), nano.params, cache, tokens, tokens)
     (write,) = {each.refused["native"] for each in found if each.operation == "write"}
-    assert write == "made for one newcomer per KV head"
+    assert write == "made for 64 newcomers per KV head"
