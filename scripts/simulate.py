@@ -40,7 +40,8 @@ class Args(Recorded):
     snapshots: CountOrNone = 256
     """MB of host memory for what rows had in slots of their own after chunks of their prompts; others that begin alike go on from there."""
     speculate: Speculate = "none"
-    """Foresee tokens and compute them along with the next: `ngram`, what followed the same tokens before. The answers are the same ones."""
+    """Foresee tokens and compute them along with the next: `ngram`, what followed the same tokens before; `self`, what the model finds by half of
+    the bits of `full@planes on blocks`. The answers are the same ones."""
     ahead: Count = 3
     """How many tokens are foreseen, at most."""
     rows: Count = 32
