@@ -276,7 +276,7 @@ class LayerCache:
         beside = self._here, written_BKT, q_BTNH.astype(jnp.float32)
         tokens = Tokens(entry.pos_BKT, entry.k, entry.v, now_B11, (), *beside)
         begins = lambda each: each.enter(tokens._replace(memories=self._memories(each)))
-        numbers = tuple(lax.stop_gradient(begins(each)) for each in self.cascade.statistics)
+        numbers = tuple(lax.stop_gradient(begins(each)).astype(jnp.float32) for each in self.cascade.statistics)
         return dataclasses.replace(entry, numbers=numbers)
 
     def _memories(self, statistic: Statistic) -> tuple[Any, ...]:
@@ -318,7 +318,7 @@ class LayerCache:
             if not statistic.watches:
                 return number
             new = statistic.watch(number, lax.stop_gradient(mass_of(statistic)), pos_BKS, now_B11, new_B11)
-            return jnp.where(now_B11 >= 0, new, number)
+            return jnp.where(now_B11 >= 0, new, number).astype(jnp.float32)
 
         return tuple(map(one, statistics, numbers))
 
