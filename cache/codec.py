@@ -375,9 +375,14 @@ int4h, int3h, int2h = (in_basis(codec, "h") for codec in (int4, int3, int2))
 lloyd4h, lloyd3h, lloyd2h = (in_basis(codec, "h") for codec in (lloyd4, lloyd3, lloyd2))
 
 
+def has_high(codec: Codec) -> bool:
+    """Whether the high bits of its codes lie in a plane of their own, as in `planes`."""
+    return (codec.bits, codec.fine) == (8, 4)
+
+
 def coarse(codec: Codec, stored: Stored) -> tuple[Codec, Stored]:
     """What the high plane alone says of vectors in `planes`: half of the bytes, and nothing is copied; BadInput for another codec."""
-    if (codec.bits, codec.fine) != (8, 4):
+    if not has_high(codec):
         raise BadInput(f"{codec.name} has no plane of high bits, as `planes` has")
     assert isinstance(codec, Packed)
     kept = {"high" if name == "codes" else name: x for name, x in stored.items() if name != "fine"}

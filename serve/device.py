@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kvcascade.cache import rows
 from kvcascade.cache.block_cache import BlockCache
 from kvcascade.cache.blocks import Blocks, Table
+from kvcascade.cache.codec import has_high
 from kvcascade.cache.errors import BadInput
 from kvcascade.cache.groups import Group
 from kvcascade.cache.snapshots import Snapshots
@@ -28,7 +29,7 @@ from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
 from kvcascade.model.programs import Compiled, traced
 from kvcascade.model.sampling import GREEDY, Sampling, Settings, sample, settings
-from kvcascade.serve.plan import BUCKETS, Limits, Move, Plan, Row, Run
+from kvcascade.serve.plan import Limits, Move, Plan, Row, Run, sizes
 from kvcascade.serve.request import TOP, Asked, Draw, Drawn, Likely
 
 MOVED = 16
@@ -172,6 +173,10 @@ class Device:
         self.config, self.params, self.limits = config, params, limits or Limits()
         self.context = config.context if context is None else context
         generate.check_context(config, self.context)
+        if self.limits.itself and not (self.holds(spec.groups(config.layer_heads)) and all(map(has_high, spec.codecs))):
+            raise BadInput(
+                f"{spec}: the model foresees by the high plane of what is in blocks, as in `full@planes on blocks`"
+            )
         self.blocks, self.size, self.vocab = blocks, size, config.vocab
         self.cache: Cache = self._empty(spec)
         self.about: dict[str, str | int] = {
@@ -196,10 +201,6 @@ class Device:
 
     def _empty(self, spec: CacheSpec) -> Cache:
         groups = spec.groups(self.config.layer_heads)
-        if self.limits.itself and any((codec.bits, codec.fine) != (8, 4) for codec in spec.codecs):
-            raise BadInput(
-                f"{spec}: the model foresees by the high plane of what it holds, as in `full@planes on blocks`"
-            )
         if not self.holds(groups):
             raise BadInput(f"caches wholly on blocks, such as `full@int8 on blocks`, are meant here, not {spec}")
         return BlockCache.empty(groups, self.limits.rows, self.context, self.blocks, self.size, spec.bases(groups))
@@ -219,7 +220,7 @@ class Device:
         self._prepare(found)
         total, count = sum(run.stop - run.start for run in found.runs), sum(map(len, draws.values()))
         size = self.limits.bucket(total, count)
-        token, position, row = np.zeros(size, np.int32), np.full(size, -1, np.int32), np.full(size, -1, np.int32)
+        token, position, row = _nobody(size)
         out, by, at = np.full(self.limits.drawn(size), -1, np.int32), [], 0
         for run in found.runs:
             some = slice(at, at + run.stop - run.start)
@@ -241,8 +242,12 @@ class Device:
         for move in found.back:
             self._bring_back(move)
         for run in found.runs:
-            place, blocks = run.row.place, run.row.table.blocks
-            self._table[place, : len(blocks)], self._table[place, len(blocks) :] = blocks, -1
+            self._note_blocks(run.row)
+
+    def _note_blocks(self, row: Row) -> None:
+        """Have a row's blocks in its line of the table."""
+        blocks = row.table.blocks
+        self._table[row.place, : len(blocks)], self._table[row.place, len(blocks) :] = blocks, -1
 
     def _step(self, token, position, row, out, by: list[Draw]):
         program, arguments = self._program(token, position, row, out, by)
@@ -307,11 +312,10 @@ class Device:
         there is no block for yet is not seen by the next ones.
         """
         size = next(count for count in self._drafts if count >= len(asked))
-        token, position, row = np.zeros(size, np.int32), np.full(size, -1, np.int32), np.full(size, -1, np.int32)
+        token, position, row = _nobody(size)
         for index, each in enumerate(asked):
             token[index], position[index], row[index] = each.row.tokens[-1], len(each.row.tokens) - 1, each.row.place
-            blocks = each.row.table.blocks
-            self._table[each.row.place, : len(blocks)], self._table[each.row.place, len(blocks) :] = blocks, -1
+            self._note_blocks(each.row)
         token_NA = self._foreseen(token, position, row, [each.draw for each in asked]).T.tolist()
         made = [tokens[: each.room] for tokens, each in zip(token_NA, asked, strict=False)]
         return [[*itertools.takewhile(lambda token: token >= 0, tokens)] for tokens in made]
@@ -330,8 +334,7 @@ class Device:
     @property
     def _drafts(self) -> list[int]:
         """Rows of each program by which the model foresees; none where it does not."""
-        most = self.limits.rows
-        return sorted({count for count in BUCKETS if count < most} | {most}) if self.limits.itself else []
+        return sizes(self.limits.rows) if self.limits.itself else []
 
     def room(self, position: int) -> int:
         """How many tokens after one at that position can be tried along with it, and taken back."""
@@ -359,11 +362,7 @@ class Device:
         return time.perf_counter() - start
 
     def _padding(self) -> list[tuple[Any, Any, Any, Any]]:
-        none = lambda count: np.full(count, -1, np.int32)
-        return [
-            (np.zeros(size, np.int32), none(size), none(size), none(self.limits.drawn(size)))
-            for size in self.limits.buckets
-        ]
+        return [(*_nobody(size), np.full(self.limits.drawn(size), -1, np.int32)) for size in self.limits.buckets]
 
     def _compile(self) -> None:
         for each in self._padding():

@@ -24,9 +24,14 @@ from kvcascade.cache.retention import Retention
 from kvcascade.cache.snapshots import Snapshots
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
-"""Tokens of a step's programs; there is one more for the most that a step may have."""
+"""Sizes of a step's programs; there is one more for the most that a step may have."""
 CHUNK = 64
 """Tokens of a prompt that enter slots of a row's own at once."""
+
+
+def sizes(most: int) -> list[int]:
+    """Sizes of programs for so many at most."""
+    return sorted({count for count in BUCKETS if count < most} | {most})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Limits:
     @functools.cached_property
     def buckets(self) -> list[int]:
         """Tokens of each program."""
-        return sorted({count for count in BUCKETS if count < self.tokens} | {self.tokens})
+        return sizes(self.tokens)
 
     def drawn(self, bucket: int) -> int:
         """The most tokens that a program draws; of a prompt's last token several rows may go on, so the largest has room for all."""

@@ -25,7 +25,7 @@ from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
 from kvcascade.model.sampling import Settings
 from kvcascade.serve.device import Device, draw, likeliest
-from kvcascade.serve.plan import BUCKETS, Plan, Row, Run
+from kvcascade.serve.plan import Plan, Row, Run, sizes
 from kvcascade.serve.request import Draw, Drawn, Likely
 
 
@@ -133,10 +133,6 @@ class RowDevice(Device):
     """A model, and caches of which some tiers or all are in slots of each row; in front of them there may be a pool."""
 
     def _empty(self, spec: CacheSpec) -> Cache:
-        if self.limits.itself:
-            raise BadInput(
-                f"{spec}: the model foresees by the high plane of what is in blocks, as in `full@planes on blocks`"
-            )
         if spec.rereads:
             raise BadInput(f"{spec} reads a prompt twice, and here it enters in parts of {self.limits.chunk} tokens")
         heads, count = self.config.layer_heads, self.limits.rows
@@ -192,8 +188,7 @@ class RowDevice(Device):
 
     @property
     def _buckets(self) -> list[int]:
-        most = min(self.limits.rows * self._none.shape[1], self.limits.tokens)
-        return sorted({count for count in BUCKETS if count < most} | {most})
+        return sizes(min(self.limits.rows * (1 + self.room(0)), self.limits.tokens))
 
     def room(self, position: int) -> int:
         """As `Device.room`: of tokens that wait no slot is taken before those that wait are handed over."""

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -331,6 +332,18 @@ def foresee(by, asked: list[Request], ahead: int = 3, **room) -> tuple[list[list
     return serve(ours, asked), ours
 
 
+def proposers(whole: list[list[int]]) -> dict[str, Callable[[Sequence[int], int], list[int]]]:
+    """By what followed before, by the very answer, by what never comes and by now and then; of texts that come in the end."""
+
+    def answer(tokens, count: int) -> list[int]:
+        mine = next(each for each in whole if each[: len(tokens)] == list(tokens))
+        return mine[len(tokens) : len(tokens) + count]
+
+    wrong = lambda tokens, count: [(each + 1) % CONFIG.vocab for each in answer(tokens, count)]
+    now_and_then = lambda tokens, count: answer(tokens, 2) + wrong(tokens, 9)[2:count] if len(tokens) % 3 else []
+    return {"ngram": ngram, "answer": answer, "wrong": wrong, "now and then": now_and_then}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("blocks", [60, 6])
 def test_what_is_foreseen_changes_no_token(blocks: int) -> None:
@@ -339,14 +352,8 @@ def test_what_is_foreseen_changes_no_token(blocks: int) -> None:
     prompts = [[*request.prompt] for request in texts() for _ in range(request.continuations)]
     whole = [[*prompt, *row] for prompt, row in zip(prompts, plain, strict=True)]
 
-    def answer(tokens, count: int) -> list[int]:
-        mine = next(each for each in whole if each[: len(tokens)] == list(tokens))
-        return mine[len(tokens) : len(tokens) + count]
-
-    wrong = lambda tokens, count: [(each + 1) % CONFIG.vocab for each in answer(tokens, count)]
-    now_and_then = lambda tokens, count: answer(tokens, 2) + wrong(tokens, 9)[2:count] if len(tokens) % 3 else []
     found = {}
-    for name, by in {"ngram": ngram, "answer": answer, "wrong": wrong, "now and then": now_and_then}.items():
+    for name, by in proposers(whole).items():
         rows, found[name] = foresee(by, texts(), blocks=blocks)
         assert rows == plain, name
     # Of three rows that go on from one prompt the first that is alike is another's.

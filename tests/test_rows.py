@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from test_engine import proposers
 from test_pending import content
 
 from kvcascade.cache.errors import BadInput
@@ -201,14 +202,8 @@ def test_what_is_foreseen_changes_no_token(spec: str) -> None:
     prompts = [[*request.prompt] for request in repeating() for _ in range(request.continuations)]
     whole = [[*prompt, *row] for prompt, row in zip(prompts, plain, strict=True)]
 
-    def answer(tokens, count: int) -> list[int]:
-        mine = next(each for each in whole if each[: len(tokens)] == list(tokens))
-        return mine[len(tokens) : len(tokens) + count]
-
-    wrong = lambda tokens, count: [(each + 1) % CONFIG.vocab for each in answer(tokens, count)]
-    now_and_then = lambda tokens, count: answer(tokens, 2) + wrong(tokens, 9)[2:count] if len(tokens) % 3 else []
     found = {}
-    for name, by in {"ngram": ngram, "answer": answer, "wrong": wrong, "now and then": now_and_then}.items():
+    for name, by in proposers(whole).items():
         device = RowDevice(CONFIG, params(), parse(spec), 60, Limits(tokens=CHUNK, rows=6, ahead=3), size=4)
         found[name] = Engine(device, propose=by_text(by))
         assert serve({spec: found[name]}, asked=repeating)[spec] == plain, name
