@@ -56,16 +56,18 @@ class Running:
         socket = config.bind_socket()
         self.url = f"http://127.0.0.1:{socket.getsockname()[1]}"
         self.clients: dict[str, openai.OpenAI] = {}
+        self.lock = threading.Lock()
         self.thread = threading.Thread(target=self.http.run, args=([socket],), daemon=True)
 
     def _ended(self) -> None:
         self.http.should_exit = True
 
     def client(self, key: str = "any") -> openai.OpenAI:
-        """OpenAI's own."""
-        if key not in self.clients:
-            self.clients[key] = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
-        return self.clients[key]
+        """OpenAI's own, one for each key, whichever thread asks first."""
+        with self.lock:
+            if key not in self.clients:
+                self.clients[key] = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+            return self.clients[key]
 
     def until(self, holds, seconds: float = 20) -> None:
         """Wait for something to be so."""
