@@ -293,6 +293,32 @@ class Ranking(Record):
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Distilled(Record):
+    """A small model that was trained to foresee another one, and how well it does in texts that nothing was learned from."""
+
+    kind: Literal["distill"] = "distill"
+    model: Name
+    weights: Text
+    texts: Count
+    length: Count
+    held_out: Count
+    layers: Count
+    width: Count
+    steps: Count
+    batch: Count
+    learning_rate: Positive
+    seed: Number
+    parameters: Count
+    divergence: Size
+    """Nats."""
+    accepted: Share
+    """The share of draws at temperature 1 in which both can agree."""
+    alike: Share
+    """The share of places in which the same token is the likeliest."""
+    fingerprint: Text
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class OnWindows(Record):
     """What is of a model, known by its weights, on some windows of a text."""
 
@@ -785,7 +811,7 @@ def _uneven(growth: Mapping[str, Any]) -> str | None:
 KINDS: dict[str, type[Record]] = {
     "train": Training, "evaluate": Evaluation, "quantize": Quantization, "rank": Ranking, "tune": Tuned, "curve": Curve, "codec": Distortion, "board": Board,
     "retrieve": Retrieval, "harness": TaskResult, "layer": Layer, "growth": Growth, "bench": Bench, "stream": Stream, "fit": Fit, "crash": Crash,
-    "prompt": Prompting, "profile": Profile, "parity": Parity, "simulate": Served, "speculate": Speculated,
+    "prompt": Prompting, "profile": Profile, "parity": Parity, "simulate": Served, "speculate": Speculated, "distill": Distilled,
 }  # fmt: skip
 OTHERS = {("evaluate", "kl"): Compared, ("bench", "reason"): BenchFailed, ("fit", "failed"): FitFailed}
 """The classes of records that have a certain key."""

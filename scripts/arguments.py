@@ -8,12 +8,12 @@ import re
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from kvcascade.cache.errors import BadInput
-from kvcascade.serve.propose import PROPOSERS, Propose
+from kvcascade.serve.propose import Propose, proposer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,10 +139,11 @@ def _told(box: str) -> str:
     return f"{reason}; did you mean {' or '.join(close[:3])}?" if suggests else reason
 
 
-type Speculate = Literal["none", "ngram", "self"]
-
-
-def foreseen(name: Speculate, ahead: int) -> tuple[Propose | None, dict[str, Any]]:
-    """What foresees tokens, and what limits are to say of it: nothing where nothing does."""
-    propose = PROPOSERS.get(name)
-    return propose, {"ahead": ahead, "itself": name == "self"} if propose else {}
+def foreseen(name: str, ahead: int) -> tuple[Propose | None, dict[str, Any]]:
+    """What foresees tokens, and what limits are to say of it: nothing where nothing does; BadInput for what is no way to."""
+    if name == "none":
+        return None, {}
+    propose = proposer(name)
+    if propose is None or (name.partition(":")[0] == "draft") != bool(name.partition(":")[2]):
+        raise BadInput(f"what foresees is none, ngram, self or draft:MODEL, not {name}")
+    return propose, {"ahead": ahead, "itself": name == "self"}

@@ -21,6 +21,7 @@ COMMANDS = {
     "quantize": "round a model's weights to four bits, and measure what that costs",
     "calibrate": "moments of a model's queries, keys and values, for codecs in a basis of its own",
     "rank": "train a ranker of tokens, for the policy `learned`",
+    "distill": "train a small model that foresees a large one, for `--speculate draft:FILE`",
     "evaluate": "perplexity, bytes and speed of a model behind caches",
     "codecs": "what codecs do to keys, values and what attention makes of them",
     "tune": "the best cache of so many bytes, by layer and head, for a model and a text",

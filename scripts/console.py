@@ -25,6 +25,8 @@ from kvcascade.model import pretrained
 from kvcascade.model.pretrained import Model
 from kvcascade.model.tokenizer import token_bytes
 from kvcascade.scripts.arguments import Recorded
+from kvcascade.serve import draft
+from kvcascade.serve.draft import Draft
 
 err = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
 
@@ -126,6 +128,12 @@ def open_model(name: str, weights: str = "float32", specs: Sequence[CacheSpec] =
     for spec in specs:
         model.check(spec)
     return model
+
+
+def open_draft(name: str, model: Model) -> Draft | None:
+    """The smaller model of `draft:MODEL`, for a model; None for other ways to foresee."""
+    kind, _, place = name.partition(":")
+    return draft.read(place, model) if kind == "draft" else None
 
 
 def _opened(name: str, weights: str) -> Model:

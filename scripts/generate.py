@@ -18,7 +18,8 @@ from kvcascade.model.answer import Answer
 from kvcascade.model.pretrained import Model
 from kvcascade.model.sampling import Sampling
 from kvcascade.scripts import console
-from kvcascade.scripts.arguments import Count, CountOrNone, Speculate, arguments_of, foreseen, text
+from kvcascade.scripts.arguments import Count, CountOrNone, arguments_of, foreseen, text
+from kvcascade.serve.draft import Draft
 from kvcascade.serve.engine import Engine
 from kvcascade.serve.plan import Limits
 from kvcascade.serve.propose import Propose
@@ -46,9 +47,9 @@ class Args:
     Positions of which nothing is said have 35; without @ it holds for good. May be given several times."""
     tokens: Count = 64
     """The most tokens to generate."""
-    speculate: Speculate = "none"
+    speculate: str = "none"
     """Compute foreseen tokens along with the next: `ngram`, what followed the same tokens before, in blocks and behind `pending`; `self`, what the
-    model finds by half of the bits of `full@planes on blocks`. The answer is the same."""
+    model finds by half of the bits of `full@planes on blocks`; `draft:MODEL`, what a smaller one finds (`distill`). The answer is the same."""
     ahead: Count = 3
     """How many tokens are foreseen, at most."""
     chat: bool = False
@@ -62,6 +63,7 @@ def main(arguments: list[str]) -> None:
     """Generate to stdout, then one line about the cache on stderr."""
     args = arguments_of(Args, "generate", arguments)
     spec, hints = parse(args.cache), [*map(hint, args.keep)]
+    propose, ahead = foreseen(args.speculate, args.ahead)
     if not args.prompt:
         raise BadInput("there must be a --prompt")
     typed, stops = ([*map(text, some)] for some in (args.prompt, args.stop))
@@ -76,9 +78,8 @@ def main(arguments: list[str]) -> None:
         raise BadInput(
             f"{longest} tokens of prompt and {args.tokens} new ones are more than the model's context of {model.config.context}"
         )
-    propose, ahead = foreseen(args.speculate, args.ahead)
     run = (
-        _Foreseeing(model, spec, prompts, args, propose, ahead)
+        _Foreseeing(model, spec, prompts, args, propose, ahead, console.open_draft(args.speculate, model))
         if propose
         else _Plain(model, spec, prompts, args, hints)
     )
@@ -145,12 +146,15 @@ class _Foreseeing:
         args: Args,
         propose: Propose,
         ahead: dict[str, Any],
+        draft: Draft | None,
     ):
         if args.keep or args.chunk is not None:
             raise BadInput("--keep and --chunk do not go with --speculate")
         context = max(map(len, prompts)) + args.tokens
         blocks, limits = 1 + len(prompts) * -(-context // BLOCK), Limits(rows=len(prompts), **ahead)
-        device = device_for(model.config, model.params, spec, blocks, limits, context, compiled=programs.kept)
+        device = device_for(
+            model.config, model.params, spec, blocks, limits, context, compiled=programs.kept, draft=draft
+        )
         self.device, self.engine = device, Engine(device, propose=propose)
         self.nbytes = device.nbytes // len(prompts)
         drawn = [seeded(args.sampling, row) for row in range(len(prompts))]

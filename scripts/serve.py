@@ -16,7 +16,7 @@ from kvcascade.eval import record_files
 from kvcascade.eval.records import Evaluation, of
 from kvcascade.model.pretrained import Model
 from kvcascade.scripts import console
-from kvcascade.scripts.arguments import Count, CountOrNone, Seconds, Speculate, arguments_of, foreseen
+from kvcascade.scripts.arguments import Count, CountOrNone, Seconds, arguments_of, foreseen
 from kvcascade.serve.plan import Limits
 
 
@@ -43,9 +43,9 @@ class Args:
     """Blocks of rows that had to stop that host memory has room for."""
     snapshots: CountOrNone = 256
     """MB of host memory for what rows had in slots of their own after chunks of their prompts; others that begin alike go on from there."""
-    speculate: Speculate = "none"
+    speculate: str = "none"
     """Foresee tokens and compute them along with the next: `ngram`, what followed the same tokens before; `self`, what the model finds by half of
-    the bits of `full@planes on blocks`. The answers are the same ones."""
+    the bits of `full@planes on blocks`; `draft:MODEL`, what a smaller one finds (`distill`). The answers are the same ones."""
     ahead: Count = 3
     """How many tokens are foreseen, at most."""
     rows: Count = 32
@@ -86,19 +86,19 @@ def main(arguments: list[str]) -> None:
     except ImportError as error:
         raise BadInput(f"{error.name} is not installed: pip install 'kvcascade[serve]'") from error
     keys = guard.read_keys(args.keys) if args.keys else {}
+    propose, ahead = foreseen(args.speculate, args.ahead)
     rules = guard.Rules(keys, args.body, args.queue, args.per_key, args.timeout)
     guard.log_to(args.log)
     model = console.open_model(args.model, args.weights, specs)
     context = min(args.context, model.config.context)
     metrics = Metrics(args.name or model.name)
-    propose, ahead = foreseen(args.speculate, args.ahead)
     room = Room(
         context,
         args.blocks,
         Limits(args.tokens, args.rows, aside=args.aside, snapshots=10**6 * args.snapshots, **ahead),
     )
     worker: Worker[Engine] = Worker(
-        starting(model, specs, room, metrics, propose=propose),
+        starting(model, specs, room, metrics, propose=propose, draft=console.open_draft(args.speculate, model)),
         lambda: setattr(http, "should_exit", True),
         metrics.after,
     )

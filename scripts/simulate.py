@@ -16,7 +16,7 @@ from kvcascade.eval.records import Served, of
 from kvcascade.eval.speed import serving
 from kvcascade.eval.speed.server import Server
 from kvcascade.scripts import console
-from kvcascade.scripts.arguments import Count, CountOrNone, Recorded, Speculate, arguments_of, foreseen
+from kvcascade.scripts.arguments import Count, CountOrNone, Recorded, arguments_of, foreseen
 from kvcascade.serve import trace
 from kvcascade.serve.plan import Limits
 
@@ -39,9 +39,9 @@ class Args(Recorded):
     """Blocks of rows that had to stop that host memory has room for."""
     snapshots: CountOrNone = 256
     """MB of host memory for what rows had in slots of their own after chunks of their prompts; others that begin alike go on from there."""
-    speculate: Speculate = "none"
+    speculate: str = "none"
     """Foresee tokens and compute them along with the next: `ngram`, what followed the same tokens before; `self`, what the model finds by half of
-    the bits of `full@planes on blocks`. The answers are the same ones."""
+    the bits of `full@planes on blocks`; `draft:MODEL`, what a smaller one finds (`distill`). The answers are the same ones."""
     ahead: Count = 3
     """How many tokens are foreseen, at most."""
     rows: Count = 32
@@ -90,7 +90,19 @@ def main(arguments: list[str]) -> None:
         mine = serving.Trace(args.trace, short, args.shorten, model.seed)
         spec = parse(args.cache or "full on blocks")
         model.check(spec)
-        ours = [serving.job(model, spec, mine, args.blocks, limits, args.batches, args.clock, args.speculate)]
+        ours = [
+            serving.job(
+                model,
+                spec,
+                mine,
+                args.blocks,
+                limits,
+                args.batches,
+                args.clock,
+                args.speculate,
+                console.open_draft(args.speculate, model),
+            )
+        ]
         jobs = [] if args.clients else ours
         jobs += [serving.server_job(model, each, mine, args.clients) for each in servers]
     console.show(serving.table(console.measured("simulate", jobs, args)))

@@ -3,10 +3,11 @@
 import dataclasses
 from typing import Literal
 
+from kvcascade.cache.errors import BadInput
 from kvcascade.cache.spec import parse
 from kvcascade.eval.speed import speculation
 from kvcascade.scripts import console
-from kvcascade.scripts.arguments import Count, Recorded, arguments_of
+from kvcascade.scripts.arguments import Count, Recorded, arguments_of, foreseen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,8 +18,9 @@ class Args(Recorded):
     """smollm2, gguf:FILE, or a Hugging Face directory or name."""
     cache: str = "full on blocks"
     """A cache in one line, on blocks or with `pending`; for `self` it is `full@planes on blocks`."""
-    proposer: tuple[Literal["ngram", "self"], ...] = ("ngram",)
-    """What foresees; several take turns: what followed the same tokens before, or the model by half of the bits of its cache."""
+    proposer: tuple[str, ...] = ("ngram",)
+    """What foresees; several take turns: `ngram`, what followed the same tokens before; `self`, the model by half of the bits of its cache;
+    `draft:MODEL`, a smaller one."""
     ahead: tuple[Count, ...] = (3,)
     """How many tokens are foreseen, at most; several take turns."""
     task: tuple[Literal["copying", "JSON", "summary", "writing"], ...] = ("copying", "JSON", "summary")
@@ -36,7 +38,9 @@ def main(arguments: list[str]) -> None:
     args = arguments_of(Args, "speculate", arguments)
     spec = parse(args.cache)
     model = console.open_model(args.model, args.weights, [spec])
-    jobs = [
-        speculation.job(model, spec, task, args.proposer, args.ahead, args.tokens, args.repeats) for task in args.task
-    ]
+    for each in args.proposer:
+        if not foreseen(each, 1)[0]:
+            raise BadInput("none is what all --proposer are measured against")
+    proposers = {each: console.open_draft(each, model) for each in args.proposer}
+    jobs = [speculation.job(model, spec, task, proposers, args.ahead, args.tokens, args.repeats) for task in args.task]
     console.show(speculation.table(console.measured("speculate", jobs, args)))

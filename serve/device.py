@@ -79,12 +79,12 @@ def guess(
     by: Settings,
     restrictions: sampling.Restrictions,
 ) -> tuple[Int[Array, "A N"], BlockCache]:
-    """As many tokens of each row as `count` is long, one after the other, by a model that reads the high plane of blocks alone.
+    """As many tokens of each row as `count` is long, one after the other; of a cache that is `coarsely` the high plane of blocks alone is read.
 
     Their keys and values are written where those of the row's next tokens will be, over them.
     """
     model = nnx.merge(gpt.graph(config)[0], params)
-    cache = dataclasses.replace(cache, table_RW=table_RW, row_B=row_N, coarsely=True)
+    cache = dataclasses.replace(cache, table_RW=table_RW, row_B=row_N)
 
     def one(carry, _):
         cache, token_N, position_N = carry
@@ -94,7 +94,7 @@ def guess(
         return (cache, token_N, jnp.where(position_N < 0, -1, position_N + 1)), token_N
 
     (cache, _, _), token_AN = jax.lax.scan(one, (cache, token_N, position_N), count_A)
-    return token_AN, dataclasses.replace(cache, row_B=None, coarsely=False)
+    return token_AN, dataclasses.replace(cache, row_B=None)
 
 
 def draw(
@@ -188,6 +188,8 @@ class Device:
         """What prefixes must have in common besides their tokens."""
         self.programs: dict[int | str, Callable] = {}
         self.snapshots: Snapshots | None = None
+        self.follower: Device | None = None
+        """A smaller model that foresees (`draft.Follower`)."""
         self._compiled = compiled
         self._table = np.full((self.limits.rows, self.pool().needed(self.context)), -1, np.int32)
         self._seen = jnp.zeros((self.limits.rows, config.vocab), bool)
@@ -209,7 +211,8 @@ class Device:
     def nbytes(self) -> int:
         """Of all that holds keys and values."""
         pools = self.cache.pools if isinstance(self.cache, BlockCache) else ()
-        return sum(x.nbytes for x in [*jax.tree.leaves(pools), *rows.state(self.cache)])
+        mine = sum(x.nbytes for x in [*jax.tree.leaves(pools), *rows.state(self.cache)])
+        return mine + (self.follower.nbytes if self.follower else 0)
 
     def pool(self) -> Blocks:
         """What counts its blocks, nobody having one."""
@@ -306,11 +309,13 @@ class Device:
         return None
 
     def foresee(self, asked: Sequence[Asked]) -> list[list[int]]:
-        """What the model draws for rows when it reads half of what they have in blocks; the blocks that they have are all that it writes in.
+        """What a smaller model draws for rows, or else the model itself, which reads half of what they have in blocks, and writes in these alone.
 
         By each row's own seed and positions, so that it is the token to come wherever that does not hang on the other half. A token that
         there is no block for yet is not seen by the next ones.
         """
+        if self.follower:
+            return self.follower.foresee(asked)
         size = next(count for count in self._drafts if count >= len(asked))
         token, position, row = _nobody(size)
         for index, each in enumerate(asked):
@@ -322,13 +327,21 @@ class Device:
 
     def _foreseen(self, token, position, row, by: Sequence[Draw]) -> Int[np.ndarray, "A N"]:
         program, arguments = self._drafting(token, position, row, by)
-        token_AN, self.cache = program(*arguments)
+        token_AN, cache = program(*arguments)
+        self.cache = self._read(cache, False)
         return np.asarray(token_AN)
+
+    @staticmethod
+    def _read(cache: Cache, coarsely: bool) -> Cache:
+        """A cache that is read whole, or of what is in blocks the high plane alone."""
+        assert isinstance(cache, BlockCache)
+        return dataclasses.replace(cache, coarsely=coarsely)
 
     def _drafting(self, token, position, row, by: Sequence[Draw]):
         count_A = np.arange(self.limits.ahead)
         how = self._table, *self._how(by, len(token))
-        arguments = self.params, self.cache, self._seen, token, position, row, count_A, *how
+        cache = self._read(self.cache, self.limits.itself)
+        arguments = self.params, cache, self._seen, token, position, row, count_A, *how
         return self._named(f"guess {len(token)}", guess, *arguments), arguments
 
     @property
@@ -355,10 +368,15 @@ class Device:
     def warm(self) -> float:
         """Compile all programs, and run each on padding alone; the seconds that it took."""
         start = time.perf_counter()
-        self._compile()  # all before one runs: XLA writes no program down whose functions have run in this process
+        # All before one runs: XLA writes no program down whose functions have run in this process.
+        self._compile()
+        if self.follower:
+            self.follower._compile()
         self._try()
         self._seen = mark(self._seen, np.int32(0), np.zeros(self.vocab, bool))
         jax.block_until_ready((self.cache, self._seen))
+        if self.follower:
+            self.follower.warm()
         return time.perf_counter() - start
 
     def _padding(self) -> list[tuple[Any, Any, Any, Any]]:
@@ -382,7 +400,8 @@ class Device:
 
     def compiled(self) -> int:
         """How many programs there are."""
-        return len(self.programs) + sum(each._cache_size() for each in self.jitted)
+        follows = len(self.follower.programs) if self.follower else 0
+        return len(self.programs) + follows + sum(each._cache_size() for each in self.jitted)
 
     jitted: ClassVar[tuple[Any, ...]] = (step, guess, copy, take, put, mark, likeliest)
     """What is compiled besides the programs of steps."""

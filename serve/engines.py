@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from kvcascade.cache.spec import CacheSpec
 from kvcascade.model.pretrained import Model
 from kvcascade.model.programs import Compiled, kept
+from kvcascade.serve.draft import Draft
 from kvcascade.serve.engine import Engine
 from kvcascade.serve.metrics import Metrics
 from kvcascade.serve.plan import Limits
@@ -33,12 +34,16 @@ def starting(
     metrics: Metrics,
     compiled: Compiled = kept,
     propose: Propose | None = None,
+    draft: Draft | None = None,
 ) -> Callable[[], dict[str, Engine]]:
-    """What makes the engines by their caches' texts, warm; the metrics hear of each. BadInput for a cache that must have a prompt whole."""
+    """What makes the engines by their caches' texts, warm; the metrics hear of each. BadInput for a cache that must have a prompt whole.
+
+    A `draft` foresees beside each of them, with a cache of its own.
+    """
 
     def start() -> dict[str, Engine]:
         shape = room.blocks, room.limits, room.context
-        named = {"fingerprint": model.fingerprint, "compiled": compiled}
+        named = {"fingerprint": model.fingerprint, "compiled": compiled, "draft": draft}
         devices = [device_for(model.config, model.params, spec, *shape, **named) for spec in specs]
         # What cannot be is told before anything is compiled.
         engines = {str(spec): Engine(device, propose=propose) for spec, device in zip(specs, devices, strict=True)}

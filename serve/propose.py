@@ -39,10 +39,16 @@ def by_text(look: Callable[[Sequence[int], int], list[int]]) -> Propose:
     return lambda device, asked: [look(each.row.tokens, each.room) for each in asked]
 
 
-def itself(device: Runs, asked: Sequence[Asked]) -> list[list[int]]:
-    """The model itself, which reads only the high plane of its own cache (QuantSpec, Tiwari et al. 2025): see `device.Device.foresee`."""
+def by_model(device: Runs, asked: Sequence[Asked]) -> list[list[int]]:
+    """A smaller model beside the device's (Leviathan et al. 2023; Chen et al. 2023), or that one itself, which reads only the high plane of its
+    own cache (QuantSpec, Tiwari et al. 2025): see `device.Device.foresee`."""
     return device.foresee(asked)
 
 
-PROPOSERS: dict[str, Propose] = {"ngram": by_text(ngram), "self": itself}
-"""By their names."""
+PROPOSERS: dict[str, Propose] = {"ngram": by_text(ngram), "self": by_model, "draft": by_model}
+"""By their names; `draft` is followed by a colon and the model."""
+
+
+def proposer(name: str) -> Propose | None:
+    """What foresees by this name; nothing does by one that is not there."""
+    return PROPOSERS.get(name.partition(":")[0])

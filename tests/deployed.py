@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
 TOOLS = ("haproxy", "prometheus", "promtool")
 needs_tools = pytest.mark.skipif(not all(map(shutil.which, TOOLS)), reason=f"no {', '.join(TOOLS)}: Debian has them")
-CACHE = "full@f32 on blocks"
+CACHE, BOUNDED = "full@f32 on blocks", "pending 8 | sink 4 | recent 24 | heavy 24@int8"
 
 
 def free_port() -> int:
@@ -66,6 +66,7 @@ class Replica:
         self.port, self.log = port or free_port(), folder / f"server-{port or 'any'}.log"
         self.command = [
             sys.executable, "-c", "from kvcascade.scripts.cli import main; main()", "serve", "--model", str(run), "--cache", CACHE,
+            "--cache", BOUNDED, "--speculate", "ngram",
             "--port", str(self.port), "--context", "128", "--blocks", "96", "--rows", "8", "--tokens", "32", "--drain", "20", *more,
         ]  # fmt: skip
         self.process: subprocess.Popen | None = None
@@ -162,8 +163,9 @@ def client(url: str, retries: int = 0) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=retries, timeout=60)
 
 
-def answer(who: openai.OpenAI, name: str, prompt: str, count: int = 24) -> str:
-    return who.completions.create(model=name, prompt=prompt, max_tokens=count, temperature=0).choices[0].text
+def answer(who: openai.OpenAI, name: str, prompt: str, count: int = 24, cache: str = CACHE) -> str:
+    about: dict = {"model": name, "max_tokens": count, "temperature": 0, "extra_body": {"cache": cache}}
+    return who.completions.create(prompt=prompt, **about).choices[0].text
 
 
 def name_of(replica: Replica) -> str:
@@ -251,19 +253,19 @@ def test_prometheus_scrapes_and_judges(replicas: list[Replica], front: str, tmp_
 
 
 @needs_tools
-def test_a_server_is_killed_and_nothing_wrong_is_served(replicas: list[Replica], front: str) -> None:
+@pytest.mark.parametrize("cache", [CACHE, BOUNDED])
+def test_a_server_is_killed_and_nothing_wrong_is_served(cache: str, replicas: list[Replica], front: str) -> None:
     """kill -9 in the middle of streams: clients that try again get the same answers from the other; it comes back and is used again."""
     name = name_of(replicas[0])
     with client(replicas[0].url) as direct:
-        want = {prompt: answer(direct, name, prompt, 60) for prompt in PROMPTS}
+        want = {prompt: answer(direct, name, prompt, 60, cache) for prompt in PROMPTS}
 
     def stream(prompt: str) -> str:
         for _ in range(8):
             try:
                 with client(front, retries=2) as who:
-                    chunks = [
-                        *who.completions.create(model=name, prompt=prompt, max_tokens=60, temperature=0, stream=True)
-                    ]
+                    about: dict = {"max_tokens": 60, "temperature": 0, "extra_body": {"cache": cache}}
+                    chunks = [*who.completions.create(model=name, prompt=prompt, stream=True, **about)]
                 if chunks and chunks[-1].choices[0].finish_reason:
                     return "".join(chunk.choices[0].text for chunk in chunks)
             except (openai.APIError, OSError):

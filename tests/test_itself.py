@@ -22,7 +22,7 @@ from kvcascade.model.sampling import Sampling
 from kvcascade.serve.device import Device
 from kvcascade.serve.engine import Engine
 from kvcascade.serve.plan import Limits
-from kvcascade.serve.propose import itself
+from kvcascade.serve.propose import by_model
 from kvcascade.serve.request import Request
 from kvcascade.serve.rows import device_for
 
@@ -31,7 +31,7 @@ def engine(ahead: int, config=CONFIG, blocks: int = 60, rows: int = 3) -> Engine
     limits = Limits(16, rows, ahead=ahead, itself=ahead > 0)
     weights = params() if config == CONFIG else gpt.init(config, 0)
     device = Device(config, weights, parse("full@planes on blocks"), blocks, limits, size=16)
-    return Engine(device, propose=itself if ahead else None)
+    return Engine(device, propose=by_model if ahead else None)
 
 
 @settings(max_examples=20)

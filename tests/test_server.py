@@ -582,6 +582,46 @@ def test_disconnects_at_random_change_nothing(running: Running, client: openai.O
     assert completed(client, "others").choices[0].text == want
 
 
+BOUNDED = ["sink 40 on blocks | pending 4 | recent 12 | heavy 16@int8", "pending 8 | sink 2 | recent 20 | heavy 20"]
+
+
+@pytest.mark.slow
+def test_bounded_caches_bear_it_all_while_tokens_are_foreseen() -> None:
+    """Clients of two caches go away whenever they like, rows stop for lack of blocks, prompts begin alike, tokens are foreseen: who stays gets
+    what he gets alone, and nothing is left of the others."""
+    limits = Limits(tokens=32, rows=6, snapshots=2**20, ahead=3)
+    room, draw = dataclasses.replace(ROOM, blocks=8, limits=limits), random.Random(1)
+    asks = [(prompt, cache) for prompt in ("others", "abcabcabcabc", "abcabcabxyz") for cache in BOUNDED]
+    want = {(prompt, cache): text(alone(tuple(prompt.encode()), 40, cache=cache)) for prompt, cache in asks}
+    with serving(BOUNDED, room=room, propose=by_text(ngram)) as running:
+
+        def ask(prompt: str, cache: str) -> str:
+            return completed(running.client(), prompt, max_tokens=40, extra_body={"cache": cache}).choices[0].text
+
+        socks: list[socket.socket] = []
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            futures = [(each, pool.submit(ask, *each)) for each in asks * 4]
+            for index in range(30):
+                body = {"model": "toy", "prompt": f"{index} goes away", "max_tokens": 100, "stream": bool(index % 2)}
+                socks.append(raw(running, body | {"cache": BOUNDED[index % 2], "logit_bias": {"256": -100}}))
+                time.sleep(draw.random() * 0.03)
+                if draw.random() < 0.7:
+                    socks.pop(draw.randrange(len(socks))).close()
+            for each, future in futures:
+                assert future.result() == want[each]
+        for sock in socks:
+            sock.close()
+        engines = running.worker.engines
+        running.until(lambda: not any(each.busy for each in engines.values()))
+        running.until(lambda: not any(running.server.open.values()))
+        for engine in engines.values():
+            assert isinstance(engine, Engine)
+            engine.check()
+            assert engine.blocks.states()["used"] == 0 and engine.stats["cancelled"] and sum(engine.accepted)
+        assert engines[BOUNDED[0]].stats["stopped"]
+        assert [ask(*each) for each in asks] == [*want.values()]
+
+
 def test_a_slow_reader_holds_up_nobody(running: Running, client: openai.OpenAI) -> None:
     """He does not read; others are served, and his answer is finished behind his back."""
     sock = raw(

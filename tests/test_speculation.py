@@ -26,7 +26,7 @@ def model(monkeypatch) -> Model:
 )
 def test_a_record_counts_what_was_foreseen_and_what_came(name, cache, model, monkeypatch) -> None:
     monkeypatch.setitem(speculation.TASKS, "copying", ("abcabcabcabc", "a b a b a b"))
-    job = speculation.job(model, parse(cache), "copying", [name], [2], 24, 2)
+    job = speculation.job(model, parse(cache), "copying", {name: None}, [2], 24, 2)
     found = of(measure([job], None).records, Speculated)
     plain, ours = found
     assert (plain.ahead, plain.drafted, plain.accepted) == (0, 0, ()) and plain.steps == plain.tokens
@@ -48,4 +48,4 @@ def test_an_answer_that_differs_is_no_measurement(model, monkeypatch) -> None:
 
     monkeypatch.setattr(speculation, "_answered", other)
     with pytest.raises(BadInput, match="answered otherwise"):
-        measure([speculation.job(model, parse("full on blocks"), "copying", ["ngram"], [2], 8, 1)], None)
+        measure([speculation.job(model, parse("full on blocks"), "copying", {"ngram": None}, [2], 8, 1)], None)

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import markupsafe
 
 from kvcascade.eval.memory import crash, fit, prompt
-from kvcascade.eval.quality import weights
+from kvcascade.eval.quality import evaluation, retrieval, weights
 from kvcascade.eval.records import (
     Bench,
     BenchRow,
     Crash,
+    Distilled,
     Evaluation,
     Fit,
     FitTask,
@@ -17,6 +18,7 @@ from kvcascade.eval.records import (
     Prompting,
     Quantization,
     Record,
+    Retrieval,
     Served,
     Speculated,
     Stream,
@@ -105,7 +107,8 @@ def readme_tables(found: dict[str, list[Record]]) -> dict[str, str]:
         "stream": f"{markdown(decoded.code)}\n\n{decoded.title}; {_stamp(streams)}.",
         "heads": _heads_text(of(found["heads"], Bench)),
         "serving": _served_text(of(found["serving"], Served)),
-        "speculation": _speculated_text(of(found["speculation"], Speculated)),
+        "users": _users_text(found["users"]),
+        "speculation": _speculated_text(found["speculation"]),
         "fit": _fits_text(of(found["fit"], FitTask)),
         "crash": f"{markdown(users.code)}\n\n{protocol}",
         "peak": prompt.sentence(prompts, of(found["prompt"], Evaluation)),
@@ -132,10 +135,50 @@ def _heads_text(found: list[Bench]) -> str:
     return "\n\n".join(parts)
 
 
-def _speculated_text(found: list[Speculated]) -> str:
-    """What it gains to foresee tokens, of each cache."""
-    tables = [speculation.table(mine) for mine in grouped(found, lambda r: (r.model, r.weights, r.cache))]
-    return "\n\n".join(f"{each.title}:\n\n{markdown(each.code)}" for each in tables) + f"\n\n{_stamp(found)}."
+def _speculated_text(found: list[Record]) -> str:
+    """What it gains to foresee tokens, of each cache, and how the small models were trained that foresaw them."""
+    measured = of(found, Speculated)
+    tables = [speculation.table(mine) for mine in grouped(measured, lambda r: (r.model, r.weights, r.cache))]
+    trained = [
+        f"The draft, of {r.parameters / 1e6:.1f} million parameters in {r.layers} layers {r.width} wide, learned in {r.steps:,} steps of {r.batch} from "
+        f"{r.texts - r.held_out} texts of {r.length} tokens that {r.model} in {r.weights} wrote, {(r.seconds or 0) / 60:.0f} minutes with the writing; in "
+        f"{r.held_out} others it is {r.divergence:.2f} nats from the model, holds the same token for likeliest in {r.alike:.0%} of the places, and at "
+        f"temperature 1 can agree in {r.accepted:.0%} of the draws ({r.device})."
+        for r in of(found, Distilled)
+    ]
+    parts = [f"{each.title}:\n\n{markdown(each.code)}" for each in tables]
+    return "\n\n".join([*parts, *trained, f"{_stamp(measured)}."])
+
+
+def _users_text(found: list[Record]) -> str:
+    """What a trace comes to behind caches of as much memory, and of as many rows; what each loses, and still answers, wherever its tokens lie."""
+    served, scored, asked = of(found, Served), of(found, Evaluation), of(found, Retrieval)
+    scores, change = {r.cache: r for r in scored}, evaluation.change(scored)
+    first, one, length = served[0], scored[0], asked[0].length
+    kept = lambda r: r.cache.replace(" on blocks", "")
+    pair = lambda values: f"{values[10]:,.0f}, {values[19]:,.0f}"
+    lost = [
+        Column("PPL", lambda r: evaluation.PPL.cell(scores[kept(r)])),
+        change._replace(value=lambda r: change.cell(scores[kept(r)])),
+        Column("answered", lambda r: retrieval.average(asked, kept(r), length)),
+    ]
+    columns = [
+        CACHE, Column("KV, MB", lambda r: r.kv_bytes / 1e6, "{:.0f}"), Column("rows at most", "rows"), Column("users at once", "users"),
+        Column("tok/s", "tokens_per_second", "{:.0f}"), Column("first token, ms (50, 95 %)", lambda r: pair(r.first_ms)),
+        Column("ms per token (50, 95 %)", lambda r: pair(r.per_token_ms)), *lost,
+    ]  # fmt: skip
+    others = [r for r in scored if r.cache not in {*map(kept, served)}]
+    beside = Table.of("", [CACHE, *(each._replace(form="{}") for each in lost)], others)
+    return "\n\n".join(
+        [
+            f"{first.name} in {first.weights}, {first.requests} requests of the trace `{first.trace}`, {first.prompt_tokens:,} tokens of prompts and "
+            f"{first.output_tokens:,} generated, each way by itself:",
+            markdown(Table.of("", columns, served)),
+            "With what random eviction leaves, in as many bytes as the bounded one:",
+            markdown(beside),
+            f"PPL: {evaluation.protocol(one)}; answered: {', '.join(dict.fromkeys(r.task for r in asked))} in {length} tokens. {_stamp(found)}.",
+        ]
+    )
 
 
 def _served_text(found: list[Served]) -> str:

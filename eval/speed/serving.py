@@ -22,9 +22,10 @@ from kvcascade.model import generate
 from kvcascade.model.pretrained import Model
 from kvcascade.model.programs import kept
 from kvcascade.serve.costs import Costs, Replay, attended
+from kvcascade.serve.draft import Draft
 from kvcascade.serve.engine import Engine
 from kvcascade.serve.plan import Limits, Row, check
-from kvcascade.serve.propose import PROPOSERS, Propose
+from kvcascade.serve.propose import Propose, proposer
 from kvcascade.serve.request import Request, Runs
 from kvcascade.serve.rows import device_for
 from kvcascade.serve.trace import Arrival, tokens
@@ -64,14 +65,23 @@ def engine(
     blocks: int,
     limits: Limits,
     clock,
-    propose=None,
+    propose: Propose | None = None,
+    draft: Draft | None = None,
 ) -> dict[str, Any]:
     """Serve a trace by the engine; BadInput, before anything is compiled, for a request that the pool cannot hold."""
     steps: list[tuple[int, int, float]] = []
 
     context = max(each.tokens for each in arrivals)
     device = device_for(
-        model.config, model.params, spec, blocks, limits, context, fingerprint=model.fingerprint, compiled=kept
+        model.config,
+        model.params,
+        spec,
+        blocks,
+        limits,
+        context,
+        fingerprint=model.fingerprint,
+        compiled=kept,
+        draft=draft,
     )
     check_longest(arrivals, device.pool(), limits)
     run = device.run
@@ -241,6 +251,7 @@ def job(
     size: int,
     clock: str,
     speculate: str = "none",
+    draft: Draft | None = None,
 ) -> Job:
     """The measurement of one trace: by the engine, and, with a `size`, in batches of so many with a full cache in rows."""
     about = trace.about | {
@@ -249,11 +260,13 @@ def job(
     }  # fmt: skip
     plan = {"pool": blocks, "most": [limits.tokens, limits.rows, limits.aside], "batch": size}
     plan |= {"speculate": speculate, "ahead": limits.ahead} if limits.ahead else {}
+    plan |= {"draft": draft.fingerprint} if draft else {}
 
     def run() -> list[Served]:
         vocab = min(model.encoding.n_vocab, model.config.vocab)
-        propose = PROPOSERS.get(speculate)
-        made = engine(model, spec, trace.arrivals, trace.prompts(vocab), blocks, limits, CLOCKS[clock], propose)
+        propose = proposer(speculate)
+        how = CLOCKS[clock], propose, draft
+        made = engine(model, spec, trace.arrivals, trace.prompts(vocab), blocks, limits, *how)
         way = "engine" if propose is None else f"engine, {speculate} {limits.ahead}"
         found = [Served(**about, way=way, **made)]
         if size:

@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,9 +22,11 @@ from kvcascade.kernels import processor
 from kvcascade.model import chat, generate
 from kvcascade.model.pretrained import Model
 from kvcascade.model.programs import kept
+from kvcascade.serve import propose
+from kvcascade.serve.device import Device
+from kvcascade.serve.draft import Draft, Follower
 from kvcascade.serve.engine import Engine
 from kvcascade.serve.plan import Limits
-from kvcascade.serve.propose import PROPOSERS
 from kvcascade.serve.request import Request
 from kvcascade.serve.rows import device_for
 
@@ -77,9 +79,15 @@ class Run:
 
 
 def job(
-    model: Model, spec: CacheSpec, task: str, proposers: Sequence[str], ahead: Sequence[int], tokens: int, repeats: int
+    model: Model,
+    spec: CacheSpec,
+    task: str,
+    proposers: Mapping[str, Draft | None],
+    ahead: Sequence[int],
+    tokens: int,
+    repeats: int,
 ) -> Job:
-    """One kind of task: greedy decoding, and the same with so many tokens foreseen in each of these ways, all in turns."""
+    """One kind of task: greedy decoding, and the same with so many tokens foreseen in each of these ways, all in turns; a way may need a draft."""
     prompts = [chat.encode(model, [{"role": "user", "content": each}]) for each in TASKS[task]]
     context = max(map(len, prompts)) + tokens
     generate.check_context(model.config, context)
@@ -95,6 +103,7 @@ def job(
             limits = Limits(tokens=64, rows=1, ahead=count, itself=name == "self")
             named = {"fingerprint": model.fingerprint, "compiled": kept}
             about_pool = 1 + -(-context // BLOCK), limits, context
+            named |= {"draft": proposers.get(name)}
             devices.append(device_for(model.config, model.params, spec, *about_pool, **named))
             devices[-1].warm()
         found: list[list[Run]] = [[] for _ in ways]
@@ -119,18 +128,24 @@ def job(
         return made
 
     return Job(
-        about | {"proposers": [*proposers], "ahead": [*ahead]}, "eval/speed", run, f"{spec}, {task}", also=("serve",)
+        about
+        | {"proposers": [(name, draft and draft.fingerprint) for name, draft in proposers.items()], "ahead": [*ahead]},
+        "eval/speed",
+        run,
+        f"{spec}, {task}",
+        also=("serve",),
     )
 
 
-def _answered(model: Model, device, proposer: str, prompts: Sequence[list[int]], tokens: int) -> Run:
+def _answered(model: Model, device: Device, proposer: str, prompts: Sequence[list[int]], tokens: int) -> Run:
     """Each prompt by itself; what is timed are its steps after the one that brought the first token."""
     found = Run(accepted=[0] * device.limits.ahead)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     for prompt in prompts:
-        engine = Engine(device, reuse=False, propose=PROPOSERS.get(proposer))
+        engine = Engine(device, reuse=False, propose=propose.proposer(proposer))
         (number,) = engine.submit(Request(prompt, tokens, stops=model.end))
         row, answer, begun, held = engine.live[number].row, [], 0.0, []
+        passes, longest = _passes(device), 0
         while engine.busy:
             computed, asked = row.held.computed if row.held else 0, engine.stats["asked"]
             events = engine.run_step()
@@ -138,7 +153,9 @@ def _answered(model: Model, device, proposer: str, prompts: Sequence[list[int]],
                 held.append((computed, engine.stats["asked"] - asked))
             elif events:
                 begun = time.perf_counter()
+                passes = _passes(device)
             answer += [event.token for event in events if event.token is not None]
+            longest = computed
         found.seconds += time.perf_counter() - begun
         found.answers.append(answer)
         found.steps += len(held)
@@ -148,9 +165,17 @@ def _answered(model: Model, device, proposer: str, prompts: Sequence[list[int]],
             found.read += weights + cache
             if proposer == "self":
                 found.read += asked * device.limits.ahead * int(weights + cache * _coarse(device.cache))
+        if device.follower:
+            small = sum(leaf.nbytes for leaf in jax.tree.leaves(device.follower.params))
+            found.read += (_passes(device) - passes) * (small + occupied_bytes(device.follower.cache, longest))
         found.drafted += engine.stats["drafted"]
         found.accepted = [a + b for a, b in zip(found.accepted, engine.accepted, strict=True)]
     return found
+
+
+def _passes(device: Device) -> int:
+    """How often the smaller model beside a device has been read."""
+    return device.follower.passes if isinstance(device.follower, Follower) else 0
 
 
 def _coarse(cache: Cache) -> float:
