@@ -76,8 +76,8 @@ def main(arguments: list[str]) -> None:
     about: dict[str, Any] = {"model": model.name, "weights": args.weights} | fields
     draft.write(args.to, made.config, made.params, about | {"model_key": model.identity})
     record = records.Distilled(
-        **about, held_out=made.held, parameters=sum(each.size for each in jax.tree.leaves(made.params)), divergence=made.divergence,
-        accepted=made.accepted, alike=made.alike, fingerprint=draft.read(str(args.to), model).fingerprint,
+        **about, held_out=made.held, parameters=sum(each.size for each in jax.tree.leaves(made.params)), divergence=float(made.compared.divergence),
+        accepted=float(made.compared.shared), alike=float(made.compared.alike), fingerprint=draft.read(str(args.to), model).fingerprint,
     )  # fmt: skip
     record = records.changed(record, **origin(time.monotonic() - start))
     if args.out:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from kvcascade.model.sampling import Sampling
 from kvcascade.train import loop
 from kvcascade.train.config import TrainConfig
 
-WRITTEN = 32
+WRITTEN = 64
 """Texts that are written together."""
 HEARD = 4
 """Texts that go through the model together."""
@@ -38,7 +39,7 @@ HEAD = 64
 class Settings:
     """What is written, and how it is learned."""
 
-    texts: int = 768
+    texts: int = 512
     length: int = 384
     """Tokens of each text."""
     layers: int = 2
@@ -47,7 +48,7 @@ class Settings:
     window: int = 256
     """Positions that it sees: no more than it learns with, so that it may go on in longer texts."""
     steps: int = 800
-    batch: int = 8
+    batch: int = 4
     """Texts of a step."""
     learning_rate: float = 2e-3
     held_out: float = 0.125
@@ -128,45 +129,79 @@ def begin(config: ModelConfig, head_VM: Float[Array, "V M"], seed: int) -> Param
     return params
 
 
-def divergence(
+class Compared(NamedTuple):
+    """How far a small model is from the one that it learns from, in some places of a text: means over them."""
+
+    divergence: Float[Array, ""]
+    """The Kullback-Leibler divergence, in nats."""
+    shared: Float[Array, ""]
+    """The share of draws in which both agree at best: 1 - the total variation."""
+    alike: Float[Array, ""]
+    """The share of places in which the likeliest token is the same."""
+
+
+def compare(
     x_TM: Float[Array, "T M"],
     head_VM: Float[Array, "V M"],
     wanted_TN: Float[Array, "T N"],
     head_VN: Float[Array, "V N"],
     soft_cap: float,
-) -> tuple[Float[Array, " T"], Float[Array, " T"], Float[Array, " T"]]:
-    """How far softmax(x · headᵀ) is from the wanted one in each place: the Kullback-Leibler divergence in nats, the share of draws in which
-    both agree at best (1 - the total variation), and whether the likeliest token is the same. Logits are held for BLOCK places at a time."""
+) -> tuple[Compared, tuple[Float[Array, "T M"], Float[Array, "V M"]]]:
+    """Compare softmax(x · headᵀ) with what is wanted; also the divergence's gradients by x and by the head.
 
-    @jax.checkpoint
-    def block(pair):
-        logits = lambda x, head: capped(jnp.einsum("TM,VM->TV", x, head, preferred_element_type=jnp.float32), soft_cap)
-        ours, theirs = (jax.nn.log_softmax(logits(*each)) for each in zip(pair, (head_VM, head_VN), strict=True))
-        p, q = jnp.exp(theirs), jnp.exp(ours)
-        alike = ours.argmax(-1) == theirs.argmax(-1)
-        return (p * (theirs - ours)).sum(-1), jnp.minimum(p, q).sum(-1), alike.astype(jnp.float32)
-
-    T = len(x_TM)
+    Logits are made once, for BLOCK places at a time, so T x V numbers are never held.
+    """
+    T, V = len(x_TM), len(head_VM)
     count = -(-T // BLOCK)
     cut = lambda x: jnp.pad(x, ((0, count * BLOCK - T), (0, 0))).reshape(count, BLOCK, -1)
-    kl, shared, alike = (x.reshape(-1)[:T] for x in lax.map(block, (cut(x_TM), cut(wanted_TN))))
-    return kl, shared, alike
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def block(dhead_VM, pair):
+        x, wanted, there = pair
+        raw = product("TM,VM->TV", x, head_VM)
+        ours, theirs = capped(raw, soft_cap), capped(product("TN,VN->TV", wanted, head_VN), soft_cap)
+        alike = ours.max(-1, keepdims=True) == jnp.where(theirs == theirs.max(-1, keepdims=True), ours, -jnp.inf)
+        ours, theirs = (logits - jax.nn.logsumexp(logits, -1, keepdims=True) for logits in (ours, theirs))
+        p, q = jnp.exp(theirs), jnp.exp(ours)
+        found = (p * (theirs - ours)).sum(-1), jnp.minimum(p, q).sum(-1), alike.any(-1)
+        back = (q - p) * there / T
+        if soft_cap:
+            back = back * (1 - (capped(raw, soft_cap) / soft_cap) ** 2)
+        dhead_VM += product("TV,TM->VM", back, x)
+        return dhead_VM, (product("TV,VM->TM", back, head_VM), jnp.stack([each * there[:, 0] for each in found]))
+
+    there = cut(jnp.ones((T, 1)))
+    dhead_VM, (dx, found) = lax.scan(block, jnp.zeros((V, x_TM.shape[1])), (cut(x_TM), cut(wanted_TN), there))
+    return Compared(*(found.sum((0, 2)) / T)), (dx.reshape(count * BLOCK, -1)[:T], dhead_VM)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def divergence(x_TM, head_VM, wanted_TN, head_VN, soft_cap: float) -> Float[Array, ""]:
+    """The divergence of `compare`, whose gradients are made along with it."""
+    return compare(x_TM, head_VM, wanted_TN, head_VN, soft_cap)[0].divergence
+
+
+def _forward(x_TM, head_VM, wanted_TN, head_VN, soft_cap):
+    found, gradients = compare(x_TM, head_VM, wanted_TN, head_VN, soft_cap)
+    return found.divergence, gradients
+
+
+def _backward(soft_cap, gradients, by):
+    return *(by * each for each in gradients), None, None
+
+
+divergence.defvjp(_forward, _backward)
 
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-    """A small model, and how well it foresees in the texts that nothing was learned from: means over their places."""
+    """A small model, and how far it is from the one that it learned from in the texts that nothing was learned from."""
 
     config: ModelConfig
     params: Params
-    divergence: float
-    """Nats."""
-    accepted: float
-    """The share of draws at temperature 1 in which it can agree with the teacher."""
-    alike: float
-    """The share of places in which both hold the same token for likeliest."""
+    compared: Compared
     held: int
-    """Texts that nothing was learned from."""
+    """How many these are."""
 
 
 def learn(
@@ -183,24 +218,22 @@ def learn(
     train = TrainConfig(
         steps=settings.steps, batch_size=settings.batch, learning_rate=settings.learning_rate, weight_decay=0.01
     )
-    transform = loop.optimizer(train)
-    half_VM = head_VM.astype(jnp.bfloat16)
+    transform, half_VM = loop.optimizer(train), head_VM.astype(jnp.bfloat16)
 
-    def compared(params, rows_BT, heard_BTM):
+    def asked(params, rows_BT, heard_BTM):
         module = nnx.merge(gpt.graph(config)[0], params)
         positions = jnp.broadcast_to(jnp.arange(rows_BT.shape[1]), rows_BT.shape)
         x_BTM, _ = module.hidden(rows_BT, positions, None)
         flat = lambda x: x[:, first:].reshape(-1, x.shape[-1])
-        head = module.head_matrix.rows()
-        return [each.mean() for each in divergence(flat(x_BTM), head, flat(heard_BTM), half_VM, config.final_soft_cap)]
+        return flat(x_BTM), module.head_matrix.rows(), flat(heard_BTM), half_VM, config.final_soft_cap
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, rows_BT, heard_BTM):
-        loss, gradient = jax.value_and_grad(lambda params: compared(params, rows_BT, heard_BTM)[0])(params)
+        loss, gradient = jax.value_and_grad(lambda params: divergence(*asked(params, rows_BT, heard_BTM)))(params)
         updates, state = transform.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    judge = jax.jit(compared)
+    judge = jax.jit(lambda params, rows_BT, heard_BTM: compare(*asked(params, rows_BT, heard_BTM))[0])
     params = begin(config, head_VM, settings.seed)
     state = transform.init(params)
     draw = np.random.default_rng(settings.seed)
@@ -210,5 +243,5 @@ def learn(
         if number % 10 == 9 or number == settings.steps - 1:
             tell(number + 1, f"steps; {float(loss):.3f} nats from the model")
     places = [slice(at, at + 1) for at in range(len(rows_NT) - held, len(rows_NT))]
-    kl, shared, alike = np.mean([judge(params, rows_NT[at], heard_NTM[at]) for at in places], 0).tolist()
-    return Learned(config, params, kl, shared, alike, held)
+    means = np.mean([judge(params, rows_NT[at], heard_NTM[at]) for at in places], 0).tolist()
+    return Learned(config, params, Compared(*means), held)
