@@ -39,7 +39,7 @@ HEAD = 64
 class Settings:
     """What is written, and how it is learned."""
 
-    texts: int = 512
+    texts: int = 384
     length: int = 384
     """Tokens of each text."""
     layers: int = 2
@@ -47,7 +47,7 @@ class Settings:
     """Of the small model; a multiple of HEAD."""
     window: int = 256
     """Positions that it sees: no more than it learns with, so that it may go on in longer texts."""
-    steps: int = 800
+    steps: int = 500
     batch: int = 4
     """Texts of a step."""
     learning_rate: float = 2e-3
@@ -168,11 +168,11 @@ def compare(
         if soft_cap:
             back = back * (1 - (capped(raw, soft_cap) / soft_cap) ** 2)
         dhead_VM += product("TV,TM->VM", back, x)
-        return dhead_VM, (product("TV,VM->TM", back, head_VM), jnp.stack([each * there[:, 0] for each in found]))
+        return dhead_VM, (product("TV,VM->TM", back, head_VM), [each * there[:, 0] for each in found])
 
     there = cut(jnp.ones((T, 1)))
     dhead_VM, (dx, found) = lax.scan(block, jnp.zeros((V, x_TM.shape[1])), (cut(x_TM), cut(wanted_TN), there))
-    return Compared(*(found.sum((0, 2)) / T)), (dx.reshape(count * BLOCK, -1)[:T], dhead_VM)
+    return Compared(*(each.sum() / T for each in found)), (dx.reshape(count * BLOCK, -1)[:T], dhead_VM)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
