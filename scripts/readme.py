@@ -33,7 +33,19 @@ def generated() -> dict[Path, str]:
     toy, pretrained = recorded("toy"), recorded("smollm2")
     costly = {
         name: recorded(name)
-        for name in ("speed", "heads", "stream", "serving", "users", "speculation", "fit", "crash", "weights", "prompt")
+        for name in (
+            "speed",
+            "heads",
+            "bits",
+            "stream",
+            "serving",
+            "users",
+            "speculation",
+            "fit",
+            "crash",
+            "weights",
+            "prompt",
+        )
     }
     kernels: list[Any] = record_files.read(RESULTS / "kernels.jsonl")
     parts = tables_of.readme_tables(toy) | tables_of.pretrained_tables(pretrained) | costs.readme_tables(costly)

@@ -63,7 +63,7 @@ def engine(
 @pytest.mark.parametrize(
     "spec, blocks",
     [
-        ("full on blocks", 60),
+        pytest.param("full on blocks", 60, marks=pytest.mark.slow),
         pytest.param("full on blocks", 6, marks=pytest.mark.slow),
         pytest.param("pending 8 | sink 4 | recent 80", 60, marks=pytest.mark.slow),
     ],

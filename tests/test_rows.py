@@ -193,9 +193,8 @@ def repeating() -> list[Request]:
     return [*requests(6), Request([7, 8] * 8 + [7], 12, Sampling(temperature=1.0), continuations=3), *growing()[:3]]
 
 
-@pytest.mark.parametrize(
-    "spec", [WAITING[1], *(pytest.param(each, marks=pytest.mark.slow) for each in WAITING if each != WAITING[1])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", WAITING)
 def test_what_is_foreseen_changes_no_token(spec: str) -> None:
     """By what followed before, by the very answer, by what never comes and by now and then."""
     plain = alone(spec, repeating)

@@ -22,7 +22,11 @@ def model(monkeypatch) -> Model:
 
 @pytest.mark.parametrize(
     "name, cache",
-    [("ngram", "full@int8 on blocks"), ("ngram", "pending 4 | sink 4 | recent 90"), ("self", "full@planes on blocks")],
+    [
+        ("ngram", "pending 4 | sink 4 | recent 90"),
+        pytest.param("ngram", "full@int8 on blocks", marks=pytest.mark.slow),
+        pytest.param("self", "full@planes on blocks", marks=pytest.mark.slow),
+    ],
 )
 def test_a_record_counts_what_was_foreseen_and_what_came(name, cache, model, monkeypatch) -> None:
     monkeypatch.setitem(speculation.TASKS, "copying", ("abcabcabcabc", "a b a b a b"))

@@ -1,6 +1,7 @@
 """What caches cost, on the page and in the README: users that fit, memory until it broke, milliseconds and where they go."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import markupsafe
 
@@ -28,7 +29,7 @@ from kvcascade.eval.records import (
 )
 from kvcascade.eval.report import figures
 from kvcascade.eval.speed import bench, profile_report, serving, speculation, stream
-from kvcascade.eval.table import CACHE, Column, Table, markdown
+from kvcascade.eval.table import CACHE, Column, Table, brief, markdown
 
 _svg = markupsafe.Markup
 
@@ -105,9 +106,11 @@ def readme_tables(found: dict[str, list[Record]]) -> dict[str, str]:
     return {
         "speed": f"{markdown(bench.headline(benches))}\n\n{markdown(speed.code)}\n\n{speed.title}; {_stamp(benches)}.",
         "stream": f"{markdown(decoded.code)}\n\n{decoded.title}; {_stamp(streams)}.",
-        "heads": _heads_text(of(found["heads"], Bench)),
+        "heads": _beside_whole(of(found["heads"], Bench)),
+        "bits": _beside_whole(of(found["bits"], Bench)),
         "serving": _served_text(of(found["serving"], Served)),
         "users": _users_text(found["users"]),
+        "many": _users_sentence(found["users"]),
         "speculation": _speculated_text(found["speculation"]),
         "fit": _fits_text(of(found["fit"], FitTask)),
         "crash": f"{markdown(users.code)}\n\n{protocol}",
@@ -117,8 +120,8 @@ def readme_tables(found: dict[str, list[Record]]) -> dict[str, str]:
     }
 
 
-def _heads_text(found: list[Bench]) -> str:
-    """Caches whose heads differ: a table for each model and size, ours over our full cache, a library's over the first that is there of it."""
+def _beside_whole(found: list[Bench]) -> str:
+    """Caches beside the whole one: a table for each model and size, ours over our full cache, a library's over the first that is there of it."""
     parts = []
     for mine in grouped(found, lambda r: (r.model, r.batch, r.context)):
         whole = lambda r, mine=mine: next(each for each in mine if bool(each.library) == bool(r.library))
@@ -147,35 +150,69 @@ def _speculated_text(found: list[Record]) -> str:
         for r in of(found, Distilled)
     ]
     parts = [f"{each.title}:\n\n{markdown(each.code)}" for each in tables]
-    return "\n\n".join([*parts, *trained, f"{_stamp(measured)}."])
+    for mine in grouped(of(found, Served), lambda r: r.case):
+        columns = [
+            Column("way", "way"), CACHE, Column("KV, MB", lambda r: r.kv_bytes / 1e6, "{:.0f}"), Column("users at once", "users"),
+            Column("tok/s", "tokens_per_second", "{:.0f}"), Column("ms per token (50 %)", lambda r: r.per_token_ms[10], "{:.0f}"),
+            Column("accepted, by place", lambda r: ", ".join(f"{each:,}" for each in r.accepted or ()) or None), Column("steps", "steps", "{:,}"),
+        ]  # fmt: skip
+        one = mine[0]
+        about = f"{one.name} in {one.weights}, {one.requests} requests of {one.trace}"
+        parts.append(f"{about}:\n\n{markdown(Table.of('', columns, mine).coded('cache'))}")
+    return "\n\n".join([*parts, *trained, f"{_stamp(found)}."])
+
+
+def _kept(record: Any) -> str:
+    """A cache, wherever its tokens lie."""
+    return record.cache.replace(" on blocks", "")
+
+
+def _lost(found: list[Record]) -> list[Column]:
+    """What each cache loses, and still answers."""
+    scored, asked = of(found, Evaluation), of(found, Retrieval)
+    scores, change, length = {r.cache: r for r in scored}, evaluation.change(scored), asked[0].length
+    return [
+        Column("PPL", lambda r: evaluation.PPL.cell(scores[_kept(r)])),
+        change._replace(value=lambda r: change.cell(scores[_kept(r)])),
+        Column("answered", lambda r: f"{retrieval.average(asked, _kept(r), length)}"),
+    ]
+
+
+def _users_sentence(found: list[Record]) -> str:
+    """Users that are served at once in as much memory as the first way to serve them takes, and what they get."""
+    served = of(found, Served)
+    first, (ppl, change, answered) = served[0], _lost(found)
+    alike = [r for r in served if abs((r.kv_bytes or 0) / (first.kv_bytes or 1) - 1) < 0.1]
+    each = "; ".join(
+        f"`{brief(r.cache)}` {r.users} users, {r.tokens_per_second:.0f} tokens/s, perplexity {ppl.cell(r)} {change.cell(r) and f'({change.cell(r)})'}, "
+        f"{answered.cell(r).split(' ')[0]} answered"
+        for r in alike
+    )
+    return (
+        f"[Users in the same memory](docs/serving.md#users-in-the-same-memory), {(first.kv_bytes or 0) / 1e6:.0f} MB of keys and values for {first.name}, "
+        f"{first.requests} requests of {first.prompt_tokens // first.requests:,} tokens that are answered by {first.output_tokens // first.requests:,}: {each}."
+    )
 
 
 def _users_text(found: list[Record]) -> str:
-    """What a trace comes to behind caches of as much memory, and of as many rows; what each loses, and still answers, wherever its tokens lie."""
+    """What a trace comes to behind caches of as much memory, and of as many rows; what each loses, and still answers."""
     served, scored, asked = of(found, Served), of(found, Evaluation), of(found, Retrieval)
-    scores, change = {r.cache: r for r in scored}, evaluation.change(scored)
-    first, one, length = served[0], scored[0], asked[0].length
-    kept = lambda r: r.cache.replace(" on blocks", "")
+    first, one, length, lost = served[0], scored[0], asked[0].length, _lost(found)
     pair = lambda values: f"{values[10]:,.0f}, {values[19]:,.0f}"
-    lost = [
-        Column("PPL", lambda r: evaluation.PPL.cell(scores[kept(r)])),
-        change._replace(value=lambda r: change.cell(scores[kept(r)])),
-        Column("answered", lambda r: retrieval.average(asked, kept(r), length)),
-    ]
     columns = [
         CACHE, Column("KV, MB", lambda r: r.kv_bytes / 1e6, "{:.0f}"), Column("rows at most", "rows"), Column("users at once", "users"),
         Column("tok/s", "tokens_per_second", "{:.0f}"), Column("first token, ms (50, 95 %)", lambda r: pair(r.first_ms)),
         Column("ms per token (50, 95 %)", lambda r: pair(r.per_token_ms)), *lost,
     ]  # fmt: skip
-    others = [r for r in scored if r.cache not in {*map(kept, served)}]
-    beside = Table.of("", [CACHE, *(each._replace(form="{}") for each in lost)], others)
+    others = [r for r in scored if r.cache not in {*map(_kept, served)}]
+    beside = Table.of("", [CACHE, *lost], others)
     return "\n\n".join(
         [
             f"{first.name} in {first.weights}, {first.requests} requests of the trace `{first.trace}`, {first.prompt_tokens:,} tokens of prompts and "
             f"{first.output_tokens:,} generated, each way by itself:",
-            markdown(Table.of("", columns, served)),
+            markdown(Table.of("", columns, served).code),
             "With what random eviction leaves, in as many bytes as the bounded one:",
-            markdown(beside),
+            markdown(beside.code),
             f"PPL: {evaluation.protocol(one)}; answered: {', '.join(dict.fromkeys(r.task for r in asked))} in {length} tokens. {_stamp(found)}.",
         ]
     )
