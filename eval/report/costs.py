@@ -183,9 +183,9 @@ def _users_sentence(found: list[Record]) -> str:
     served = of(found, Served)
     first, (ppl, change, answered) = served[0], _lost(found)
     alike = [r for r in served if abs((r.kv_bytes or 0) / (first.kv_bytes or 1) - 1) < 0.1]
+    lost = lambda r: f"{ppl.cell(r)} ({change.cell(r)})" if change.cell(r) else ppl.cell(r)
     each = "; ".join(
-        f"`{brief(r.cache)}` {r.users} users, {r.tokens_per_second:.0f} tokens/s, perplexity {ppl.cell(r)} {change.cell(r) and f'({change.cell(r)})'}, "
-        f"{answered.cell(r).split(' ')[0]} answered"
+        f"`{brief(r.cache)}` {r.users} users, {r.tokens_per_second:.0f} tokens/s, perplexity {lost(r)}, {answered.cell(r).split(' ')[0]} answered"
         for r in alike
     )
     return (
