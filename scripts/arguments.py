@@ -143,7 +143,7 @@ def foreseen(name: str, ahead: int) -> tuple[Propose | None, dict[str, Any]]:
     """What foresees tokens, and what limits are to say of it: nothing where nothing does; BadInput for what is no way to."""
     if name == "none":
         return None, {}
-    propose = proposer(name)
-    if propose is None or (name.partition(":")[0] == "draft") != bool(name.partition(":")[2]):
+    propose, (kind, _, model) = proposer(name), name.partition(":")
+    if propose is None or (kind == "draft") != bool(model):
         raise BadInput(f"what foresees is none, ngram, self or draft:MODEL, not {name}")
     return propose, {"ahead": ahead, "itself": name == "self"}

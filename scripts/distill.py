@@ -74,10 +74,10 @@ def main(arguments: list[str]) -> None:
     with console.progress("learn", args.steps) as show:
         made = distillation.learn(model, rows, heard, settings, show)
     about: dict[str, Any] = {"model": model.name, "weights": args.weights} | fields
-    draft.write(args.to, made.config, made.params, about | {"model_key": model.identity})
+    fingerprint = draft.write(args.to, made.config, made.params, about | {"model_key": model.identity})
     record = records.Distilled(
         **about, held_out=made.held, parameters=sum(each.size for each in jax.tree.leaves(made.params)), divergence=float(made.compared.divergence),
-        accepted=float(made.compared.shared), alike=float(made.compared.alike), fingerprint=draft.read(str(args.to), model).fingerprint,
+        accepted=float(made.compared.shared), alike=float(made.compared.alike), fingerprint=fingerprint,
     )  # fmt: skip
     record = records.changed(record, **origin(time.monotonic() - start))
     if args.out:

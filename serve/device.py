@@ -190,7 +190,7 @@ class Device:
         self.snapshots: Snapshots | None = None
         self.follower: Device | None = None
         """A smaller model that foresees (`draft.Follower`)."""
-        self._compiled = compiled
+        self.compile_by = compiled
         self._table = np.full((self.limits.rows, self.pool().needed(self.context)), -1, np.int32)
         self._seen = jnp.zeros((self.limits.rows, config.vocab), bool)
         self._aside: dict[int, list[np.ndarray]] = {}
@@ -271,7 +271,7 @@ class Device:
     def _named(self, name: int | str, work: Callable, *arguments) -> Callable:
         """The program of that name, made the first time."""
         if name not in self.programs:
-            self.programs[name] = self._compiled(work, self.config, *arguments)
+            self.programs[name] = self.compile_by(work, self.config, *arguments)
         return self.programs[name]
 
     def _likely(self, logits_OV: Float[Array, "O V"], count: int) -> list[Likely]:

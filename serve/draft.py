@@ -1,5 +1,6 @@
 """A smaller model that foresees what a larger one will say: the file that it is in, and what runs it behind the rows of an engine."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save
 
@@ -40,17 +42,20 @@ class Draft(NamedTuple):
     """What tells its weights from others."""
 
 
-def write(path: Path, config: ModelConfig, params: Params, about: dict[str, Any]) -> None:
-    """One file of a model whose weights are float32, whole or not at all; `about` says by `model_key` whose tokens it has."""
-    said = {"format": FORMAT, "config": json.dumps(shape(config)), "about": json.dumps(about)}
-    write_whole(path, save({name: jnp.asarray(each, jnp.bfloat16) for name, each in leaves(params).items()}, said))
+def write(path: Path, config: ModelConfig, params: Params, about: dict[str, Any]) -> str:
+    """One file of a model whose weights are float32, whole or not at all; `about` says by `model_key` whose tokens it has. Returns its fingerprint."""
+    said = {"format": FORMAT, "config": json.dumps(dataclasses.asdict(config)), "about": json.dumps(about)}
+    arrays = {name: jnp.asarray(each, jnp.bfloat16) for name, each in leaves(params).items()}
+    fingerprint = _fingerprint(arrays)  # `save` puts others in their place
+    write_whole(path, save(arrays, said))
+    return fingerprint
 
 
-def shape(config: ModelConfig) -> dict[str, Any]:
-    """What of a model's shape is not as by default."""
-    plain = ModelConfig(layers=config.layers)
-    fields = ((name, getattr(config, name)) for name in ModelConfig.__dataclass_fields__)
-    return {name: value for name, value in fields if name == "layers" or value != getattr(plain, name)}
+def _fingerprint(arrays: dict[str, Array]) -> str:
+    content = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        content.update(f"{name} {array.shape}".encode() + np.asarray(array).tobytes())
+    return content.hexdigest()[:16]
 
 
 def read(place: str, model: Model) -> Draft:
@@ -76,10 +81,8 @@ def read(place: str, model: Model) -> Draft:
     config = built(ModelConfig, json.loads(said["config"]) | {"weights": model.config.weights}, place, "config")
     if json.loads(said["about"])["model_key"] != model.identity:
         raise BadInput(f"the draft {place} is of another model than {model.name}")
-    content = hashlib.sha256()
     params: Params = {}
-    for name, array in sorted(arrays.items()):
-        content.update(f"{name} {array.shape}".encode() + np.asarray(array).tobytes())
+    for name, array in arrays.items():
         folder, _, last = name.rpartition(".")
         if last == "weight":
             kind = head_weights(config) if folder in ("embed", "head") else config.weights
@@ -88,12 +91,10 @@ def read(place: str, model: Model) -> Draft:
                 put(params, f"{folder}.{part}", each)
         else:
             put(params, name, array.astype(jnp.float32))
-    wanted = leaves(gpt.graph(config)[1])
-    if {name: each.shape for name, each in leaves(params).items()} != {
-        name: each.shape for name, each in wanted.items()
-    }:
+    shapes = lambda tree: {name: each.shape for name, each in leaves(tree).items()}
+    if shapes(params) != shapes(gpt.graph(config)[1]):
         raise BadInput(f"{place} is damaged: its arrays are not those of its shape")
-    return Draft(config, params, content.hexdigest()[:16])
+    return Draft(config, params, _fingerprint(arrays))
 
 
 def _tokens(model: Model) -> tuple[int, tuple[bytes | None, ...]]:

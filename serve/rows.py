@@ -19,36 +19,25 @@ from kvcascade.cache.errors import BadInput
 from kvcascade.cache.rows import Lines, State
 from kvcascade.cache.snapshots import Snapshots
 from kvcascade.cache.spec import CacheSpec
-from kvcascade.cache.tier import BLOCK
 from kvcascade.cache.whole import Cache
 from kvcascade.model import generate, gpt, sampling
 from kvcascade.model.config import ModelConfig
 from kvcascade.model.gpt import Params
-from kvcascade.model.programs import Compiled, traced
 from kvcascade.model.sampling import Settings
 from kvcascade.serve.device import Device, draw, likeliest
 from kvcascade.serve.draft import Draft, Follower
-from kvcascade.serve.plan import Limits, Plan, Row, Run, sizes
+from kvcascade.serve.plan import Plan, Row, Run, sizes
 from kvcascade.serve.request import Draw, Drawn, Likely
 
 
 def device_for(
-    config: ModelConfig,
-    params: Params,
-    spec: CacheSpec,
-    blocks: int,
-    limits: Limits | None = None,
-    context: int | None = None,
-    size: int = BLOCK,
-    fingerprint: str = "",
-    compiled: Compiled = traced,
-    draft: Draft | None = None,
+    config: ModelConfig, params: Params, spec: CacheSpec, *arguments: Any, draft: Draft | None = None, **named: Any
 ) -> Device:
     """What an engine with such a cache runs on, a smaller model beside it if there is one; arguments as of `Device`."""
     kind = Device if Device.holds(spec.groups(config.layer_heads)) else RowDevice
-    device = kind(config, params, spec, blocks, limits, context, size, fingerprint, compiled)
+    device = kind(config, params, spec, *arguments, **named)
     if draft:
-        device.follower = Follower(draft, device.limits, device.context, compiled)
+        device.follower = Follower(draft, device.limits, device.context, device.compile_by)
     return device
 
 

@@ -249,7 +249,7 @@ def test_what_is_no_draft_of_the_model_is_refused(tmp_path, monkeypatch) -> None
         read()
     about = {
         "format": draft.FORMAT,
-        "config": json.dumps(draft.shape(made.config)),
+        "config": json.dumps(dataclasses.asdict(made.config)),
         "about": json.dumps({"model_key": model.identity}),
     }
     draft.write(path, made.config, made.params, {"model_key": model.identity})

@@ -79,14 +79,14 @@ def write(
     count = settings.length - len(begin)
     if count < 2:
         raise BadInput(f"a text of {settings.length} tokens has no room behind the {len(begin)} that all begin with")
-    made = []
-    for first in range(0, settings.texts, WRITTEN):
-        cache = generate.empty_cache(config, parse("full"), WRITTEN, settings.length)
+    made, rows = [], min(WRITTEN, settings.texts)
+    for first in range(0, settings.texts, rows):
+        cache = generate.empty_cache(config, parse("full"), rows, settings.length)
         how = Sampling(temperature=1.0, seed=settings.seed + first)
-        steps = generate.generate(config, model.params, cache, [begin] * WRITTEN, count, how, compiled)
+        steps = generate.generate(config, model.params, cache, [begin] * rows, count, how, compiled)
         drawn_TB = np.concatenate([tokens_nB for tokens_nB, _ in steps])
-        made.append(np.concatenate([np.tile(begin, (WRITTEN, 1)), drawn_TB.T], 1))
-        tell(min(first + WRITTEN, settings.texts))
+        made.append(np.concatenate([np.tile(begin, (rows, 1)), drawn_TB.T], 1))
+        tell(min(first + rows, settings.texts))
     return np.concatenate(made)[: settings.texts].astype(np.int32)
 
 
